@@ -1,0 +1,1 @@
+"""Text: corpora, tokenizers, and batches that are a function of the step."""

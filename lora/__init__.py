@@ -1,0 +1,1 @@
+"""Low-rank adaptation: layers that carry named adapters, and the adapters themselves."""

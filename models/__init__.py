@@ -1,0 +1,1 @@
+"""The transformer and how text is sampled from it."""

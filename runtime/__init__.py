@@ -1,0 +1,1 @@
+"""What every command stands on: settings, errors, files, devices, steps, run folders, metrics."""

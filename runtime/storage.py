@@ -1,0 +1,154 @@
+"""The only writer of files that must not be lost: atomic files, committed folders, verified reads.
+
+A folder is committed by: every file already serialised to bytes, a temporary folder beside the target, each file
+fsynced, a manifest with SHA-256 digests written last, the temporary folder fsynced, a rename, and an fsync of the
+parent. A reader therefore sees the whole folder or none of it, and `read_folder` refuses one whose bytes changed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from runtime.errors import UserError
+
+MANIFEST = "MANIFEST.json"
+
+
+class DamagedError(UserError):
+    """A file on disk is not what was written: missing, cut short, or with other bytes."""
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest of some bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def plain_errors(path: Path, verb: str) -> Iterator[None]:
+    """Turn an OSError into one line that names the file and, for a full disk, the way out."""
+    try:
+        yield
+    except OSError as error:
+        fix = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fix = "; free some space and start again, what was saved before is intact"
+        raise UserError(f"could not {verb} {path}: {error.strerror or error}{fix}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable, where the system has that (Windows does not)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, atomically: after a crash it holds the old bytes or the new ones.
+
+    Raises UserError where the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with plain_errors(path, "write"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write_synced(temporary, data)
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def append_lines(path: Path, text: str) -> None:
+    """Append whole lines to a log; used for metrics, where a torn last line costs only itself."""
+    with plain_errors(path, "write"), open(path, "a", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+
+
+def _manifest(files: dict[str, bytes]) -> bytes:
+    table = {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in sorted(files.items())}
+    own = sha256(json.dumps(table, sort_keys=True).encode())
+    return json.dumps({"files": table, "sha256": own}, indent=1).encode()
+
+
+def commit_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Write `files` (name to bytes) as `folder`, whole or not at all; an existing `folder` is an error.
+
+    Raises UserError where the disk is full or the place cannot be written; the temporary folder is then removed.
+    """
+    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    with plain_errors(folder, "save"):
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            for name, data in files.items():
+                _write_synced(temporary / name, data)
+            _write_synced(temporary / MANIFEST, _manifest(files))
+            sync_folder(temporary)
+            os.rename(temporary, folder)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_folder(folder.parent)
+
+
+def _read_manifest(folder: Path) -> dict[str, dict]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        table = manifest["files"]
+        if sha256(json.dumps(table, sort_keys=True).encode()) != manifest["sha256"]:
+            raise ValueError("its own digest does not match")
+        return {str(name): {"sha256": str(entry["sha256"])} for name, entry in table.items()}
+    except FileNotFoundError:
+        raise DamagedError(f"{folder}: no {MANIFEST}, so this is not a finished save") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{folder / MANIFEST} is damaged: {error}") from None
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """All files of a committed folder, each checked against the manifest.
+
+    Raises DamagedError that names the first file that is missing or has other bytes than were written.
+    """
+    files = {}
+    for name, entry in _read_manifest(folder).items():
+        path = folder / name
+        if Path(name).name != name:
+            raise DamagedError(f"{folder / MANIFEST} names {name!r}, which is outside the folder")
+        try:
+            files[name] = path.read_bytes()
+        except OSError as error:
+            raise DamagedError(f"{path}: {error.strerror or error}") from None
+        if sha256(files[name]) != entry["sha256"]:
+            raise DamagedError(f"{path} is damaged: its checksum is not the one that was saved")
+    return files
+
+
+def publish_folder(folder: Path, target: Path) -> None:
+    """Give a committed folder its final name, atomically."""
+    with plain_errors(target, "save"):
+        os.rename(folder, target)
+        sync_folder(target.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that is no longer needed; one that cannot be removed is no reason to stop."""
+    shutil.rmtree(folder, ignore_errors=True)
