@@ -1,0 +1,143 @@
+"""Attach adapters to a model, choose which are active, merge them for a while, take them off again.
+
+The base is loaded first and adapters are attached afterwards; from then on the base is frozen, and what trains is
+exactly what the active adapters hold.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lora.layers import Adaptable, LoRAEmbedding, LoRALinear
+from lora.variants import VARIANTS, AdapterTensors, LoRAConfig
+from runtime.errors import UsageError
+
+TARGETS = {
+    "minimal": ("q_proj", "v_proj"),
+    "standard": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"),
+}
+
+
+def hosts(model: nn.Module) -> dict[str, Adaptable]:
+    """Every layer of the model that can carry adapters, by its path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Adaptable)}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The adapters attached to the model, in the order they came."""
+    return list(dict.fromkeys(name for host in hosts(model).values() for name in host.lora))
+
+
+def target_paths(model: nn.Module, targets: str) -> list[str]:
+    """The paths of the linears that `targets` (a preset, or names separated by commas) stands for.
+
+    Raises UsageError that names every target that matches nothing, and what there is.
+    """
+    linears = [path for path, host in hosts(model).items() if isinstance(host, LoRALinear)]
+    names = TARGETS.get(targets) or [name.strip() for name in targets.split(",") if name.strip()]
+    matched = {name: [path for path in linears if f".{path}".endswith(f".{name}")] for name in names}
+    if missing := [name for name in names if not matched[name]] or ([targets] if not names else []):
+        known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in linears}))
+        raise UsageError(
+            f"lora_targets: {', '.join(map(repr, missing))} matches no linear of this model; "
+            f"use minimal, standard, all, or names out of: {known}"
+        )
+    return [path for path in linears if any(path in paths for paths in matched.values())]
+
+
+def make_entries(model: nn.Module, config: LoRAConfig) -> dict[str, AdapterTensors]:
+    """Fresh tensors of one adapter for every layer it has any on, by path; the model is not touched.
+
+    Raises UsageError for a target that matches nothing, and for trained biases on a model without them.
+    """
+    targets = set(target_paths(model, config.targets))
+    if config.bias != "none" and not any(getattr(host, "bias", None) is not None for host in hosts(model).values()):
+        raise UsageError(
+            f"lora_bias={config.bias}: this model has no biases to train; use lora_bias=none, "
+            "or a base that was trained with BIAS=True"
+        )
+    entries = {}
+    for path, host in hosts(model).items():
+        entry = VARIANTS[config.variant](host, config) if path in targets else AdapterTensors()
+        if isinstance(host, LoRAEmbedding) and config.train_embeddings:
+            entry.add_copy("weight", host.weight)
+        trains_bias = config.bias == "all" or (config.bias == "lora_only" and path in targets)
+        if trains_bias and getattr(host, "bias", None) is not None:
+            entry.add_copy("bias", host.bias)
+        if any(True for _ in entry.parameters()):
+            entries[path] = entry
+    return entries
+
+
+def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> None:
+    """Give the model a fresh adapter, activate it and freeze everything else. Its output does not change yet.
+
+    Raises UsageError for a name that is taken or unfit, a target that matches nothing, or biases there are none of.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name) or name in adapter_names(model):
+        raise UsageError(f"adapter name {name!r}: must be new to this model, in letters, digits, '-' and '_'")
+    layers = hosts(model)
+    for path, entry in make_entries(model, config).items():
+        layers[path].lora[name] = entry.to(layers[path].weight.device).train(model.training)
+    activate(model, name)
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Make exactly these adapters count, and train; none leaves the plain base. The base stays frozen.
+
+    Raises UsageError for a name that is not attached.
+    """
+    attached = adapter_names(model)
+    if unknown := [name for name in names if name not in attached]:
+        raise UsageError(f"no adapter {unknown[0]!r} is attached; attached: {', '.join(attached) or 'none'}")
+    model.requires_grad_(False)
+    for host in hosts(model).values():
+        host.active = names
+        for entry in host.entries():
+            entry.requires_grad_(True)
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that count now."""
+    return next((host.active for host in hosts(model).values()), ())
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Take an adapter off the model, which is then as if it had never been there."""
+    activate(model, *(other for other in active_adapters(model) if other != name))
+    for host in hosts(model).values():
+        if name in host.lora:
+            del host.lora[name]
+
+
+def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Every parameter that belongs to an adapter, active or not."""
+    return {p for host in hosts(model).values() for p in host.lora.parameters()}
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with its active adapters written into its weights, in fp32; afterwards as before, bit for bit."""
+    active, saved = active_adapters(model), {}
+    try:
+        with torch.no_grad():
+            for path, host in hosts(model).items():
+                for name, effective in host.effective_tensors().items():
+                    base = getattr(host, name)
+                    if effective is not base:
+                        saved[path, name] = base.clone()
+                        base.copy_(effective)
+                host.active = ()
+        yield model
+    finally:
+        with torch.no_grad():
+            for (path, name), base in saved.items():
+                getattr(model.get_submodule(path), name).copy_(base)
+        for host in hosts(model).values():
+            host.active = active

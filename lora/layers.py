@@ -1,0 +1,95 @@
+"""Layers that are torch's own, and can carry named adapters.
+
+With no adapter each has the keys, the seed stream and the output of the torch layer it is, so a base checkpoint is
+the same with and without LoRA. An adapter's tensors stand under `lora.<adapter name>`; the layer's own are never
+changed by them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora.functional import compute_dtype
+from lora.variants import AdapterTensors, LoRA
+
+
+class Adaptable(nn.Module):
+    """A mixin for torch layers: adapters by name, and which of them are active."""
+
+    lora: nn.ModuleDict
+    active: tuple[str, ...]
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.lora, self.active = nn.ModuleDict(), ()
+
+    def entries(self) -> list[AdapterTensors]:
+        """The tensors of the active adapters that have any on this layer."""
+        return [self.lora[name] for name in self.active if name in self.lora]
+
+    def effective(self, name: str) -> Tensor | None:
+        """The tensor `name` of this layer as the active adapters' copies make it: the base plus what each adds."""
+        base = getattr(self, name)
+        copies = [copy for entry in self.entries() if (copy := entry.copy_of(name)) is not None]
+        if len(copies) == 1:
+            return copies[0]
+        return base + sum(copy - base for copy in copies) if copies else base
+
+    def effective_tensors(self) -> dict[str, Tensor]:
+        """Every base tensor of this layer as the active adapters make it, in its own dtype."""
+        return {name: self.effective(name) for name, _ in self.named_parameters(recurse=False)}
+
+
+class LoRALinear(Adaptable, nn.Linear):
+    """An `nn.Linear` with 0..n adapters."""
+
+    _copy: tuple[tuple, Tensor] | None = None
+
+    def variants(self) -> list[LoRA]:
+        """The active adapters that change the weight of this layer."""
+        return [entry for entry in self.entries() if isinstance(entry, LoRA)]
+
+    def effective_tensors(self) -> dict[str, Tensor]:
+        tensors = super().effective_tensors()
+        W = self.weight
+        tensors["weight"] = W + sum(v.effective_weight(W) - W for v in self.variants()) if self.variants() else W
+        return tensors
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """The weight in the compute dtype; a frozen one is converted once and kept, outside every checkpoint."""
+        W = self.weight
+        if W.dtype == dtype or (W.requires_grad and torch.is_grad_enabled()):
+            return W.to(dtype)
+        key = (dtype, W.device, W.data_ptr(), W._version)
+        if self._copy is None or self._copy[0] != key:
+            with torch.inference_mode(False):  # the copy outlives a generation and then serves training
+                self._copy = key, W.detach().to(dtype)
+        return self._copy[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in the compute dtype."""
+        if not self.active:
+            return F.linear(x, self.weight_in(compute_dtype(x)), self.bias)
+        W, bias, variants = self.weight_in(compute_dtype(x)), self.effective("bias"), self.variants()
+        if len(variants) == 1:
+            return variants[0](x, W, bias)
+        W = W + sum(v.effective_weight(W) - W for v in variants) if variants else W
+        return F.linear(x, W, bias)
+
+
+class LoRAEmbedding(Adaptable, nn.Embedding):
+    """An `nn.Embedding` whose adapters bring their own trained copy of it."""
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """Token ids of any shape -> (*shape, embedding_dim)."""
+        return F.embedding(idx, self.effective("weight"), self.padding_idx)
+
+
+class LoRALayerNorm(Adaptable, nn.LayerNorm):
+    """An `nn.LayerNorm` whose adapters may bring their own trained bias (`LORA_BIAS=all`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) -> the same shape."""
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.effective("bias"), self.eps)

@@ -1,0 +1,110 @@
+"""LoRA and its relatives: one equation each.
+
+A variant is a module that holds the tensors of one adapter on one linear. It says how they are made, which weight
+they stand for (`effective_weight`, the definition), and how to compute with them without building that weight
+(`forward`, the fast path, which a property test binds to the definition). Nothing else asks which variant it is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora.functional import lora_linear
+from runtime.errors import UsageError
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What an adapter is made of.
+
+    rank, alpha: the size of the low-rank matrices and the numerator of their scale. dropout: probability on the
+    adapter's input while training. targets: `minimal` (q, v), `standard` (q, k, v, o), `all` (and the MLP and the
+    head), or names separated by commas. bias: which biases train, `none`, `all` or `lora_only`.
+
+    Raises UsageError for a rank below 1, an alpha not above 0, a dropout outside [0, 1) or an unknown name.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str = "all"
+    variant: str = "lora"
+    bias: str = "none"
+    train_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        rules = {
+            f"lora_rank={self.rank}: must be a whole number of at least 1": self.rank >= 1,
+            f"lora_alpha={self.alpha}: must be a number above 0": 0 < self.alpha < math.inf,
+            f"lora_dropout={self.dropout}: must be at least 0 and below 1": 0 <= self.dropout < 1,
+            f"lora_variant={self.variant}: must be one of {', '.join(VARIANTS)}": self.variant in VARIANTS,
+            f"lora_bias={self.bias}: must be one of none, all, lora_only": self.bias in ("none", "all", "lora_only"),
+        }
+        for message, holds in rules.items():
+            if not holds:
+                raise UsageError(message)
+
+
+class AdapterTensors(nn.Module):
+    """One adapter's tensors on one module: here, its own copies of base tensors that train whole.
+
+    A copy (of an embedding's weight, of a bias) starts equal to the base's tensor, in fp32, under the same name.
+    """
+
+    def add_copy(self, name: str, base: Tensor) -> None:
+        """Take a trainable copy of the module's tensor `name`."""
+        self.register_parameter(name, nn.Parameter(base.detach().to(torch.float32, copy=True)))
+
+    def copy_of(self, name: str) -> Tensor | None:
+        """The adapter's own version of the module's tensor `name`, or None where it has none."""
+        return self._parameters.get(name)
+
+
+class LoRA(AdapterTensors):
+    """W' = W + (alpha / rank) B A, with A (rank, in) kaiming-uniform and B (out, rank) zero.
+
+    Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
+    """
+
+    def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
+        super().__init__()
+        self.scale, self.dropout = self.scaling(config), config.dropout
+        options = {"device": linear.weight.device, "dtype": torch.float32}
+        self.A = nn.Parameter(torch.empty(config.rank, linear.in_features, **options))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, config.rank, **options))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    @staticmethod
+    def scaling(config: LoRAConfig) -> float:
+        """What B A is multiplied by."""
+        return config.alpha / config.rank
+
+    def effective_weight(self, W: Tensor) -> Tensor:
+        """W' for a base weight W of shape (out, in): the equation itself, differentiable."""
+        return W + self.scale * (self.B @ self.A).to(W.dtype)
+
+    def forward(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        """x W'^T + bias for x (..., in) and W (out, in) in the compute dtype, without building W'."""
+        return lora_linear(x, W, bias, self.A, self.B, self.scale, self.dropout if self.training else 0.0)
+
+    def extra_repr(self) -> str:
+        return f"rank={len(self.A)}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+class RsLoRA(LoRA):
+    """W' = W + (alpha / sqrt(rank)) B A: the scale that keeps the update's size the same at every rank.
+
+    Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732.
+    """
+
+    @staticmethod
+    def scaling(config: LoRAConfig) -> float:
+        """What B A is multiplied by."""
+        return config.alpha / math.sqrt(config.rank)
+
+
+VARIANTS: dict[str, type[LoRA]] = {"lora": LoRA, "rslora": RsLoRA}

@@ -1,0 +1,230 @@
+"""The whole transformer: pre-norm blocks of attention and MLP whose linears can carry LoRA adapters.
+
+Shapes: B batch, T positions, C embedding width, H heads, D head width (C = H D), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora.attach import adapter_parameters, attach
+from lora.functional import compute_dtype
+from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear
+from lora.variants import LoRAConfig
+from models import sampling
+
+if TYPE_CHECKING:
+    from models.sampling import LayerCache
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What must be equal for weights to fit: the sizes of the model, and whether its layers have biases."""
+
+    vocab_size: int
+    n_embd: int = 256
+    block_size: int = 128
+    n_head: int = 4
+    n_layer: int = 4
+    bias: bool = False
+
+
+def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, dropout: float) -> Tensor:
+    """Causal attention over whole sequences, (B, H, T, D) each; `dropout` on the attention weights.
+
+    On the CPU batched products beat `scaled_dot_product_attention` at short contexts, two to five times in bf16;
+    on accelerators and at long contexts, where the (T, T) scores cost memory, the fused kernel wins.
+    """
+    B, H, T, D = q_BHTD.shape
+    if q_BHTD.device.type != "cpu" or T > 512:
+        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True)
+    q, k, v = (t.reshape(B * H, T, D) for t in (q_BHTD, k_BHTD, v_BHTD))
+    mask_TT = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
+    scores = torch.baddbmm(mask_TT.expand(B * H, T, T), q, k.transpose(1, 2), alpha=D**-0.5)
+    with torch.autocast("cpu", enabled=False):  # a softmax in the products' own dtype, as the fused kernels do
+        weights = scores.softmax(-1)
+    return (F.dropout(weights, dropout) @ v).view(B, H, T, D)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, shape: ModelShape, dropout: float) -> None:
+        super().__init__()
+        self.n_head, self.dropout = shape.n_head, dropout
+        self.q_proj = LoRALinear(shape.n_embd, shape.n_embd, bias=shape.bias)
+        self.k_proj = LoRALinear(shape.n_embd, shape.n_embd, bias=shape.bias)
+        self.v_proj = LoRALinear(shape.n_embd, shape.n_embd, bias=shape.bias)
+        self.o_proj = LoRALinear(shape.n_embd, shape.n_embd, bias=shape.bias)
+
+    def forward(self, x_BTC: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C); with a cache, T new positions that also attend to what it holds."""
+        B, T, C = x_BTC.shape
+        q, k, v = (
+            proj(x_BTC).view(B, T, self.n_head, -1).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if cache is None or cache.store(k, v):
+            y_BHTD = causal_attention(q, k, v, self.dropout if self.training else 0.0)
+        else:
+            y_BHTD = cache.attend(q)
+        return self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Two linears with a GELU between them, four times as wide inside."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.up_proj = LoRALinear(shape.n_embd, 4 * shape.n_embd, bias=shape.bias)
+        self.down_proj = LoRALinear(4 * shape.n_embd, shape.n_embd, bias=shape.bias)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.down_proj(F.gelu(self.up_proj(x_BTC)))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each on the normalised stream and added back to it."""
+
+    def __init__(self, shape: ModelShape, dropout: float) -> None:
+        super().__init__()
+        self.norm_1 = LoRALayerNorm(shape.n_embd, bias=shape.bias)
+        self.attention = Attention(shape, dropout)
+        self.norm_2 = LoRALayerNorm(shape.n_embd, bias=shape.bias)
+        self.mlp = MLP(shape)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BTC: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C). The stream stays in its own dtype, the products run in the compute dtype."""
+        dtype = compute_dtype(x_BTC)
+        x_BTC = x_BTC + self.dropout(self.attention(self.norm_1(x_BTC).to(dtype), cache))
+        return x_BTC + self.dropout(self.mlp(self.norm_2(x_BTC).to(dtype)))
+
+
+class BigramLanguageModelLoRA(nn.Module):
+    """A small GPT whose attention, MLP and head are LoRA-capable linears.
+
+    vocab_size, n_embd, block_size, n_head, n_layer, bias: the shape. dropout: probability on embeddings, attention
+    weights and both branches of a block. device: where the weights are made. use_lora: attach a fresh adapter named
+    `default` (to a base that is still untrained: load trained weights with `load_state_dict`, or attach after
+    loading as `training.py` does). lora_*: see `lora.variants.LoRAConfig`.
+
+    Raises ValueError where n_embd is not a multiple of n_head, UsageError for LoRA settings that make no sense.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        n_embd: int = 256,
+        block_size: int = 128,
+        device: str | torch.device = "cpu",
+        dropout: float = 0.0,
+        n_head: int = 4,
+        n_layer: int = 4,
+        bias: bool = False,
+        use_lora: bool = False,
+        lora_rank: int = 8,
+        lora_alpha: float = 16.0,
+        lora_dropout: float = 0.0,
+        lora_targets: str = "all",
+        lora_variant: str = "lora",
+        lora_bias: str = "none",
+        lora_train_embeddings: bool = True,
+    ) -> None:
+        super().__init__()
+        if n_embd % n_head:
+            raise ValueError(f"n_embd={n_embd} is not a multiple of n_head={n_head}")
+        self.shape = shape = ModelShape(vocab_size, n_embd, block_size, n_head, n_layer, bias)
+        with torch.device(device):
+            self.token_embedding = LoRAEmbedding(vocab_size, n_embd)
+            self.position_embedding = LoRAEmbedding(block_size, n_embd)
+            self.dropout = nn.Dropout(dropout)
+            self.blocks = nn.ModuleList(Block(shape, dropout) for _ in range(n_layer))
+            self.norm = LoRALayerNorm(n_embd, bias=bias)
+            self.lm_head = LoRALinear(n_embd, vocab_size, bias=bias)
+            self.init_weights()
+        if use_lora:
+            attach(
+                self,
+                LoRAConfig(
+                    lora_rank, lora_alpha, lora_dropout, lora_targets, lora_variant, lora_bias, lora_train_embeddings
+                ),
+            )
+
+    @classmethod
+    def from_shape(
+        cls, shape: ModelShape, dropout: float = 0.0, device: str | torch.device = "cpu"
+    ) -> BigramLanguageModelLoRA:
+        """A base of this shape, with fresh weights and no adapter."""
+        return cls(**asdict(shape), dropout=dropout, device=device)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal weights of deviation 0.02, as in GPT-2; what writes into the stream shrinks with the depth."""
+        for path, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                last = path.endswith(("o_proj", "down_proj"))
+                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.shape.n_layer) if last else 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: sampling.KVCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token ids (B, T) -> logits (B, T, V), and the mean cross-entropy in nats where targets (B, T) are given.
+
+        With a cache, idx are the positions that follow what it holds, and the logits are (B, 1, V): those of each
+        row's last position. Raises ValueError where T exceeds block_size.
+        """
+        T = idx.shape[1]
+        if T > self.shape.block_size:
+            raise ValueError(f"{T} positions, but block_size is {self.shape.block_size}")
+        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
+        x_BTC = self.dropout(self.token_embedding(idx) + self.position_embedding(positions))
+        for i, block in enumerate(self.blocks):
+            x_BTC = block(x_BTC, None if cache is None else cache.layers[i])
+        if cache is not None:
+            x_BTC = cache.last(x_BTC)
+        x_BTC = self.norm(x_BTC)
+        logits_BTV = self.lm_head(x_BTC.to(compute_dtype(x_BTC)))
+        if targets is None:
+            return logits_BTV, None
+        return logits_BTV, F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets.flatten())
+
+    def generate(self, idx: Tensor, max_new_tokens: int, seed: int | None = None, **options) -> Tensor:
+        """Continue token ids (B, T) by sampling: (B, T + max_new_tokens).
+
+        options: the fields of `models.sampling.Sampling`. Without a seed, one is drawn from torch's generator.
+        """
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        rows = sampling.generate(self, idx.tolist(), max_new_tokens, sampling.Sampling(**options), seed)
+        return torch.tensor(rows, device=idx.device)
+
+    def get_parameter_info(self) -> dict[str, int | float]:
+        """Counts of parameters: `lora` + `embedding` + `frozen` = `total` where adapters are attached.
+
+        `embedding` are the embeddings that train, `trainable` all that does, `lora_percentage` 100 lora / total.
+        """
+        own = adapter_parameters(self)
+        copies = {
+            id(p)
+            for layer in (self.token_embedding, self.position_embedding)
+            for p in (*layer.lora.parameters(), layer.weight)
+        }
+        total = sum(p.numel() for p in self.parameters())
+        trained = [p for p in self.parameters() if p.requires_grad]
+        trainable, lora = sum(p.numel() for p in trained), sum(p.numel() for p in own if id(p) not in copies)
+        return {
+            "total": total,
+            "trainable": trainable,
+            "frozen": total - trainable,
+            "lora": lora,
+            "embedding": sum(p.numel() for p in trained if id(p) in copies),
+            "lora_percentage": 100 * lora / total,
+        }

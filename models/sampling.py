@@ -1,0 +1,224 @@
+"""Sampling text: logits filters, the key-value cache, and the loop that streams tokens.
+
+The model sees at most block_size positions. Past that the window moves on by half a block, re-reading its newer
+half from position 0: `window_start` says where the window of the n-th token begins, for every prompt and row alike.
+A token is therefore what a pass without a cache over that same window gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from its logits.
+
+    temperature: above 0, divides the logits. top_k: keep the k likeliest. top_p: keep the likeliest that together
+    reach this probability (Holtzman et al. 2019, arXiv 1904.09751). repetition_penalty: above 0; logits of tokens in
+    the window are divided (where positive) or multiplied by it (Keskar et al. 2019, arXiv 1909.05858).
+    greedy: the likeliest token, always.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    greedy: bool = False
+
+
+def window_start(n: int, block_size: int) -> int:
+    """Where the window begins that the token after the first n is predicted from; it is at most block_size long."""
+    half = max(1, block_size // 2)
+    return math.ceil(max(0, n - block_size) / half) * half
+
+
+def _penalise(logits_BV: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> None:
+    for row, tokens in zip(logits_BV, seen, strict=True):
+        index = torch.tensor(sorted(set(tokens)))
+        row[index] = torch.where(row[index] > 0, row[index] / penalty, row[index] * penalty)
+
+
+def _keep_nucleus(logits_BV: Tensor, top_p: float) -> None:
+    ordered, index = logits_BV.sort(descending=True)
+    chances = ordered.softmax(-1)
+    reached_before = chances.cumsum(-1) - chances  # the likeliest token always stays: nothing comes before it
+    logits_BV.scatter_(-1, index, ordered.masked_fill(reached_before >= top_p, -math.inf))
+
+
+def choose(logits_BV: Tensor, seen: Sequence[Sequence[int]], how: Sampling, generator: torch.Generator) -> list[int]:
+    """The next token of each row, from its logits (B, V); `seen` is each row's window.
+
+    Sampling happens on the CPU in fp32: one seed draws alike on every device, and MPS draws wrongly (nanoGPT 273).
+    """
+    logits_BV = logits_BV.float().cpu().clone()
+    if how.repetition_penalty != 1:
+        _penalise(logits_BV, seen, how.repetition_penalty)
+    if how.greedy:
+        return logits_BV.argmax(-1).tolist()
+    logits_BV /= how.temperature
+    if how.top_k is not None and how.top_k < logits_BV.shape[-1]:
+        logits_BV[logits_BV < logits_BV.topk(how.top_k).values[:, -1:]] = -math.inf
+    if how.top_p is not None and how.top_p < 1:
+        _keep_nucleus(logits_BV, how.top_p)
+    return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0].tolist()
+
+
+class LayerCache:
+    """Keys and values of one layer, (B, H, block_size, D); of each row the first `lengths` positions are filled."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+
+    def store(self, k_BHTD: Tensor, v_BHTD: Tensor) -> bool:
+        """Keep new keys and values; True where they are whole windows, which attend to nothing else."""
+        if self.keys is None:
+            B, H, _, D = k_BHTD.shape
+            self.keys, self.values = (k_BHTD.new_zeros(B, H, self.cache.block_size, D) for _ in range(2))
+        if self.cache.whole:
+            self.keys[:, :, : k_BHTD.shape[2]], self.values[:, :, : k_BHTD.shape[2]] = k_BHTD, v_BHTD
+        elif self.cache.position is not None:
+            self.keys[:, :, self.cache.position], self.values[:, :, self.cache.position] = (
+                k_BHTD[:, :, 0],
+                v_BHTD[:, :, 0],
+            )
+        else:
+            rows, positions = torch.arange(len(k_BHTD), device=k_BHTD.device), self.cache.positions_B1[:, 0]
+            self.keys[rows, :, positions], self.values[rows, :, positions] = k_BHTD[:, :, 0], v_BHTD[:, :, 0]
+        return self.cache.whole
+
+    def attend(self, q_BH1D: Tensor) -> Tensor:
+        """One new query a row, over all that the row holds, its own position included: (B, H, 1, D)."""
+        width = self.cache.width
+        scores_BH1S = (q_BH1D * q_BH1D.shape[-1] ** -0.5) @ self.keys[:, :, :width].transpose(2, 3)
+        if self.cache.hidden_B11S is not None:
+            scores_BH1S = scores_BH1S.masked_fill(self.cache.hidden_B11S, -math.inf)
+        return scores_BH1S.softmax(-1) @ self.values[:, :, :width]
+
+    def take(self, rows: list[int], other: LayerCache) -> None:
+        """Replace some rows by those of another cache."""
+        self.keys[rows], self.values[rows] = other.keys, other.values
+
+
+class KVCache:
+    """What each row of a batch has been read, and the pass through the model that is under way.
+
+    Whole windows are read right-padded: under a causal mask nothing real attends to the padding, and its keys are
+    overwritten or hidden afterwards. Then every row takes one token at a time, each at its own position.
+    """
+
+    whole: bool  # the pass reads whole windows from position 0, else one token a row
+    lengths: list[int]  # of each row, what this pass adds included
+    position: int | None  # one token a row: where it stands, if that is the same for all
+    positions_B1: Tensor
+    hidden_B11S: Tensor | None
+
+    def __init__(self, model: BigramLanguageModelLoRA) -> None:
+        self.model, self.block_size = model, model.shape.block_size
+        self.device = model.token_embedding.weight.device
+        self.layers = [LayerCache(self) for _ in model.blocks]
+
+    @property
+    def width(self) -> int:
+        """How many positions the longest row holds."""
+        return max(self.lengths)
+
+    def read(self, windows: Sequence[Sequence[int]]) -> Tensor:
+        """Read one window a row, from position 0; logits (B, V) for the token after each."""
+        self.whole, self.lengths = True, [len(window) for window in windows]
+        idx_BT = torch.tensor([[*window, *[0] * (self.width - len(window))] for window in windows], device=self.device)
+        return self.model(idx_BT, cache=self)[0][:, 0]
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Read one more token a row; logits (B, V) for the one after. A full row must be read anew afterwards."""
+        at = [min(length, self.block_size - 1) for length in self.lengths]
+        self.whole, self.lengths = False, [position + 1 for position in at]
+        self.position = at[0] if len(set(at)) == 1 else None
+        self.positions_B1 = torch.tensor(at, device=self.device)[:, None]
+        self.hidden_B11S = None
+        if self.position is None:
+            columns_S = torch.arange(self.width, device=self.device)
+            self.hidden_B11S = (columns_S > self.positions_B1)[:, None, None]
+        return self.model(torch.tensor(tokens, device=self.device)[:, None], cache=self)[0][:, 0]
+
+    def reread(self, rows: list[int], windows: Sequence[Sequence[int]]) -> Tensor:
+        """Start some rows again with these windows; logits (len(rows), V)."""
+        fresh = KVCache(self.model)
+        logits = fresh.read(windows)
+        for layer, other in zip(self.layers, fresh.layers, strict=True):
+            layer.take(rows, other)
+        for row, length in zip(rows, fresh.lengths, strict=True):
+            self.lengths[row] = length
+        return logits
+
+    def positions(self, T: int) -> Tensor:
+        """The positions of the pass under way, for the position embedding: (T,) or (B, 1)."""
+        return torch.arange(T, device=self.device) if self.whole else self.positions_B1
+
+    def last(self, x_BTC: Tensor) -> Tensor:
+        """Of each row, the last real position: (B, 1, C)."""
+        if not self.whole:
+            return x_BTC
+        return x_BTC[
+            torch.arange(len(x_BTC), device=self.device), torch.tensor(self.lengths, device=self.device) - 1, None
+        ]
+
+
+@torch.no_grad()
+def _read(cache: KVCache, rows: list[list[int]]) -> Tensor:
+    """Bring the cache up to date with rows that each grew by one token (or are new): logits (B, V)."""
+    starts = [window_start(len(row), cache.block_size) for row in rows]
+    if cache.layers[0].keys is None:
+        return cache.read([row[start:] for row, start in zip(rows, starts, strict=True)])
+    moved = [i for i, length in enumerate(cache.lengths) if length == cache.block_size]
+    logits = cache.step([row[-1] for row in rows])
+    if moved:
+        logits[moved] = cache.reread(moved, [rows[i][starts[i] :] for i in moved])
+    return logits
+
+
+def stream(
+    model: BigramLanguageModelLoRA, prompts: Sequence[Sequence[int]], max_new_tokens: int, how: Sampling, seed: int
+) -> Iterator[list[int]]:
+    """Continue a batch of prompts (token ids, at least one each, of any lengths): yields one new token a row.
+
+    The model is in evaluation mode while this runs. Raises ValueError for an empty prompt.
+    """
+    if not all(prompts):
+        raise ValueError("a prompt needs at least one token")
+    rows, cache, training = [list(prompt) for prompt in prompts], KVCache(model), model.training
+    generator = torch.Generator().manual_seed(seed)
+    model.eval()
+    try:
+        for _ in range(max_new_tokens):
+            logits_BV = _read(cache, rows)
+            seen = [row[window_start(len(row), cache.block_size) :] for row in rows]
+            tokens = choose(logits_BV, seen, how, generator)
+            for row, token in zip(rows, tokens, strict=True):
+                row.append(token)
+            yield tokens
+    finally:
+        model.train(training)
+
+
+def generate(
+    model: BigramLanguageModelLoRA, prompts: Sequence[Sequence[int]], max_new_tokens: int, how: Sampling, seed: int
+) -> list[list[int]]:
+    """The prompts with their continuations, as token ids."""
+    rows = [list(prompt) for prompt in prompts]
+    for tokens in stream(model, prompts, max_new_tokens, how, seed):
+        for row, token in zip(rows, tokens, strict=True):
+            row.append(token)
+    return rows

@@ -1,0 +1,18 @@
+"""What all tests share: where the corpora are cached."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The cache of real corpora, fetched once by the first test that needs them."""
+    folder = Path(os.environ.get("DATA_DIR", ROOT / ".cache" / "data"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
