@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora.layers import Adaptable, LoRAEmbedding, LoRALinear
 from lora.variants import VARIANTS, AdapterTensors, LoRAConfig
@@ -64,7 +64,7 @@ def make_entries(model: nn.Module, config: LoRAConfig) -> dict[str, AdapterTenso
         )
     entries = {}
     for path, host in hosts(model).items():
-        entry = VARIANTS[config.variant](host, config) if path in targets else AdapterTensors()
+        entry = VARIANTS[config.variant](host, config) if path in targets else AdapterTensors(config)
         if isinstance(host, LoRAEmbedding) and config.train_embeddings:
             entry.add_copy("weight", host.weight)
         trains_bias = config.bias == "all" or (config.bias == "lora_only" and path in targets)
@@ -80,10 +80,18 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> None:
 
     Raises UsageError for a name that is taken or unfit, a target that matches nothing, or biases there are none of.
     """
+    install(model, make_entries(model, config), name)
+
+
+def install(model: nn.Module, entries: dict[str, AdapterTensors], name: str) -> None:
+    """Put an adapter's tensors (as from `make_entries`) on the model under a name, and activate it alone.
+
+    Raises UsageError for a name that is taken or unfit.
+    """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name) or name in adapter_names(model):
         raise UsageError(f"adapter name {name!r}: must be new to this model, in letters, digits, '-' and '_'")
     layers = hosts(model)
-    for path, entry in make_entries(model, config).items():
+    for path, entry in entries.items():
         layers[path].lora[name] = entry.to(layers[path].weight.device).train(model.training)
     activate(model, name)
 
@@ -119,6 +127,12 @@ def detach(model: nn.Module, name: str) -> None:
 def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
     """Every parameter that belongs to an adapter, active or not."""
     return {p for host in hosts(model).values() for p in host.lora.parameters()}
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own parameters by name: what its checkpoint holds, whatever is attached."""
+    own = adapter_parameters(model)
+    return {name: p for name, p in model.named_parameters() if p not in own}
 
 
 @contextmanager

@@ -58,9 +58,13 @@ class LoRALinear(Adaptable, nn.Linear):
         return tensors
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The weight in the compute dtype; a frozen one is converted once and kept, outside every checkpoint."""
+        """The weight in the compute dtype; a frozen one is converted once and kept, outside every checkpoint.
+
+        One that trains is converted anew each time: fused optimizers write to it without raising its version.
+        """
         W = self.weight
-        if W.dtype == dtype or (W.requires_grad and torch.is_grad_enabled()):
+        if W.dtype == dtype or W.requires_grad:
+            self._copy = None
             return W.to(dtype)
         key = (dtype, W.device, W.data_ptr(), W._version)
         if self._copy is None or self._copy[0] != key:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,10 @@ class AdapterTensors(nn.Module):
     A copy (of an embedding's weight, of a bias) starts equal to the base's tensor, in fp32, under the same name.
     """
 
+    def __init__(self, config: LoRAConfig) -> None:
+        super().__init__()
+        self.config = config
+
     def add_copy(self, name: str, base: Tensor) -> None:
         """Take a trainable copy of the module's tensor `name`."""
         self.register_parameter(name, nn.Parameter(base.detach().to(torch.float32, copy=True)))
@@ -70,9 +75,11 @@ class LoRA(AdapterTensors):
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
     """
 
+    peft_flags: ClassVar[dict[str, bool]] = {"use_rslora": False, "use_dora": False}
+
     def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
-        super().__init__()
-        self.scale, self.dropout = self.scaling(config), config.dropout
+        super().__init__(config)
+        self.scale = self.scaling(config)
         options = {"device": linear.weight.device, "dtype": torch.float32}
         self.A = nn.Parameter(torch.empty(config.rank, linear.in_features, **options))
         self.B = nn.Parameter(torch.zeros(linear.out_features, config.rank, **options))
@@ -89,10 +96,11 @@ class LoRA(AdapterTensors):
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         """x W'^T + bias for x (..., in) and W (out, in) in the compute dtype, without building W'."""
-        return lora_linear(x, W, bias, self.A, self.B, self.scale, self.dropout if self.training else 0.0)
+        dropout = self.config.dropout if self.training else 0.0
+        return lora_linear(x, W, bias, self.A, self.B, self.scale, dropout)
 
     def extra_repr(self) -> str:
-        return f"rank={len(self.A)}, scale={self.scale:g}, dropout={self.dropout:g}"
+        return f"rank={self.config.rank}, scale={self.scale:g}, dropout={self.config.dropout:g}"
 
 
 class RsLoRA(LoRA):
@@ -100,6 +108,8 @@ class RsLoRA(LoRA):
 
     Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732.
     """
+
+    peft_flags: ClassVar[dict[str, bool]] = {"use_rslora": True, "use_dora": False}
 
     @staticmethod
     def scaling(config: LoRAConfig) -> float:

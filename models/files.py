@@ -1,0 +1,57 @@
+"""A base's folder <-> the model: `config.json` with its shape, `model.safetensors` with its weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+
+import torch
+from torch import nn
+
+from lora.attach import base_tensors
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
+from runtime.checkpoint import pack, read_json, to_json, unpack
+from runtime.errors import UserError
+from runtime.storage import DamagedError
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def to_files(model: BigramLanguageModelLoRA) -> dict[str, bytes]:
+    """The model's base as files, ready to be committed; adapters are not in it."""
+    return {CONFIG: to_json(asdict(model.shape)), WEIGHTS: pack(base_tensors(model))}
+
+
+def shape_from(files: dict[str, bytes], where: str) -> ModelShape:
+    """The shape of the model that these files hold. Raises UserError where it is missing or makes no sense."""
+    if CONFIG not in files or WEIGHTS not in files:
+        raise UserError(f"{where} holds no model: {CONFIG} and {WEIGHTS} are needed")
+    about = read_json(files[CONFIG], f"{where}/{CONFIG}")
+    kinds = {field.name: bool if field.name == "bias" else int for field in fields(ModelShape)}
+    if about.keys() != kinds.keys() or any(type(about[name]) is not kind for name, kind in kinds.items()):
+        raise DamagedError(f"{where}/{CONFIG} is damaged: it should hold {', '.join(kinds)}")
+    return ModelShape(**about)
+
+
+def load_weights(model: nn.Module, files: dict[str, bytes], where: str) -> None:
+    """Copy a base's weights into a model without adapters.
+
+    Raises UserError that names every tensor that is missing, unexpected or misshapen, before the model is touched.
+    """
+    tensors, wanted = unpack(files[WEIGHTS], f"{where}/{WEIGHTS}"), dict(model.named_parameters())
+    problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
+    problems += [f"{name} is unexpected" for name in tensors.keys() - wanted.keys()]
+    for name in wanted.keys() & tensors.keys():
+        if tensors[name].shape != wanted[name].shape:
+            problems.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}")
+    if problems:
+        raise UserError(f"{where}/{WEIGHTS} does not fit its {CONFIG}: {'; '.join(sorted(problems)[:8])}")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+
+
+def from_files(files: dict[str, bytes], where: str, dropout: float = 0.0) -> BigramLanguageModelLoRA:
+    """The model that these files hold, on the CPU, with no adapter."""
+    model = BigramLanguageModelLoRA.from_shape(shape_from(files, where), dropout)
+    load_weights(model, files, where)
+    return model

@@ -1,0 +1,234 @@
+"""What a setting is: a dataclass field that knows its help, its bounds and its defaults, and reads itself from text.
+
+A table of settings is a frozen dataclass that inherits `Table` and consists of `setting(...)` fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+import types
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from runtime.errors import UsageError
+
+UNSET = object()
+# Where a setting has several defaults, the last of these modes that a run is in decides.
+MODES = {"adapt": "from a base", "lora": "LoRA", "test": "TEST_MODE", "test_lora": "TEST_MODE with LoRA"}
+BOOLEANS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
+WHOLE = re.compile(r"[+-]?[0-9]{1,18}")  # int() also takes "1_0" and Arabic digits, and fails on 5,000 digits
+DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+ONE_LINE = r"[^\x00-\x1f\x7f\ud800-\udfff]*"  # surrogates: bytes that are not UTF-8, which JSON could not carry
+
+
+class BadValueError(UsageError, ValueError):
+    """A value that its setting does not allow, or settings that are not of this table."""
+
+
+class ContradictionError(BadValueError):
+    """Two settings that are each allowed but not together; `left` and `right` are their names."""
+
+    def __init__(self, table: Table, left: str, relation: str, right: str):
+        self.left, self.relation, self.right = left, relation, right
+        self.values = {name: getattr(table, name) for name in (left, right)}
+        super().__init__(f"{left.upper()}={self.values[left]} {relation} {right.upper()}={self.values[right]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What a field's metadata says of a setting beyond name, type and default.
+
+    `pattern` is a regular expression for text, put into words by `allowed`; `env=False` makes a setting a flag only;
+    `identity=False` marks what does not change a run's result; `defaults` holds other defaults by mode.
+    """
+
+    help: str
+    group: str
+    choices: tuple[str, ...] | None = None
+    low: float | None = None
+    high: float | None = None
+    low_open: bool = False
+    high_open: bool = False
+    pattern: str = ONE_LINE
+    allowed: str = ""
+    env: bool = True
+    identity: bool = True
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    adapt: Any = UNSET,
+    lora: Any = UNSET,
+    test: Any = UNSET,
+    test_lora: Any = UNSET,
+    **rule: Any,
+) -> Any:
+    """A dataclass field that is a setting; `rule` takes the fields of `Rule`, of which `group` is required."""
+    others = {"adapt": adapt, "lora": lora, "test": test, "test_lora": test_lora}
+    defaults = {mode: value for mode, value in others.items() if value is not UNSET}
+    return field(default=default, metadata={"rule": Rule(help=help, defaults=defaults, **rule)})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a table: `kind` is bool, int, float, str, or tuple for a flag that may be repeated."""
+
+    name: str
+    kind: type
+    optional: bool
+    default: Any
+    rule: Rule
+
+    @property
+    def variable(self) -> str:
+        """The name in the environment and in .env."""
+        return self.name.upper()
+
+    @property
+    def flag(self) -> str:
+        """The name on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def allowed(self) -> str:
+        """What a value must be, in words that continue 'must be'."""
+        return self._kind_in_words() + (" or none" if self.optional else "")
+
+    def default_in(self, modes: Collection[str]) -> Any:
+        """The default in a run that is in these modes."""
+        value = self.default
+        for mode in MODES:
+            if mode in modes:
+                value = self.rule.defaults.get(mode, value)
+        return value
+
+    def parse(self, text: str | tuple[str, ...]) -> Any:
+        """The value that a text stands for; ValueError where it is not allowed."""
+        if self.optional and text.lower() in ("", "none"):
+            return None
+        if self.kind is bool:
+            return self.check(BOOLEANS.get(text.lower()))
+        if self.kind is int:
+            return self.check(int(text) if WHOLE.fullmatch(text) else None)
+        if self.kind is float:
+            return self.check(float(text) if DECIMAL.fullmatch(text) else None)
+        if self.kind is tuple:
+            return self.check((text,) if isinstance(text, str) else text)
+        return self.check(text)
+
+    def check(self, value: Any) -> Any:
+        """The value if it is allowed, with JSON's whole numbers and lists turned into this setting's type."""
+        if value is None and self.optional:
+            return None
+        if self.kind is float and type(value) is int and abs(value) < 10**18:
+            value = float(value)
+        if self.kind is tuple and isinstance(value, list):
+            value = tuple(value)
+        if type(value) is not self.kind or not self._within(value):
+            raise BadValueError(f"{self.variable}={in_words(value)}: must be {self.allowed}")
+        return value
+
+    def _within(self, value: Any) -> bool:
+        rule = self.rule
+        if self.kind is str:
+            return value in rule.choices if rule.choices else re.fullmatch(rule.pattern, value) is not None
+        if self.kind is tuple:
+            return all(isinstance(item, str) for item in value)
+        above = rule.low is None or value > rule.low or (value == rule.low and not rule.low_open)
+        below = rule.high is None or value < rule.high or (value == rule.high and not rule.high_open)
+        return math.isfinite(value) and above and below
+
+    def _kind_in_words(self) -> str:
+        rule = self.rule
+        if self.kind is bool:
+            return "true or false (also yes, no, on, off, 1, 0)"
+        if self.kind in (int, float):
+            return ("a whole number" if self.kind is int else "a number") + self._bounds_in_words()
+        return "one of " + ", ".join(rule.choices) if rule.choices else rule.allowed or "text on one line"
+
+    def _bounds_in_words(self) -> str:
+        rule = self.rule
+        if None not in (rule.low, rule.high) and not (rule.low_open or rule.high_open):
+            return f" from {rule.low} to {rule.high}"
+        low = "" if rule.low is None else f" {'above' if rule.low_open else 'of at least'} {rule.low}"
+        high = "" if rule.high is None else f" {'below' if rule.high_open else 'of at most'} {rule.high}"
+        return low + (" and" if low and high else "") + high
+
+
+def in_words(value: Any) -> str:
+    """A value as text that fits into one line of a message."""
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return ", ".join(in_words(item) for item in value)
+    text = str(value)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+@functools.cache
+def settings_of(cls: type[Table]) -> tuple[Setting, ...]:
+    """The rows of a table, its own before those it inherits."""
+    hints = typing.get_type_hints(cls)
+    own = sorted(dataclasses.fields(cls), key=lambda item: item.name not in cls.__annotations__)
+    return tuple(_setting(item, hints[item.name]) for item in own)
+
+
+def _setting(item: dataclasses.Field, hint: Any) -> Setting:
+    optional = isinstance(hint, types.UnionType)
+    if optional:
+        (hint,) = (kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    return Setting(item.name, typing.get_origin(hint) or hint, optional, item.default, item.metadata["rule"])
+
+
+def resolve(cls: type[Table], given: Mapping[str, Any]) -> Any:
+    """A table with these values, and for all others the default that holds beside them; ValueError if not allowed."""
+    rows = settings_of(cls)
+    unknown = sorted(given.keys() - {row.name for row in rows})
+    if unknown:
+        raise BadValueError(f"not settings: {', '.join(map(in_words, unknown))}")
+    modes = cls.modes({row.name: row.default for row in rows} | dict(given))
+    values = {row.name: given.get(row.name, row.default_in(modes)) for row in rows}
+    return cls(**cls.fitted(values, given))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of settings. However it is made, every value is of its type and within its bounds."""
+
+    def __post_init__(self) -> None:
+        for row in settings_of(type(self)):
+            object.__setattr__(self, row.name, row.check(getattr(self, row.name)))
+
+    @classmethod
+    def modes(cls, values: Mapping[str, Any]) -> Collection[str]:
+        """Which of `MODES` a run with these values is in."""
+        return ()
+
+    @classmethod
+    def fitted(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """`values` with such defaults changed as must follow what was given."""
+        return values
+
+    def as_dict(self) -> dict[str, Any]:
+        """All values, ready for JSON; `from_dict` takes them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The table that `as_dict` wrote; ValueError for unknown names, wrong types and values out of bounds."""
+        if not isinstance(values, Mapping):
+            raise BadValueError(f"settings must be a mapping of names to values, not {type(values).__name__}")
+        return resolve(cls, {str(name): value for name, value in values.items()})
+
+    def identity(self) -> dict[str, Any]:
+        """The values that decide what a run computes."""
+        return {row.name: getattr(self, row.name) for row in settings_of(type(self)) if row.rule.identity}

@@ -1,0 +1,80 @@
+"""What a run tells while it goes on: metrics.jsonl for machines, a progress bar (or plain lines) for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from runtime import storage
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, each with the step it was made after."""
+
+    def __init__(self, path: Path, resumed_at: int) -> None:
+        """Go on with the log of a run that resumes after `resumed_at` steps: later lines will be written anew."""
+        self.path, self.pending = path, []
+        kept = [line for line in read_metrics(path) if line["step"] <= resumed_at] if path.exists() else []
+        storage.write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def add(self, step: int, **values: float) -> None:
+        """One line, written with the next `flush`."""
+        self.pending.append(json.dumps({"step": step} | values))
+
+    def flush(self) -> None:
+        """Append what is pending to the file."""
+        if self.pending:
+            storage.append_lines(self.path, "\n".join(self.pending) + "\n")
+            self.pending.clear()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl that are whole; others are counted on stderr."""
+    lines, damaged = [], 0
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            value = json.loads(line)
+            lines += [value] if isinstance(value["step"], int) else []
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged += bool(line.strip())
+    if damaged:
+        print(f"{path}: {damaged} damaged line(s) left out", file=sys.stderr)
+    return lines
+
+
+class Progress:
+    """A tqdm bar on a terminal; elsewhere a plain line every few seconds, so that logs stay readable."""
+
+    def __init__(self, label: str, total: int, start: int, every_seconds: float = 10.0) -> None:
+        self.label, self.total, self.step, self.start, self.every = label, total, start, start, every_seconds
+        self.values: dict[str, str] = {}
+        self.began = self.last_line = time.perf_counter()
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=start, desc=label, unit="step", dynamic_ncols=True, mininterval=0.2)
+
+    def update(self, step: int, **values: str) -> None:
+        """`step` steps are done; `values` are shown until they are replaced."""
+        self.values |= values
+        done, self.step = step - self.step, step
+        if self.bar is not None:
+            self.bar.set_postfix(self.values, refresh=False)
+            self.bar.update(done)
+        elif time.perf_counter() - self.last_line >= self.every or step == self.total:
+            self.line()
+
+    def line(self) -> None:
+        """One plain line: where the run is, its values, and the time left."""
+        self.last_line = time.perf_counter()
+        left = (self.last_line - self.began) / max(1, self.step - self.start) * (self.total - self.step)
+        values = ", ".join(f"{name} {value}" for name, value in self.values.items())
+        print(f"{self.label}: step {self.step}/{self.total}, {values}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self.bar is not None:
+            self.bar.close()

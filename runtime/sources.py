@@ -1,0 +1,237 @@
+"""Where settings come from: flag, environment, .env, default, in this order. Misspelt names are refused."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dotenv.parser import Binding, parse_stream
+from dotenv.variables import Variable, parse_variables
+
+from runtime.errors import UsageError
+from runtime.fields import BOOLEANS, ContradictionError, Setting, Table, in_words, resolve, settings_of
+from runtime.listing import help_text
+
+ENVIRONMENT, DOTENV = "environment", ".env"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The settings of a run and, for each that was given, where it came from, as in {'LORA_RANK': 'environment'}."""
+
+    settings: Any
+    sources: dict[str, str]
+
+    def explicit(self, name: str) -> bool:
+        """Whether this setting was given rather than left to its default."""
+        return name.upper() in self.sources
+
+
+def read_settings(
+    cls: type[Table],
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    dotenv_path: str | Path,
+    *,
+    prog: str,
+    description: str,
+    also: Iterable[type[Table]] = (),
+) -> Resolved:
+    """Read a table from flags, environment and .env; `also` names other commands' tables, which share the latter two.
+
+    Raises UsageError, one line, for anything misspelt or not allowed; SystemExit after printing --help.
+    """
+    flags = _read_flags(cls, argv, prog, description)
+    rows = {row.variable: row for table in (*also, cls) for row in settings_of(table)}
+    dotenv = _read_dotenv(Path(dotenv_path), environ, rows)
+    _refuse_near_misses(rows, dotenv, f"in {DOTENV}")
+    _refuse_near_misses(rows, environ, "in the environment")
+    given, sources = {}, {}
+    for row in settings_of(cls):
+        found = _find(row, flags, environ, dotenv)
+        if found:
+            given[row.name], sources[row.variable] = _parsed(row, *found), found[1]
+    try:
+        return Resolved(resolve(cls, given), sources)
+    except ContradictionError as error:
+        left, right = (_told(row, error.values[row.name], sources) for row in _rows(cls, error.left, error.right))
+        raise UsageError(f"{left} {error.relation} {right}") from None
+
+
+def describe(resolved: Resolved) -> list[str]:
+    """A line for each setting that was given, as in `LORA_RANK=16 (environment)`."""
+    rows = settings_of(type(resolved.settings))
+    return [
+        f"{row.variable}={in_words(getattr(resolved.settings, row.name))} ({resolved.sources[row.variable]})"
+        for row in rows
+        if row.variable in resolved.sources
+    ]
+
+
+def _find(row: Setting, flags: dict, environ: Mapping[str, str], dotenv: Mapping[str, str]) -> tuple[Any, str] | None:
+    """The text given for a setting and its source, from the first source that has one."""
+    if row.name in flags:
+        return flags[row.name], f"flag {row.flag}"
+    for source, values in ((ENVIRONMENT, environ), (DOTENV, dotenv)):
+        if row.rule.env and row.variable in values:
+            return values[row.variable].strip(), source  # cmd's `set A=8 && python ...` gives "8 "
+    return None
+
+
+def _parsed(row: Setting, text: Any, source: str) -> Any:
+    try:
+        return row.parse(text)
+    except ValueError:
+        raise UsageError(f"{_told(row, text, {row.variable: source})}: must be {row.allowed}") from None
+
+
+def _told(row: Setting, value: Any, sources: Mapping[str, str]) -> str:
+    """A setting, its value and its source, as a message names them."""
+    source = sources.get(row.variable, "default")
+    if source.startswith("flag"):
+        return f"{row.flag} {in_words(value) or repr('')} (flag)"
+    origin = {ENVIRONMENT: "from the environment", DOTENV: "from .env"}.get(source, source)
+    return f"{row.variable}={in_words(value)} ({origin})"
+
+
+def _rows(cls: type[Table], *names: str) -> list[Setting]:
+    rows = {row.name: row for row in settings_of(cls)}
+    return [rows[name] for name in names]
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def _read_flags(cls: type[Table], argv: Sequence[str], prog: str, description: str) -> dict[str, Any]:
+    """Texts by setting. Not argparse: it lets a value eat the wrong word, and words its errors and help its own way."""
+    rows = {row.flag: row for row in settings_of(cls)}
+    flags: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            print(help_text(cls, prog, description))
+            raise SystemExit(0)
+        name, equals, text = word.partition("=")
+        name = name.replace("_", "-")
+        negated = rows.get("--" + name.removeprefix("--no-")) if name.startswith("--no-") else None
+        if negated and negated.kind is bool and not equals:
+            flags[negated.name] = "false"
+        elif name in rows:
+            row = rows[name]
+            text = text if equals else _next_word(row, words)
+            flags[row.name] = (*flags.get(row.name, ()), text) if row.kind is tuple else text
+        else:
+            raise UsageError(_unknown_flag(word, rows))
+    return flags
+
+
+def _next_word(row: Setting, words: list[str]) -> str:
+    if row.kind is bool:
+        return words.pop(0) if words and words[0].lower() in BOOLEANS else "true"
+    if not words or words[0].startswith("--"):
+        raise UsageError(f"{row.flag} (flag) needs a value: {row.allowed}")
+    return words.pop(0)
+
+
+def _unknown_flag(word: str, rows: Mapping[str, Setting]) -> str:
+    asked = "--" + word.partition("=")[0].strip("-").replace("_", "-").lower()
+    close = difflib.get_close_matches(asked, rows, n=1, cutoff=0.75)
+    return f"{in_words(word)} is not a flag; " + (f"did you mean {close[0]}?" if close else "--help lists them all")
+
+
+# --- .env -----------------------------------------------------------------------------------------------------------
+
+
+def _read_dotenv(path: Path, environ: Mapping[str, str], rows: Mapping[str, Setting]) -> dict[str, str]:
+    """The file's values. python-dotenv skips a bad line with a mere log message; here it is refused."""
+    values: dict[str, str] = {}
+    for binding in parse_stream(io.StringIO(_dotenv_text(path))):
+        where = f"{path} line {_line(binding)}"
+        if binding.error:
+            raise UsageError(f"{where}: cannot be read; write NAME=value, and comments after #")
+        if binding.key is None:
+            continue
+        key = in_words(binding.key)
+        if binding.value is None:
+            raise UsageError(f"{where}: {key} has no value; write {key}=value")
+        if binding.key in values:
+            raise UsageError(f"{where}: {key} was given before; keep one of the two lines")
+        values[binding.key] = _expanded(binding.value, {**environ, **values}, where if key in rows else None)
+    return values
+
+
+def _dotenv_text(path: Path) -> str:
+    try:
+        if not path.exists() or path.is_dir():  # a folder .env is somebody's virtual environment
+            return ""
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); save it again as UTF-8") from None
+
+
+def _line(binding: Binding) -> int:
+    """The line that a statement starts on; python-dotenv counts blank lines before it to the statement."""
+    text = binding.original.string
+    blank = text[: len(text) - len(text.lstrip())]
+    return binding.original.line + len(re.findall(r"\r\n|\n|\r", blank))
+
+
+def _expanded(value: str, known: Mapping[str, str], where: str | None) -> str:
+    """`value` with each ${NAME} replaced; in a setting, whose place is `where`, one that is not set is refused."""
+    atoms = list(parse_variables(value))
+    for atom in atoms:
+        if where and isinstance(atom, Variable) and atom.default is None and atom.name not in known:
+            raise UsageError(f"{where}: ${{{in_words(atom.name)}}} is not set")
+    return "".join(atom.resolve(known) for atom in atoms)
+
+
+# --- near misses ----------------------------------------------------------------------------------------------------
+
+
+def _refuse_near_misses(rows: Mapping[str, Setting], names: Iterable[str], where: str) -> None:
+    distinctive = [row.variable for row in rows.values() if row.rule.env and "_" in row.variable]
+    for name in names:
+        meant = None if name in rows else next((row for row in distinctive if is_near_miss(name, row)), None)
+        if meant:
+            raise UsageError(f"{in_words(name)} ({where}) is not a setting; did you mean {meant}?")
+
+
+def is_near_miss(name: str, meant: str) -> bool:
+    """Whether `name` looks like a misspelt `meant`: other case or separators, one typing error, or two in a long name.
+
+    With two errors each word must still be mostly right, or USE_LOCAL, BIN_NAME and META_DIR, which belong to others,
+    would be taken for USE_LORA, RUN_NAME and DATA_DIR.
+    """
+    limit = 2 if len(meant) >= 8 else 1
+    name = re.sub(r"[-. ]", "_", name.upper())
+    if name.replace("_", "") == meant.replace("_", ""):
+        return True
+    # One error changes the length by at most one and the set of letters by at most two: cheap to rule out first.
+    if abs(len(name) - len(meant)) > limit or len(set(name) ^ set(meant)) > 2 * limit:
+        return False
+    errors = typing_errors(name, meant)
+    words = list(zip(name.split("_"), meant.split("_"), strict=False))
+    whole = name.count("_") == meant.count("_") and all(2 * typing_errors(a, b) < len(b) for a, b in words)
+    return errors <= 1 or (errors <= limit and whole)
+
+
+def typing_errors(a: str, b: str) -> int:
+    """Letters missing, added, wrong or swapped with their neighbour (Damerau 1964, optimal string alignment)."""
+    before, above = [], list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        row = [i]
+        for j, other in enumerate(b, 1):
+            cost = min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
+                cost = min(cost, before[j - 2] + 1)
+            row.append(cost)
+        before, above = above, row
+    return above[-1]

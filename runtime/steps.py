@@ -1,0 +1,136 @@
+"""One optimisation step, the schedule, and evaluation: what training and comparing share.
+
+A step is a function of (settings, step number, weights): the batch, the learning rate and the dropout of step i
+depend on nothing that happened before it, so a resumed run repeats an uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from runtime.device import Machine
+from runtime.errors import UserError
+
+Batch = tuple[Tensor, Tensor]
+
+
+class NonFiniteError(UserError):
+    """The loss or a gradient became infinite or not a number; no update was made with it."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then a cosine down to `final`, as nanoGPT has it; rates for a step counted from 0."""
+
+    peak: float
+    final: float
+    warmup: int
+    steps: int
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return self.peak * (step + 1) / (self.warmup + 1)
+        done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return self.final + (self.peak - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of one step's dropout, unrelated to that of any other seed and step."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
+
+
+class Stepper:
+    """Takes optimisation steps on a model: accumulate, clip, update, unless something is not finite.
+
+    model(x, targets) -> (logits, loss). optimizer: parameter groups may carry `lr_scale`, a factor on the schedule.
+    batch(step) -> (x, targets), of batch_size * accumulation rows, which are cut into `accumulation` parts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        batch: Callable[[int], Batch],
+        machine: Machine,
+        *,
+        seed: int,
+        accumulation: int = 1,
+        grad_clip: float = 1.0,
+    ) -> None:
+        self.model, self.optimizer, self.schedule, self.batch, self.machine = model, optimizer, schedule, batch, machine
+        self.seed, self.accumulation, self.grad_clip = seed, accumulation, grad_clip
+        self.scaler = machine.scaler()
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.loss = torch.zeros((), device=machine.device)
+        self.first_bad = torch.full((), math.inf, device=machine.device)
+
+    def step(self, step: int) -> None:
+        """Take step number `step`. `self.loss` is its mean loss, left on the device."""
+        torch.manual_seed(step_seed(self.seed, step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule(step) * group.get("lr_scale", 1.0)
+        self.model.train()
+        self.loss = self.backward(*self.batch(step))
+        self.scaler.unscale_(self.optimizer)
+        self.update(step)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Gradients of the mean loss over the whole batch, part by part; returns that loss."""
+        loss = torch.zeros((), device=self.machine.device)
+        for part, wanted in zip(x.chunk(self.accumulation), targets.chunk(self.accumulation), strict=True):
+            part, wanted = (t.to(self.machine.device, non_blocking=True) for t in (part, wanted))
+            with self.machine.autocast():
+                part_loss = self.model(part, wanted)[1] * (len(part) / len(x))
+            self.scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+        return loss
+
+    def update(self, step: int) -> None:
+        """Clip and update. From the first step on that is not finite, the device itself skips every update."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
+        overflow_is_handled = self.scaler.is_enabled()
+        finite = self.loss.isfinite() if overflow_is_handled else self.loss.isfinite() & norm.isfinite()
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
+        if not overflow_is_handled:
+            self.optimizer.found_inf = self.first_bad.isfinite().float()  # fused optimizers then leave all as it was
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def read_loss(self) -> float:
+        """The last step's loss on the host, which waits for the device.
+
+        Raises NonFiniteError when any step so far was not finite; the weights are those from before it.
+        """
+        loss, first_bad = torch.stack([self.loss, self.first_bad]).tolist()
+        if math.isfinite(first_bad):
+            raise NonFiniteError(
+                f"the loss or a gradient is not finite at step {int(first_bad)}, so the run stopped before that "
+                "update; lower LEARNING_RATE, or set DTYPE=fp32 if it was lower"
+            )
+        return loss
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Batch], machine: Machine) -> float:
+    """Mean cross-entropy in nats a token over batches of (x, targets). The model's mode is left as it was."""
+    training = model.training
+    model.eval()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for x, targets in batches:
+        with machine.autocast():
+            loss = model(x.to(machine.device), targets.to(machine.device))[1]
+        total += loss.double().cpu() * targets.numel()
+        count += targets.numel()
+    model.train(training)
+    return float(total / count)
