@@ -13,7 +13,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -42,8 +42,8 @@ class Corpus:
     """A text in two splits. `name` is short and made of [a-z0-9-], fit for the name of a run."""
 
     name: str
-    train: str
-    validation: str
+    train: str = field(repr=False)
+    validation: str = field(repr=False)
 
     @property
     def text(self) -> str:
@@ -210,7 +210,7 @@ def _read_text(path: Path) -> str:
     with plain_errors(path, "read"):
         data = path.read_bytes()
     try:
-        text = data.decode("utf-8-sig").replace("\r\n", "\n")
+        text = data.decode().removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UserError(
             f"DATASET={path} is not UTF-8 (byte {error.start:,} does not fit); save it again as UTF-8"

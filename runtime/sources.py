@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +13,8 @@ from dotenv.parser import Binding, parse_stream
 from dotenv.variables import Variable, parse_variables
 
 from runtime.errors import UsageError
-from runtime.fields import BOOLEANS, ContradictionError, Setting, Table, in_words, resolve, settings_of
-from runtime.listing import help_text
+from runtime.fields import ContradictionError, Setting, Table, in_words, resolve, settings_of
+from runtime.flags import read_flags
 
 ENVIRONMENT, DOTENV = "environment", ".env"
 
@@ -46,7 +45,7 @@ def read_settings(
 
     Raises UsageError, one line, for anything misspelt or not allowed; SystemExit after printing --help.
     """
-    flags = _read_flags(cls, argv, prog, description)
+    flags = read_flags(cls, argv, prog, description)
     rows = {row.variable: row for table in (*also, cls) for row in settings_of(table)}
     dotenv = _read_dotenv(Path(dotenv_path), environ, rows)
     _refuse_near_misses(rows, dotenv, f"in {DOTENV}")
@@ -102,47 +101,6 @@ def _told(row: Setting, value: Any, sources: Mapping[str, str]) -> str:
 def _rows(cls: type[Table], *names: str) -> list[Setting]:
     rows = {row.name: row for row in settings_of(cls)}
     return [rows[name] for name in names]
-
-
-# --- the command line -----------------------------------------------------------------------------------------------
-
-
-def _read_flags(cls: type[Table], argv: Sequence[str], prog: str, description: str) -> dict[str, Any]:
-    """Texts by setting. Not argparse: it lets a value eat the wrong word, and words its errors and help its own way."""
-    rows = {row.flag: row for row in settings_of(cls)}
-    flags: dict[str, Any] = {}
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if word in ("-h", "--help"):
-            print(help_text(cls, prog, description))
-            raise SystemExit(0)
-        name, equals, text = word.partition("=")
-        name = name.replace("_", "-")
-        negated = rows.get("--" + name.removeprefix("--no-")) if name.startswith("--no-") else None
-        if negated and negated.kind is bool and not equals:
-            flags[negated.name] = "false"
-        elif name in rows:
-            row = rows[name]
-            text = text if equals else _next_word(row, words)
-            flags[row.name] = (*flags.get(row.name, ()), text) if row.kind is tuple else text
-        else:
-            raise UsageError(_unknown_flag(word, rows))
-    return flags
-
-
-def _next_word(row: Setting, words: list[str]) -> str:
-    if row.kind is bool:
-        return words.pop(0) if words and words[0].lower() in BOOLEANS else "true"
-    if not words or words[0].startswith("--"):
-        raise UsageError(f"{row.flag} (flag) needs a value: {row.allowed}")
-    return words.pop(0)
-
-
-def _unknown_flag(word: str, rows: Mapping[str, Setting]) -> str:
-    asked = "--" + word.partition("=")[0].strip("-").replace("_", "-").lower()
-    close = difflib.get_close_matches(asked, rows, n=1, cutoff=0.75)
-    return f"{in_words(word)} is not a flag; " + (f"did you mean {close[0]}?" if close else "--help lists them all")
 
 
 # --- .env -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from runtime.config import Settings
 from runtime.errors import UsageError, UserError
 from runtime.fields import resolve, settings_of
-from runtime.listing import env_example, help_text, readme_table, rewrite, with_settings
+from runtime.listing import env_example, readme_table, rewrite, with_settings
 from runtime.sources import read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -283,12 +283,10 @@ def test_help_is_the_table(capsys):
         read_settings(Settings, ["--help"], {}, "no .env", prog="training.py", description="Train a model.")
     text = capsys.readouterr().out
     assert caught.value.code == 0
-    assert text == help_text(Settings, "training.py", "Train a model.") + "\n"
     assert max(map(len, text.splitlines())) <= 100
     joined = " ".join(text.split())
     for row in ROWS:
-        flag = f"--[no-]{row.flag[2:]}" if row.kind is bool else row.flag
-        assert f" {flag} " in joined and f" {row.variable}=" in joined and row.rule.help in joined
+        assert f" {row.flag} " in joined and f"[{row.variable}=" in joined and row.rule.help in joined
 
 
 def test_env_example_is_the_table():

@@ -102,7 +102,7 @@ def test_boolean_flags_without_a_value():
     assert read("--use-lora").settings.use_lora is True
     assert read("--no-use-lora", environ={"USE_LORA": "1"}).settings.use_lora is False
     assert read("--use-lora", "--seed", "7").settings.seed == 7
-    assert "--no-use-lora=1" in refused("--no-use-lora=1")
+    assert "--no-use-lora" in refused("--no-use-lora=1")
 
 
 @pytest.mark.parametrize("text", ["", "t", "y", "2", "-1", "none", "tru", "enable", "０"])
@@ -118,7 +118,7 @@ def test_a_bad_value_is_one_line_with_all_there_is_to_know(dotenv):
     assert refused(dotenv=dotenv("LORA_RANK=x")) == f"LORA_RANK=x (from .env): {rule}"
     assert refused("--lora-rank", "0") == f"--lora-rank 0 (flag): {rule}"
     assert refused("--lora-rank=") == f"--lora-rank '' (flag): {rule}"
-    assert refused("--lora-rank") == "--lora-rank (flag) needs a value: a whole number from 1 to 4096"
+    assert refused("--lora-rank") == "--lora-rank: expected one argument; --help lists all flags"
     assert "needs a value" in refused("--lora-rank", "--use-lora")
 
 
