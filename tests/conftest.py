@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Models here are so small that a second thread only waits for the first, and for everybody else on the machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1,0 +1,49 @@
+# Each target does its own set-up in .venv, once: the stamps are renewed when a requirements file changes.
+#
+#   make train    train a base on Shakespeare            (settings: make train MAX_ITERS=500, or .env)
+#   make adapt    adapt it to the First Folio with LoRA
+#   make test     lint, then the whole test suite
+#   make tiny     nanoGPT's CPU recipe on tinyshakespeare, three seeds (about 10 minutes)
+#   make gap      how much of full fine-tuning's gain LoRA reaches, three seeds (about an hour)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train adapt test settings tiny gap clean
+
+train: $(VENV)/run.stamp
+	$(BIN)/python training.py
+
+adapt: $(VENV)/run.stamp
+	USE_LORA=True $(BIN)/python training.py
+
+test: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+settings: $(VENV)/run.stamp
+	$(BIN)/python -m runtime.config
+
+tiny: $(VENV)/run.stamp
+	$(BIN)/python -m benchmarks.tinyshakespeare
+
+gap: $(VENV)/run.stamp
+	$(BIN)/python -m benchmarks.lora_gap
+
+$(VENV)/run.stamp: requirements.txt | $(VENV)/venv.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -r requirements.txt
+	touch $@
+
+$(VENV)/test.stamp: requirements-test.txt requirements.txt | $(VENV)/venv.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -r requirements-test.txt
+	touch $@ $(VENV)/run.stamp
+
+$(VENV)/venv.stamp:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis

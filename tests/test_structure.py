@@ -1,0 +1,73 @@
+"""Who may import whom, with no cycles; what the source must never contain."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {
+    "runtime": {"runtime"},
+    "lora": {"lora", "runtime"},
+    "data": {"data", "runtime"},
+    "models": {"models", "lora", "runtime"},
+    "benchmarks": {"benchmarks", "models", "lora", "data", "runtime"},
+    "command": {"models", "lora", "data", "runtime"},
+}
+FILES = list(ROOT.glob("*.py"))
+FILES += [path for room in MAY_IMPORT for path in (ROOT / room).glob("*.py")]
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module(path) for path in FILES}
+
+
+def room(name: str) -> str:
+    first = name.split(".")[0]
+    return first if first in MAY_IMPORT else "command"
+
+
+def without_type_checking(tree: ast.Module) -> list[ast.stmt]:
+    guarded = (node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    hidden = {inner for node in guarded for inner in ast.walk(node)}
+    return [node for node in ast.walk(tree) if node not in hidden]
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of ours that a file imports when it runs."""
+    found = set()
+    for node in without_type_checking(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found & MODULES
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_imports_follow_the_map(path):
+    mine = room(module(path))
+    strangers = {name for name in imports(path) if room(name) not in MAY_IMPORT[mine]}
+    assert not strangers, f"{module(path)} ({mine}) may not import {', '.join(sorted(strangers))}"
+
+
+def test_there_are_no_cycles():
+    graph = {module(path): imports(path) - {module(path)} for path in FILES}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(FILES)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_nothing_is_unpickled(path):
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in ast.walk(tree):
+        names = {alias.name.split(".")[0] for alias in node.names} if isinstance(node, ast.Import) else set()
+        assert not names & {"pickle", "shelve", "dill", "joblib"}
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
+            assert any(k.arg == "allow_pickle" and k.value.value is False for k in node.keywords), ast.unparse(node)
