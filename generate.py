@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.tokenizers import Tokenizer, load_tokenizer
+from data.tokenizers import Tokenizer
+from jobs.job import load_trained
 from lora import files as adapter_files
-from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.sampling import Sampling, stream
 from runtime.checkpoint import Run, all_runs, find_run, say
@@ -72,11 +72,10 @@ def choose_runs(options: Options) -> tuple[Run, Run | None]:
 
 def load(base: Run, lora: Run | None) -> tuple[BigramLanguageModelLoRA, Tokenizer]:
     """The base's model, with the adapter of the LoRA run attached, and the base's tokenizer."""
-    files = base.read()
-    model = model_files.from_files(files, str(base.folder))
+    model, tokenizer = load_trained(base)
     if lora:
         adapter_files.from_files(lora.read(), str(lora.folder)).put_on(model)
-    return model.requires_grad_(False), load_tokenizer(files["tokenizer.json"])
+    return model.requires_grad_(False), tokenizer
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:

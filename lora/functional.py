@@ -70,4 +70,4 @@ def lora_linear(
     bias = None if bias is None else bias.to(W.dtype)
     with torch.autocast(x.device.type, enabled=False):  # dtypes are settled: nothing is to be cast behind our back
         y = LoRALinearFunction.apply(rows, dropped, W, bias, A, B, scale)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], len(W))

@@ -45,7 +45,15 @@ class Adaptable(nn.Module):
 class LoRALinear(Adaptable, nn.Linear):
     """An `nn.Linear` with 0..n adapters."""
 
-    _copy: tuple[tuple, Tensor] | None = None
+    _copy: tuple[tuple, Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict:
+        """What pickles and copies of the layer hold: all but the kept copy of the weight."""
+        return {key: value for key, value in self.__dict__.items() if key != "_copy"}
+
+    def _apply(self, *args, **kwargs) -> LoRALinear:
+        self._copy = None  # the layer moves to another device or dtype, and memory it leaves behind is to be freed
+        return super()._apply(*args, **kwargs)
 
     def variants(self) -> list[LoRA]:
         """The active adapters that change the weight of this layer."""
@@ -60,7 +68,8 @@ class LoRALinear(Adaptable, nn.Linear):
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The weight in the compute dtype; a frozen one is converted once and kept, outside every checkpoint.
 
-        One that trains is converted anew each time: fused optimizers write to it without raising its version.
+        One that trains is converted anew each time: fused optimizers write to it without raising its version. (Nor
+        does a write through `weight.data`, which torch hides from everyone: write under `torch.no_grad()` instead.)
         """
         W = self.weight
         if W.dtype == dtype or W.requires_grad:
@@ -69,7 +78,8 @@ class LoRALinear(Adaptable, nn.Linear):
         key = (dtype, W.device, W.data_ptr(), W._version)
         if self._copy is None or self._copy[0] != key:
             with torch.inference_mode(False):  # the copy outlives a generation and then serves training
-                self._copy = key, W.detach().to(dtype)
+                # the original is held too, or its address could be given to the weight that replaces it
+                self._copy = key, W.detach().to(dtype), W.detach()
         return self._copy[1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +98,8 @@ class LoRAEmbedding(Adaptable, nn.Embedding):
 
     def forward(self, idx: Tensor) -> Tensor:
         """Token ids of any shape -> (*shape, embedding_dim)."""
-        return F.embedding(idx, self.effective("weight"), self.padding_idx)
+        options = (self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
+        return F.embedding(idx, self.effective("weight"), *options)
 
 
 class LoRALayerNorm(Adaptable, nn.LayerNorm):

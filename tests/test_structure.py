@@ -14,8 +14,9 @@ MAY_IMPORT = {
     "lora": {"lora", "runtime"},
     "data": {"data", "runtime"},
     "models": {"models", "lora", "runtime"},
-    "benchmarks": {"benchmarks", "models", "lora", "data", "runtime"},
-    "command": {"models", "lora", "data", "runtime"},
+    "jobs": {"jobs", "models", "lora", "data", "runtime"},
+    "benchmarks": {"benchmarks", "jobs", "models", "lora", "data", "runtime"},
+    "command": {"jobs", "models", "lora", "data", "runtime"},
 }
 FILES = list(ROOT.glob("*.py"))
 FILES += [path for room in MAY_IMPORT for path in (ROOT / room).glob("*.py")]

@@ -1,0 +1,1 @@
+"""Base, text, model and optimizer put together: what the commands share."""

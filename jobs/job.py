@@ -1,0 +1,158 @@
+"""One run's parts: the model with what it starts from, the text as tokens, and the optimizer."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.corpora import Corpus, load_corpus
+from data.text import TextBatches, tokens_of, validation_windows
+from data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
+from jobs.base import check_shape
+from lora import files as adapter_files
+from lora.adapter import Adapter
+from lora.attach import attach, base_tensors, detach
+from lora.optim import make_optimizer
+from lora.variants import LoRAConfig
+from models import files as model_files
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
+from runtime.checkpoint import Run, fingerprint, identity_of
+from runtime.config import SHAPE, Settings
+from runtime.device import Machine
+from runtime.errors import UserError
+from runtime.sources import Resolved
+from runtime.steps import Batch, Schedule, Stepper, evaluate
+
+TOKENIZER = "tokenizer.json"
+TEST_CHARACTERS = (300_000, 30_000)  # of training and held-out text that a TEST_MODE run sees
+
+
+@dataclass
+class Job:
+    """Everything a run works with. base: the run it starts from, or None; train, validation: token ids."""
+
+    settings: Settings
+    machine: Machine
+    base: Run | None
+    base_sha256: str | None
+    corpus: Corpus
+    tokenizer: Tokenizer
+    model: BigramLanguageModelLoRA
+    train: np.ndarray
+    validation: np.ndarray
+
+    @property
+    def kind(self) -> str:
+        """`base`, `full` or `lora`."""
+        return "lora" if self.settings.use_lora else "full" if self.base else "base"
+
+    @property
+    def plain_name(self) -> str:
+        """What the run is called unless that name is taken by other settings."""
+        rank = f"-r{self.settings.lora_rank}" if self.kind == "lora" else ""
+        return f"{'test-' if self.settings.test_mode else ''}{self.kind}-{self.corpus.name}{rank}"
+
+    @property
+    def tokens_per_step(self) -> int:
+        """How many tokens one optimisation step learns from."""
+        s = self.settings
+        return s.batch_size * s.gradient_accumulation_steps * self.model.shape.block_size
+
+    def windows(self, limit: int | None) -> list[Batch]:
+        """The held-out text as batches, at most `limit` of them."""
+        return validation_windows(self.validation, self.model.shape.block_size, self.settings.batch_size, limit)
+
+    def stepper(self) -> Stepper:
+        """Fresh optimisation steps over this job's text."""
+        s = self.settings
+        rows = s.batch_size * s.gradient_accumulation_steps
+        return Stepper(
+            self.model,
+            make_optimizer(self.model, (s.beta1, s.beta2), s.weight_decay),
+            Schedule(s.learning_rate, s.min_lr, s.warmup_iters, s.max_iters),
+            TextBatches(self.train, self.model.shape.block_size, rows, s.seed).batch,
+            self.machine,
+            seed=s.seed,
+            accumulation=s.gradient_accumulation_steps,
+            grad_clip=s.grad_clip,
+        )
+
+    def evaluate(self, limit: int | None = None) -> float:
+        """Mean loss over the held-out text, or over at most `limit` batches of it."""
+        return evaluate(self.model, self.windows(limit), self.machine)
+
+    def about(self) -> dict:
+        """What `run.json` says: enough to know the run again, and to tell how it came about."""
+        about = {
+            "kind": self.kind,
+            "settings": self.settings.identity(),
+            "shape": asdict(self.model.shape),
+            "base": {"run": self.base.name, "sha256": self.base_sha256} if self.base else None,
+            "dataset": {"name": self.corpus.name, "sha256": self.corpus.sha256},
+            "tokenizer_sha256": self.tokenizer.sha256,
+        }
+        return about | {
+            "identity": identity_of(about),
+            "settings": self.settings.as_dict(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "machine": f"{platform.machine()}, {self.machine}, {torch.get_num_threads()} threads",
+        }
+
+    def product_files(self) -> dict[str, bytes]:
+        """What the run is for, as it stands now: the adapter, or the model with its tokenizer."""
+        if self.kind != "lora":
+            return model_files.to_files(self.model) | {TOKENIZER: self.tokenizer.dumps()}
+        facts = {"base": self.base.name, "base_sha256": self.base_sha256, "dataset": self.corpus.name}
+        facts |= {"dataset_sha256": self.corpus.sha256, "tokenizer_sha256": self.tokenizer.sha256}
+        return adapter_files.to_files(Adapter.of(self.model, **facts))
+
+    def load_product(self, files: dict[str, bytes], where: str) -> None:
+        """Put a saved product back into the model, which then has done with training."""
+        if self.kind == "lora":
+            detach(self.model, "default")
+            adapter_files.from_files(files, where).put_on(self.model)
+        else:
+            model_files.load_weights(self.model, files, where)
+        self.model.requires_grad_(False)
+
+
+def load_trained(run: Run, dropout: float = 0.0) -> tuple[BigramLanguageModelLoRA, Tokenizer]:
+    """The model and tokenizer of a base or a fully fine-tuned run. Raises UserError where files are damaged."""
+    files = run.read()
+    if TOKENIZER not in files:
+        raise UserError(f"{run.product}: {TOKENIZER} is missing")
+    return model_files.from_files(files, str(run.product), dropout), load_tokenizer(files[TOKENIZER])
+
+
+def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
+    """Load the text, and the base or a fresh model. Nothing is written but caches.
+
+    Raises UserError or UsageError for a text, a tokenizer or a shape that does not work out.
+    """
+    settings, data_dir = given.settings, Path(given.settings.data_dir)
+    corpus = load_corpus(settings.dataset, data_dir)
+    if settings.test_mode:
+        corpus = corpus.head(*TEST_CHARACTERS)
+    torch.manual_seed(settings.seed)
+    if base:
+        model, tokenizer = load_trained(base, settings.dropout)
+        check_shape(given, model.shape, tokenizer, base)
+    else:
+        tokenizer = build_tokenizer(settings.tokenizer, corpus.train, settings.vocab_size)
+        sizes = {name: getattr(settings, name) for name in SHAPE if name not in ("tokenizer", "vocab_size")}
+        model = BigramLanguageModelLoRA.from_shape(ModelShape(tokenizer.vocab_size, **sizes), settings.dropout)
+    base_sha256 = fingerprint(base_tensors(model)) if base else None
+    if settings.use_lora:
+        attach(model, lora_config(settings))
+    tokens = (tokens_of(text, tokenizer, data_dir) for text in (corpus.train, corpus.validation))
+    return Job(settings, machine, base, base_sha256, corpus, tokenizer, model.to(machine.device), *tokens)
+
+
+def lora_config(settings: Settings) -> LoRAConfig:
+    """The LoRA settings as an adapter's config."""
+    names = ("rank", "alpha", "dropout", "targets", "variant", "bias", "train_embeddings")
+    return LoRAConfig(**{name: getattr(settings, f"lora_{name}") for name in names})

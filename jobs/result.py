@@ -1,0 +1,63 @@
+"""What a finished run came to, told to the person who ran it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data.corpora import load_corpus, words
+from jobs.job import Job
+from models.sampling import Sampling, generate
+from runtime import report
+from runtime.checkpoint import Run, say
+from runtime.errors import UserError
+
+SAMPLE_CHARACTERS = 1_000
+
+
+def sample(job: Job) -> str:
+    """About 1,000 characters after a newline, the same for the same seed and weights."""
+    start = job.tokenizer.encode("\n").tolist()
+    count = SAMPLE_CHARACTERS * len(job.validation) // len(job.corpus.validation)
+    with job.machine.autocast():
+        rows = generate(job.model, [start], count, Sampling(temperature=0.8), job.settings.seed)
+    return job.tokenizer.decode(rows[0][len(start) :])
+
+
+def tell_result(job: Job, run: Run, result: dict) -> None:
+    """Time, speed, memory, losses, files."""
+    print(f"✅ {run.name} has finished: {result['step']:,} steps in {result['seconds']:.0f} s of training")
+    print(f"   Speed: {result['tokens_per_second']:,.0f} tokens/s on {job.machine}")
+    print(f"   Peak memory: {report.size(result['peak_memory'])}")
+    print(f"   Best validation loss: {result['best']:.4f} at step {result['best_step']:,}")
+    base = f" (the base without the adapter: {result['base_val_loss']:.4f})" if "base_val_loss" in result else ""
+    print(f"   Loss over the whole held-out text: {result['val_loss']:.4f}{base}")
+    files = sum(path.stat().st_size for path in run.product.iterdir())
+    print(f"   Files: {run.product} ({report.size(files)}), {run.folder / 'metrics.jsonl'}")
+
+
+def tell_samples(job: Job, samples: dict[str, str]) -> None:
+    """Samples of text by title, and how many of their words the text has; from a base, those only the text has."""
+    foreign = base_words(job) if job.base else set()
+    counted = set(words(job.corpus.text)) - foreign
+    which = f"that only {job.corpus.name} has" if foreign else f"of {job.corpus.name}"
+    for title, text in samples.items():
+        found, count = [word for word in words(text) if word in counted], max(1, len(words(text)))
+        some = f": {', '.join(list(dict.fromkeys(found))[:8])}" if foreign and found else ""
+        print(f"📝 {title}:\n{report.indented(text)}")
+        print(f"   {len(found)} of {count} words ({100 * len(found) / count:.0f} %) are words {which}{some}")
+
+
+def base_words(job: Job) -> set[str]:
+    """The words of the text that the base was trained on; none where that text is gone."""
+    dataset = job.base.about["settings"]["dataset"]
+    try:
+        return set(words(load_corpus(dataset, Path(job.settings.data_dir)).text))
+    except UserError as error:
+        say(f"Counting words without the base's own text: {error}")
+        return set()
+
+
+def tell_next(job: Job, run: Run) -> None:
+    """The command to try after this run."""
+    adapt = f"python training.py --use-lora{' --test-mode' if job.settings.test_mode else ''}"
+    print(f"➡️  Next: {adapt if job.kind == 'base' else f'python generate.py --run {run.name}'}", flush=True)

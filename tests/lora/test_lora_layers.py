@@ -1,0 +1,199 @@
+"""With no adapter the layers are torch's; the kept copy of a frozen weight is never stale and never saved."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from lora.attach import activate, attach, base_tensors, merged
+from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear
+from lora.optim import make_optimizer
+from lora.variants import LoRAConfig
+from tiny_lora import IDX, TARGETS, adapted, logits, same, state, tiny
+
+ROWS = torch.linspace(-2, 2, 3 * 5 * 8).reshape(3, 5, 8)
+IDS = torch.arange(10).reshape(2, 5)
+LAYERS = [
+    (LoRALinear, nn.Linear, (8, 6), {}, ROWS),
+    (LoRALinear, nn.Linear, (8, 6), {"bias": False}, ROWS),
+    (LoRALinear, nn.Linear, (8, 6), {}, ROWS[0, 0]),
+    (LoRALinear, nn.Linear, (8, 6), {}, ROWS[:0]),
+    (LoRAEmbedding, nn.Embedding, (10, 8), {}, IDS),
+    (LoRAEmbedding, nn.Embedding, (10, 8), {"padding_idx": 3}, IDS),
+    (LoRAEmbedding, nn.Embedding, (10, 8), {"max_norm": 0.5}, IDS),
+    (LoRAEmbedding, nn.Embedding, (10, 8), {"scale_grad_by_freq": True}, IDS % 4),
+    (LoRALayerNorm, nn.LayerNorm, (8,), {}, ROWS),
+    (LoRALayerNorm, nn.LayerNorm, (8,), {"bias": False}, ROWS),
+    (LoRALayerNorm, nn.LayerNorm, ((5, 8),), {"elementwise_affine": False}, ROWS),
+]
+
+
+def run(layer: nn.Module, x: torch.Tensor, autocast: bool) -> list[torch.Tensor]:
+    """The output, and the gradients of the parameters."""
+    with torch.autocast("cpu", enabled=autocast):
+        y = layer(x)
+    weights = list(layer.parameters())
+    return [y, *(torch.autograd.grad(y.float().square().sum(), weights) if weights else [])]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("ours", "torchs", "args", "options", "x"), LAYERS)
+def test_a_layer_without_adapters_is_torchs_own(ours, torchs, args, options, x, autocast) -> None:
+    layers, after = [], []
+    for cls in (ours, torchs):
+        torch.manual_seed(3)
+        layers.append(cls(*args, **options))
+        after.append(torch.rand(4))
+    assert isinstance(layers[0], torchs)
+    assert torch.equal(*after)
+    assert same(*(layer.state_dict() for layer in layers))
+    for mine, its in zip(*(run(layer, x, autocast) for layer in layers), strict=True):
+        assert mine.dtype == its.dtype
+        assert torch.equal(mine, its)
+    for layer in layers:
+        layer.requires_grad_(False)
+    with torch.no_grad(), torch.autocast("cpu", enabled=autocast):
+        outputs = [layer(x) for layer in layers]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("x", [ROWS, ROWS[0, 0], ROWS[:0], ROWS[:, :0]], ids=lambda x: str(tuple(x.shape)))
+def test_an_adapted_linear_takes_every_shape_that_a_linear_takes(x: torch.Tensor) -> None:
+    layer, plain = nn.Sequential(LoRALinear(8, 6)), nn.Linear(8, 6)
+    plain.load_state_dict(layer[0].state_dict())
+    attach(layer, LoRAConfig(targets="0"))
+    assert torch.allclose(layer(x), plain(x), atol=1e-6)
+    layer(x).sum().backward()
+
+
+def test_a_base_has_the_same_keys_and_weights_with_and_without_lora() -> None:
+    models = []
+    for use_lora in (False, True):
+        torch.manual_seed(7)
+        models.append(type(tiny())(50, 32, 16, n_head=4, n_layer=2, use_lora=use_lora))
+    assert not any("lora" in key for key in models[0].state_dict())
+    assert same(models[0].state_dict(), base_tensors(models[1]))
+    assert torch.equal(logits(models[0]), logits(models[1]))  # a fresh adapter changes nothing
+
+
+def bf16(model: nn.Module) -> torch.Tensor:
+    with torch.autocast("cpu"):
+        return logits(model)
+
+
+def other_weights() -> dict[str, torch.Tensor]:
+    return tiny(seed=9).state_dict()
+
+
+def load_into(model: nn.Module) -> None:
+    model.load_state_dict(other_weights(), strict=False)
+
+
+def assign_twice(model: nn.Module) -> None:
+    for seed in (8, 9):
+        model.load_state_dict(tiny(seed=seed).state_dict(), strict=False, assign=True)
+    model.requires_grad_(False)
+
+
+def copy_in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        for name, p in base_tensors(model).items():
+            p.copy_(other_weights()[name])
+
+
+def replace_data_twice(model: nn.Module) -> None:
+    """The first replacement frees the memory that the second is then likely to get."""
+    for seed in (8, 9):
+        for name, t in tiny(seed=seed).state_dict().items():
+            model.get_parameter(name).data = t.clone()
+
+
+def train_whole(model: nn.Module) -> None:
+    """Unfreeze, train with an optimizer that does not raise the version of what it writes, freeze again."""
+    active = model.lm_head.active
+    activate(model)
+    model.requires_grad_(True)
+    optimizer = make_optimizer(model, (0.9, 0.95), 0.1)
+    for _ in range(2):
+        with torch.autocast("cpu"):
+            model(IDX, TARGETS)[1].backward()
+        optimizer.param_groups[0]["lr"] = 0.1
+        optimizer.step()
+        optimizer.zero_grad()
+    activate(model, *active)
+
+
+def merge_and_back(model: nn.Module) -> None:
+    with merged(model):
+        bf16(model)
+
+
+def there_and_back(model: nn.Module) -> None:
+    model.to(torch.bfloat16).to(torch.float32)
+
+
+def through_double(model: nn.Module) -> None:
+    model.double()
+    logits(model)
+    model.float()
+
+
+CHANGES = [load_into, assign_twice, copy_in_place, replace_data_twice, train_whole, merge_and_back, there_and_back]
+CHANGES += [through_double]
+
+
+@pytest.mark.parametrize("config", [None, LoRAConfig(targets="minimal")], ids=["plain", "adapted"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_frozen_weight_that_changed_is_converted_again(change: Callable, config: LoRAConfig | None) -> None:
+    model = adapted(config) if config else tiny().requires_grad_(False)
+    for _ in range(2):  # once to convert, once from what was kept
+        before = bf16(model)
+    change(model)
+    fresh = tiny(seed=5)
+    if config:
+        attach(fresh, config)
+    fresh.load_state_dict(model.state_dict())
+    fresh.requires_grad_(False)
+    assert torch.equal(bf16(model), bf16(fresh))
+    assert torch.equal(bf16(model), before) == (change in (merge_and_back, through_double))
+
+
+def test_a_copied_model_shares_nothing_with_the_original() -> None:
+    model = adapted(LoRAConfig(targets="minimal"))
+    before = bf16(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(bf16(twin), before)
+    load_into(twin)
+    assert not torch.equal(bf16(twin), before)
+    assert torch.equal(bf16(model), before)
+
+
+def test_the_kept_copies_are_in_nothing_that_is_saved() -> None:
+    model = tiny().requires_grad_(False)
+    keys, sizes = list(model.state_dict()), []
+    for _ in range(2):
+        file = io.BytesIO()
+        torch.save(model, file)
+        sizes.append(file.tell())
+        bf16(model)
+    assert list(model.state_dict()) == keys
+    assert [name for name, _ in model.named_buffers()] == []
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training_works_after_a_pass_in_inference_mode(autocast: bool) -> None:
+    model = adapted(LoRAConfig(targets="all"))
+    with torch.inference_mode(), torch.autocast("cpu", enabled=autocast):
+        model(IDX)
+    with torch.autocast("cpu", enabled=autocast):
+        model(IDX, TARGETS)[1].backward()
+    before = state(model)
+    optimizer = make_optimizer(model, (0.9, 0.95), 0.1)
+    optimizer.step()
+    assert not same(state(model), before)

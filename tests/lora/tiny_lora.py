@@ -1,0 +1,79 @@
+"""A tiny base, adapters of every kind on it, and the plain equation they must equal."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lora.attach import adapter_parameters, attach
+from lora.variants import LoRAConfig
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+
+IDX = torch.arange(24).reshape(2, 12) * 7 % 50
+TARGETS = torch.arange(24).reshape(2, 12) * 11 % 50
+
+
+def tiny(seed: int = 0, bias: bool = False, dropout: float = 0.0, **changes) -> BigramLanguageModelLoRA:
+    """A base in which every weight is large enough for a mistake to show."""
+    sizes = {"vocab_size": 50, "n_embd": 32, "block_size": 16, "n_head": 4, "n_layer": 2} | changes
+    model = BigramLanguageModelLoRA(**sizes, bias=bias, dropout=dropout)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+def adapted(config: LoRAConfig, seed: int = 1, name: str = "default", **base) -> BigramLanguageModelLoRA:
+    """A tiny base with one adapter, all of whose tensors have moved."""
+    model = tiny(**base)
+    attach(model, config, name)
+    randomise(model, seed)
+    return model
+
+
+def randomise(model: BigramLanguageModelLoRA, seed: int = 1, size: float = 0.2) -> None:
+    """Move every tensor of the active adapters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += size * torch.randn(p.shape, generator=generator, dtype=torch.float32)
+
+
+def trained(model: BigramLanguageModelLoRA) -> dict[str, Tensor]:
+    """What trains, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def plain_weights(model: BigramLanguageModelLoRA, config: LoRAConfig, name: str = "default") -> dict[str, Tensor]:
+    """The weights that base and adapter stand for, written out and differentiable: W + scale B A, or the copy."""
+    scale = config.alpha / {"lora": config.rank, "rslora": math.sqrt(config.rank)}[config.variant]
+    everything, marker = dict(model.named_parameters()), f".lora.{name}."
+    own = adapter_parameters(model)
+    weights = {key: p for key, p in everything.items() if p not in own}
+    for key, p in everything.items():
+        path, _, tensor = key.partition(marker)
+        if tensor == "B":
+            weights[f"{path}.weight"] = weights[f"{path}.weight"] + scale * p @ everything[f"{path}{marker}A"]
+        elif tensor in ("weight", "bias"):
+            weights[f"{path}.{tensor}"] = p
+    return weights
+
+
+def state(model: BigramLanguageModelLoRA) -> dict[str, Tensor]:
+    """A copy of the state dict, to compare with later."""
+    return {key: t.clone() for key, t in model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two state dicts have the same keys in the same order, and the same values bit for bit."""
+    return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def logits(model: BigramLanguageModelLoRA, idx: Tensor = IDX) -> Tensor:
+    """Logits without a graph."""
+    with torch.no_grad():
+        return model(idx)[0]
