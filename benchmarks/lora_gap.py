@@ -10,7 +10,7 @@ import statistics
 from benchmarks.runs import machine, median, train
 from runtime.errors import run_command
 
-GRID = {"full": (3e-4, 1e-3, 2e-3, 4e-3), "lora": (2e-3, 4e-3, 8e-3, 1.6e-2)}
+GRID = {"full": (5e-4, 1e-3, 2e-3, 4e-3), "lora": (2e-3, 4e-3, 8e-3, 1.6e-2)}
 SEEDS = (1337, 1338, 1339)
 
 

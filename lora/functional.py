@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -39,6 +40,7 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable  # a second derivative would miss what flows through the scaled copy of B
     def backward(ctx, g):
         x, d, low, W, A_c, Bt_c = ctx.saved_tensors
         need_x, need_d, need_W, need_bias, *_ = ctx.needs_input_grad

@@ -38,8 +38,9 @@ class LoRAConfig:
     train_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        rank_is_whole = isinstance(self.rank, int) and self.rank >= 1
         rules = {
-            f"lora_rank={self.rank}: must be a whole number of at least 1": self.rank >= 1,
+            f"lora_rank={self.rank}: must be a whole number of at least 1": rank_is_whole,
             f"lora_alpha={self.alpha}: must be a number above 0": 0 < self.alpha < math.inf,
             f"lora_dropout={self.dropout}: must be at least 0 and below 1": 0 <= self.dropout < 1,
             f"lora_variant={self.variant}: must be one of {', '.join(VARIANTS)}": self.variant in VARIANTS,

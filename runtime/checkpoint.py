@@ -22,6 +22,7 @@ from pathlib import Path
 import filelock
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from runtime import storage
@@ -44,8 +45,9 @@ def unpack(data: bytes, name: str) -> dict[str, Tensor]:
     """Tensors of a safetensors file. Raises DamagedError, naming the file, where it is none."""
     try:
         return safetensors.torch.load(data)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise storage.DamagedError(f"{name} is not a whole safetensors file: {error}") from None
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]  # torch adds a stack to some
+        raise storage.DamagedError(f"{name} is not a whole safetensors file: {why}") from None
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
@@ -53,7 +55,7 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # numpy has no bf16
     return digest.hexdigest()
 
 
@@ -70,7 +72,7 @@ def read_json(data: bytes, name: str) -> dict:
 
 def to_json(value: dict) -> bytes:
     """A JSON object as readable bytes."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 @dataclass(frozen=True)
@@ -112,63 +114,87 @@ class Run:
         return sorted((int(match[1]), path) for match, path in found if match)
 
     def save(self, prefix: str, step: int, files: dict[str, bytes], keep: int) -> None:
-        """Commit a folder `<prefix>-<step>`, then remove the oldest of that prefix beyond `keep`."""
+        """Commit a folder `<prefix>-<step>`, then remove what is older than the newest `keep` of that prefix.
+
+        A run that fell back to an earlier step passes this one again: a good folder is then left as it is. What lies
+        further on belongs to the past that was left, and goes too.
+        """
         folder = self.folder / f"{prefix}-{step:06d}"
+        if folder.exists() and _read(folder) is None:
+            storage.remove_folder(folder)
         if not folder.exists():
             storage.commit_folder(folder, files)
-        for _, old in self.saved(prefix)[:-keep]:
-            storage.remove_folder(old)
+        kept = [path for there, path in self.saved(prefix) if there <= step][-keep:]
+        for _, path in self.saved(prefix):
+            if path not in kept:
+                storage.remove_folder(path)
 
     def newest(self, prefix: str) -> tuple[int, dict[str, bytes]] | None:
-        """The newest good `<prefix>-<step>`; what is damaged is named on stderr, removed, and the one before taken."""
-        for step, folder in reversed(self.saved(prefix)):
-            try:
-                return step, storage.read_folder(folder)
-            except storage.DamagedError as error:
-                say(f"{error}; falling back to the one before")
-                storage.remove_folder(folder)
+        """The newest good `<prefix>-<step>`; what is damaged is named on stderr and left where it is."""
+        saved = self.saved(prefix)
+        for i, (step, folder) in reversed(list(enumerate(saved))):
+            if files := _read(folder, "falling back to the one before" if i else "there is none before it"):
+                return step, files
         return None
 
     def read(self) -> dict[str, bytes]:
         """The files of what the run is for: its finished product, else its best weights so far.
 
-        Raises UserError where it has neither yet.
+        Raises UserError where it has neither yet, DamagedError where they are damaged.
         """
         if self.finished:
             return storage.read_folder(self.product)
-        for _, folder in reversed(self.saved("best")):
-            return storage.read_folder(folder)
+        if best := self.newest("best"):
+            return best[1]
+        if self.saved("best"):
+            raise storage.DamagedError(f"the best weights of run {self.name} are damaged; FRESH=True trains it again")
         raise UserError(f"run {self.name} has not saved anything yet; start it again to go on with it")
 
     def publish(self, result: dict) -> None:
         """Finish: write down what the run came to, give its best weights their final name, drop what resumes it."""
         storage.write_file(self.folder / "result.json", to_json(result))
-        storage.publish_folder(self.saved("best")[-1][1], self.product)
+        best, _ = self.newest("best")
+        storage.publish_folder(dict(self.saved("best"))[best], self.product)
         for prefix in ("step", "best"):
             for _, folder in self.saved(prefix):
                 storage.remove_folder(folder)
 
 
-def open_run(folder: Path) -> Run | None:
-    """The run in this folder, or None where there is none."""
-    path = folder / "run.json"
-    if not path.is_file():
+def _read(folder: Path, otherwise: str = "saving it again") -> dict[str, bytes] | None:
+    try:
+        return storage.read_folder(folder)
+    except storage.DamagedError as error:
+        say(f"{error}; {otherwise}")
         return None
-    about = read_json(path.read_bytes(), str(path))
-    if about.get("kind") not in PRODUCTS:
-        raise storage.DamagedError(f"{path} is damaged: kind is {about.get('kind')!r}")
+
+
+def open_run(folder: Path) -> Run | None:
+    """The run in this folder, or None where there is none. Raises UserError where it cannot be read."""
+    path = folder / "run.json"
+    with storage.plain_errors(path, "read"):
+        if not path.is_file():
+            return None
+        about = read_json(path.read_bytes(), str(path))
+    for key in ("kind", "identity"):
+        if not isinstance(about.get(key), str) or key == "kind" and about[key] not in PRODUCTS:
+            raise storage.DamagedError(f"{path} is damaged: {key} is {about.get(key)!r}")
     return Run(folder, about)
 
 
 def all_runs(root: Path) -> list[Run]:
-    """Every run below `root`, the newest last."""
+    """Every run below `root`, by when it finished or else began, the newest last."""
     runs = []
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
         try:
             runs += [run] if (run := open_run(folder)) else []
-        except storage.DamagedError as error:
+        except UserError as error:
             say(f"{error}; leaving that run out")
-    return sorted(runs, key=lambda run: (run.product if run.finished else run.folder / "run.json").stat().st_mtime_ns)
+    return sorted(runs, key=_last_written)
+
+
+def _last_written(run: Run) -> int:
+    ends = (run.folder / "result.json", run.folder / "run.json")
+    return next(path for path in ends if path.exists()).stat().st_mtime_ns
 
 
 def find_run(root: Path, name: str) -> Run:
@@ -191,24 +217,31 @@ def claim(root: Path, plain_name: str, chosen_name: str, about: dict, fresh: boo
     The plain name gets a short hash where it is taken by other settings; a chosen name that is taken is an error.
     With `fresh`, a run that stands there is moved aside first, never deleted.
     """
-    folder = root / (chosen_name or plain_name)
-    there = open_run(folder)
-    if there and there.about["identity"] != about["identity"] and not fresh:
-        if chosen_name:
-            raise UsageError(
-                f"RUN_NAME={chosen_name} is taken by a run with other settings; "
-                "choose another name, or FRESH=True to move that run aside"
-            )
-        folder = root / f"{plain_name}-{about['identity'][:6]}"
+    identity = about["identity"]
+    names = [chosen_name] if chosen_name else [plain_name, f"{plain_name}-{identity[:6]}", f"{plain_name}-{identity}"]
+    for folder in (root / name for name in names):
         there = open_run(folder)
+        if there is None or there.about["identity"] == identity or (chosen_name and fresh):
+            break
+    else:
+        raise UsageError(
+            f"RUN_NAME={folder.name} is taken by a run with other settings; "
+            "choose another name, or FRESH=True to move that run aside"
+        )
     if there and fresh:
-        aside = next(p for i in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.old{i}")).exists())
-        storage.publish_folder(folder, aside)
-        say(f"FRESH=True: the run that was in {folder} is now in {aside}")
+        _move_aside(there)
         there = None
     if there is None:
         storage.write_file(folder / "run.json", to_json(about))
     return there or Run(folder, about)
+
+
+def _move_aside(run: Run) -> None:
+    with RunLock(run):  # a process that trains it would go on in the folder that takes its name
+        pass
+    aside = next(p for i in range(1, 10**6) if not (p := run.folder.with_name(f"{run.name}.old{i}")).exists())
+    storage.publish_folder(run.folder, aside)
+    say(f"FRESH=True: the run that was in {run.folder} is now in {aside}")
 
 
 class RunLock:
@@ -219,14 +252,19 @@ class RunLock:
         self.holder = run.folder / ".lock-holder"
 
     def __enter__(self) -> None:
-        try:
-            self.lock.acquire()
-        except filelock.Timeout:
-            holder = self.holder.read_text() if self.holder.exists() else "another process"
-            raise UserError(
-                f"run {self.run.name} is being trained by {holder}; wait for it, or choose another RUN_NAME"
-            ) from None
-        self.holder.write_text(f"process {os.getpid()}")
+        with storage.plain_errors(self.holder, "write"):
+            try:
+                self.lock.acquire()
+                self.holder.write_text(f"process {os.getpid()}")
+            except filelock.Timeout:
+                holder = self.holder.read_text() if self.holder.exists() else "another process"
+                raise UserError(
+                    f"run {self.run.name} is being trained by {holder}; wait for it, or choose another RUN_NAME"
+                ) from None
+            except OSError:
+                self.lock.release()
+                raise
+            storage.remove_leftovers(self.run.folder)
 
     def __exit__(self, *_: object) -> None:
         self.holder.unlink(missing_ok=True)

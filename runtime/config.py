@@ -103,7 +103,7 @@ class Settings(Machine):
 
     n_layer: int = setting(4, "Transformer blocks", test=2, group=MODEL, low=1)
     n_head: int = setting(4, "Attention heads in each block", group=MODEL, low=1)
-    n_embd: int = setting(256, "Width of the model, a multiple of N_HEAD", test=64, group=MODEL, low=1)
+    n_embd: int = setting(128, "Width of the model, a multiple of N_HEAD", test=64, group=MODEL, low=1)
     block_size: int = setting(128, "Longest context, in tokens", test=64, group=MODEL, low=1)
     bias: bool = setting(False, "Give linear layers and layer norms a bias", group=MODEL)
     dropout: float = setting(
@@ -132,11 +132,11 @@ class Settings(Machine):
     )
     lora_train_embeddings: bool = setting(True, "Train the embeddings beside the adapters", group=LORA)
 
-    batch_size: int = setting(32, "Sequences in a batch", test=16, group=TRAINING, low=1)
+    batch_size: int = setting(16, "Sequences in a batch", group=TRAINING, low=1)
     gradient_accumulation_steps: int = setting(1, "Batches that make up one training step", group=TRAINING, low=1)
-    max_iters: int = setting(1500, "Training steps", adapt=500, test=60, test_lora=40, group=TRAINING, low=1)
+    max_iters: int = setting(2400, "Training steps", adapt=800, test=60, test_lora=40, group=TRAINING, low=1)
     learning_rate: float = setting(
-        3e-3, "Highest learning rate", adapt=1e-3, lora=3e-3, group=TRAINING, low=0, low_open=True
+        5e-3, "Highest learning rate", adapt=2e-3, lora=8e-3, test=8e-3, group=TRAINING, low=0, low_open=True
     )
     min_lr: float = setting(0.0, "Learning rate at the end of the cosine", group=TRAINING, low=0)
     warmup_iters: int = setting(
@@ -154,11 +154,11 @@ class Settings(Machine):
     )
     grad_clip: float = setting(1.0, "Longest gradient that is not shortened; 0 is off", group=TRAINING, low=0)
 
-    eval_interval: int = setting(250, "Steps between evaluations", adapt=100, test=20, group=SAVING, low=1)
-    eval_iters: int = setting(20, "Batches of held-out text in an evaluation", group=SAVING, low=1)
+    eval_interval: int = setting(400, "Steps between evaluations", adapt=200, test=20, group=SAVING, low=1)
+    eval_iters: int = setting(40, "Batches of held-out text in an evaluation", group=SAVING, low=1)
     patience: int = setting(0, "Stop after this many evaluations without improvement; 0 is off", group=SAVING, low=0)
     save_interval: int = setting(
-        250, "Steps between checkpoints", adapt=100, test=20, group=SAVING, low=1, identity=False
+        400, "Steps between checkpoints", adapt=200, test=20, group=SAVING, low=1, identity=False
     )
     keep_checkpoints: int = setting(2, "How many checkpoints are kept", group=SAVING, low=1, identity=False)
 

@@ -43,14 +43,26 @@ def plain_errors(path: Path, verb: str) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` durable, where the system has that (Windows does not)."""
+    """Make a rename inside `folder` durable, where the system has that (Windows and some network drives do not)."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    """Create `folder` and its parents durably: a synced file is lost with a folder that was not."""
+    if not folder.is_dir():
+        if folder != folder.parent:  # as a drive is that is not there
+            _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -67,11 +79,11 @@ def write_file(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with plain_errors(path, "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         try:
             _write_synced(temporary, data)
             os.replace(temporary, path)
-        except OSError:
+        except BaseException:  # Ctrl-C as well as a full disk
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
@@ -96,15 +108,18 @@ def commit_folder(folder: Path, files: dict[str, bytes]) -> None:
     """
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     with plain_errors(folder, "save"):
+        if folder.exists():  # a rename would take the place of an empty one
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        _make_folder(folder.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            temporary.mkdir(parents=True)
+            temporary.mkdir()
             for name, data in files.items():
                 _write_synced(temporary / name, data)
             _write_synced(temporary / MANIFEST, _manifest(files))
             sync_folder(temporary)
             os.rename(temporary, folder)
-        except OSError:
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         sync_folder(folder.parent)
@@ -131,8 +146,8 @@ def read_folder(folder: Path) -> dict[str, bytes]:
     files = {}
     for name, entry in _read_manifest(folder).items():
         path = folder / name
-        if Path(name).name != name:
-            raise DamagedError(f"{folder / MANIFEST} names {name!r}, which is outside the folder")
+        if name in ("", "..") or Path(name).name != name or not name.isprintable():
+            raise DamagedError(f"{folder / MANIFEST} names {name!r}, which is no file of this folder")
         try:
             files[name] = path.read_bytes()
         except OSError as error:
@@ -147,6 +162,14 @@ def publish_folder(folder: Path, target: Path) -> None:
     with plain_errors(target, "save"):
         os.rename(folder, target)
         sync_folder(target.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote into `folder` left there; nobody may be writing now."""
+    for path in folder.glob(".tmp-*"):
+        remove_folder(path)
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def remove_folder(folder: Path) -> None:

@@ -18,23 +18,24 @@ TARGETS = torch.arange(24).reshape(2, 12) * 11 % 50
 def tiny(seed: int = 0, bias: bool = False, dropout: float = 0.0, **changes) -> BigramLanguageModelLoRA:
     """A base in which every weight is large enough for a mistake to show."""
     sizes = {"vocab_size": 50, "n_embd": 32, "block_size": 16, "n_head": 4, "n_layer": 2} | changes
+    torch.manual_seed(seed)
     model = BigramLanguageModelLoRA(**sizes, bias=bias, dropout=dropout)
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.2 * torch.randn(p.shape, generator=generator)
+            p += 0.2 * torch.randn(p.shape)
     return model
 
 
 def adapted(config: LoRAConfig, seed: int = 1, name: str = "default", **base) -> BigramLanguageModelLoRA:
     """A tiny base with one adapter, all of whose tensors have moved."""
     model = tiny(**base)
+    torch.manual_seed(seed)
     attach(model, config, name)
     randomise(model, seed)
     return model
 
 
-def randomise(model: BigramLanguageModelLoRA, seed: int = 1, size: float = 0.2) -> None:
+def randomise(model: BigramLanguageModelLoRA, seed: int = 1, size: float = 0.1) -> None:
     """Move every tensor of the active adapters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

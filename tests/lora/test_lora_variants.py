@@ -1,0 +1,191 @@
+"""Every variant against its equation: forward, gradients, merged, in every precision, and what a fresh one is."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from lora.attach import activate, attach, detach, merged
+from lora.functional import lora_linear
+from lora.layers import LoRALinear
+from lora.variants import VARIANTS, LoRAConfig
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from runtime.errors import UsageError
+from tiny_lora import IDX, TARGETS, adapted, logits, plain_weights, randomise, same, state, tiny, trained
+
+CONFIGS = [
+    LoRAConfig(rank=4, alpha=6.0, targets=targets, variant=variant, bias=bias, train_embeddings=embeddings)
+    for variant, targets, bias, embeddings in itertools.product(
+        VARIANTS, ("minimal", "standard", "all", "k_proj, mlp.up_proj,blocks.1.mlp.down_proj"),
+        ("none", "all", "lora_only"), (False, True),
+    )
+]  # fmt: skip
+
+
+def name_of(config: LoRAConfig) -> str:
+    return f"{config.variant}-{config.targets[:8]}-{config.bias}-{config.train_embeddings}"
+
+
+def near(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    return torch.allclose(one.double(), other.double(), rtol=tolerance, atol=tolerance)
+
+
+def gradients(model: BigramLanguageModelLoRA) -> dict[str, Tensor]:
+    model(IDX, TARGETS)[1].backward()
+    return {name: p.grad for name, p in trained(model).items()}
+
+
+def check_equation(model: BigramLanguageModelLoRA, config: LoRAConfig) -> Tensor:
+    """In float64, logits and gradients are those of the plain equation; returns the logits."""
+    exact = copy.deepcopy(model).double()
+    expected = functional_call(tiny(bias=config.bias != "none").double(), plain_weights(exact, config), (IDX, TARGETS))
+    names = list(trained(exact))
+    wanted = dict(zip(names, torch.autograd.grad(expected[1], list(trained(exact).values())), strict=True))
+    assert near(logits(exact), expected[0], 1e-12)
+    found = gradients(exact)
+    for name in names:
+        assert wanted[name].abs().max() > 0, name
+        assert near(found[name], wanted[name], 1e-11), name
+    assert all(p.grad is None for p in exact.parameters() if not p.requires_grad)
+    return expected[0].detach()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+def test_an_adapted_model_is_the_model_with_its_effective_weights(config: LoRAConfig) -> None:
+    model = adapted(config, bias=config.bias != "none")
+    expected, before = check_equation(model, config), state(model)
+    training = logits(model.train())
+    assert near(training, expected, 1e-5)
+    assert torch.equal(logits(model.eval()), training)
+    assert not near(logits(tiny(bias=config.bias != "none")), expected, 1e-2)  # the adapter does something
+    with merged(model):
+        assert near(logits(model), expected, 1e-5)
+    assert same(state(model), before)
+    with torch.autocast("cpu"):
+        half, loss = model(IDX, TARGETS)
+    loss.backward()
+    assert (half.dtype, loss.dtype) == (torch.bfloat16, torch.float32)
+    assert (half - expected).norm() < 0.02 * expected.norm()
+    assert all(p.grad.dtype == p.dtype == torch.float32 for p in trained(model).values())
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_fast_forward_is_a_linear_with_the_effective_weight(variant: str, bias: bool) -> None:
+    layer = LoRALinear(12, 7, bias=bias)
+    model = torch.nn.Sequential(layer)
+    attach(model, LoRAConfig(rank=3, alpha=5.0, targets="0", variant=variant))
+    randomise(model)
+    (entry,) = layer.variants()
+    x, W = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0)), layer.weight
+    b = layer.bias if bias else torch.zeros(7)
+    expected = F.linear(x.double(), copy.deepcopy(entry).double().effective_weight(W.double()), b.double())
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12), (torch.bfloat16, 0.05)):
+        fast = copy.deepcopy(entry).to(dtype)(x.to(dtype), W.to(dtype), b.to(dtype) if bias else None)
+        assert fast.dtype == dtype
+        assert near(fast, expected, tolerance)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("trains", list(itertools.product((False, True), (False, True), (None, False, True))))
+def test_the_fused_gradients_are_those_of_the_formula(trains: tuple[bool, bool, bool | None], dropout: float) -> None:
+    x_trains, W_trains, bias_trains = trains
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 3, 5), "W": (4, 5), "bias": (4,), "A": (2, 5), "B": (4, 2)}
+    given = {key: torch.randn(shape, generator=generator, dtype=torch.float64) for key, shape in shapes.items()}
+    if bias_trains is None:
+        given["bias"] = None
+    needs = {"x": x_trains, "W": W_trains, "bias": bool(bias_trains), "A": True, "B": True}
+    for key, need in needs.items():
+        if need:
+            given[key].requires_grad_()
+
+    def fused(*_: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return lora_linear(*given.values(), 1.5, dropout)
+
+    torch.manual_seed(5)
+    kept = F.dropout(torch.ones(6, 5, dtype=torch.float64), dropout).view(2, 3, 5)
+    plain = F.linear(given["x"], given["W"], given["bias"]) + 1.5 * (given["x"] * kept) @ given["A"].T @ given["B"].T
+    assert near(fused(), plain, 1e-12)
+    leaves = [given[key] for key, need in needs.items() if need]
+    weights = torch.randn(plain.shape, generator=generator, dtype=torch.float64)
+    for mine, its in zip(*(torch.autograd.grad((y * weights).sum(), leaves) for y in (fused(), plain)), strict=True):
+        assert near(mine, its, 1e-12)
+    torch.autograd.gradcheck(fused, leaves)
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    x, W, A, B = (torch.randn(3, 3, requires_grad=True) for _ in range(4))
+    (slope,) = torch.autograd.grad(lora_linear(x, W, None, A, B, 1.0).square().sum(), A, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+def test_the_fused_product_in_bf16_keeps_the_dtypes_of_what_trains() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, W, A, B = (torch.randn(8, 8, generator=generator).requires_grad_() for _ in range(4))
+    y = lora_linear(x, W.bfloat16(), None, A, B, 0.5)
+    plain = F.linear(x, W) + 0.5 * x @ A.T @ B.T
+    assert y.dtype == torch.bfloat16
+    assert near(y, plain, 0.15)
+    leaves = (x, W, A, B)
+    for mine, its in zip(*(torch.autograd.grad(out.float().sum(), leaves) for out in (y, plain)), strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - its).norm() < 0.02 * its.norm()
+
+
+def test_dropout_is_on_the_adapters_input_and_only_in_training() -> None:
+    config = LoRAConfig(dropout=0.5, targets="all", train_embeddings=False)
+    model, plain = adapted(config), adapted(LoRAConfig(targets="all", train_embeddings=False))
+    assert torch.equal(logits(model.eval()), logits(plain))
+    model.train()
+    assert not torch.equal(logits(model), logits(model))
+    assert torch.equal(*(torch.manual_seed(3) and logits(model) for _ in range(2)))
+    activate(model)
+    assert torch.equal(logits(model), logits(tiny()))
+
+
+@pytest.mark.parametrize(("variant", "scale"), [("lora", 5.0 / 3), ("rslora", 5.0 / math.sqrt(3))])
+def test_a_fresh_adapter_changes_nothing_and_has_the_scale_of_its_paper(variant: str, scale: float) -> None:
+    model = tiny(bias=True)
+    before = logits(model)
+    attach(model, LoRAConfig(rank=3, alpha=5.0, variant=variant, bias="all"))
+    assert torch.equal(logits(model), before)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            (entry,) = module.variants()
+            bound = 1 / math.sqrt(module.in_features)  # kaiming-uniform with a = sqrt(5)
+            assert entry.scale == scale
+            assert 0.8 * bound < entry.A.abs().max() <= bound
+            assert not entry.B.any()
+            assert entry.A.shape == (3, module.in_features)
+            assert entry.B.shape == (module.out_features, 3)
+            assert torch.equal(entry.bias, module.bias)
+
+
+def test_dropout_follows_the_mode_that_the_model_was_in() -> None:
+    model = tiny().eval()
+    attach(model, LoRAConfig(dropout=0.5))
+    randomise(model)
+    assert torch.equal(logits(model), logits(model))
+    detach(model, "default")
+
+
+WRONG = [{"rank": 0}, {"rank": 2.5}, {"rank": "8"}, {"alpha": 0}, {"alpha": math.inf}, {"alpha": math.nan}]
+WRONG += [{"dropout": 1.0}, {"dropout": -0.1}, {"variant": "lara"}, {"bias": "some"}]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_settings_that_make_no_sense_are_refused_by_name(wrong: dict) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(UsageError, match=f"^lora_{name}={value}: must be "):
+        LoRAConfig(**wrong)
