@@ -33,11 +33,13 @@ gap: $(VENV)/run.stamp
 	$(BIN)/python -m benchmarks.lora_gap
 
 $(VENV)/run.stamp: requirements.txt | $(VENV)/venv.stamp
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -r requirements.txt
+	@echo "Setting up $(VENV), once: torch and a few small packages"
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
 $(VENV)/test.stamp: requirements-test.txt requirements.txt | $(VENV)/venv.stamp
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -r requirements-test.txt
+	@echo "Setting up $(VENV) for the tests, once: torch, peft, transformers and a few small packages"
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-test.txt
 	touch $@ $(VENV)/run.stamp
 
 $(VENV)/venv.stamp:

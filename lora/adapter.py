@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lora.attach import base_tensors, hosts, install, make_entries
+from lora.attach import base_tensors, check_attached, hosts, install, make_entries
 from lora.variants import AdapterTensors, LoRAConfig
 from runtime.checkpoint import fingerprint
 from runtime.errors import UserError
@@ -24,7 +24,11 @@ class Adapter:
 
     @classmethod
     def of(cls, model: nn.Module, name: str = "default", **facts: str) -> Adapter:
-        """A copy of an attached adapter, on the CPU, with these facts."""
+        """A copy of an attached adapter, on the CPU, with these facts.
+
+        Raises UsageError for a name that is not attached.
+        """
+        check_attached(model, name)
         entries = {path: host.lora[name] for path, host in hosts(model).items() if name in host.lora}
         tensors = {
             path: {key: p.detach().cpu().clone() for key, p in entry.named_parameters()}
@@ -58,8 +62,8 @@ class Adapter:
             problems.append(
                 f"it was trained on {trained_on} with weights {self.facts['base_sha256'][:12]}, not {base[:12]}"
             )
-        problems += [f"{key} is missing" for key in wanted.keys() - here.keys()]
-        problems += [f"{key} is unexpected" for key in here.keys() - wanted.keys()]
+        problems += [f"{key} is missing" for key in sorted(wanted.keys() - here.keys())]
+        problems += [f"{key} is unexpected" for key in sorted(here.keys() - wanted.keys())]
         for key in sorted(wanted.keys() & here.keys()):
             if here[key].shape != wanted[key]:
                 problems.append(f"{key} is {tuple(here[key].shape)}, not {tuple(wanted[key])}")

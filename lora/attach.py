@@ -34,13 +34,18 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for host in hosts(model).values() for name in host.lora))
 
 
+def target_names(targets: str) -> tuple[str, ...]:
+    """The names that `targets` (a preset, or names separated by commas) stands for."""
+    return TARGETS.get(targets) or tuple(name.strip() for name in targets.split(",") if name.strip())
+
+
 def target_paths(model: nn.Module, targets: str) -> list[str]:
-    """The paths of the linears that `targets` (a preset, or names separated by commas) stands for.
+    """The paths of the linears that `targets` (as in `target_names`) stands for.
 
     Raises UsageError that names every target that matches nothing, and what there is.
     """
     linears = [path for path, host in hosts(model).items() if isinstance(host, LoRALinear)]
-    names = TARGETS.get(targets) or [name.strip() for name in targets.split(",") if name.strip()]
+    names = target_names(targets)
     matched = {name: [path for path in linears if f".{path}".endswith(f".{name}")] for name in names}
     if missing := [name for name in names if not matched[name]] or ([targets] if not names else []):
         known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in linears}))
@@ -88,7 +93,7 @@ def install(model: nn.Module, entries: dict[str, AdapterTensors], name: str) -> 
 
     Raises UsageError for a name that is taken or unfit.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name) or name in adapter_names(model):
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name) or name in adapter_names(model):
         raise UsageError(f"adapter name {name!r}: must be new to this model, in letters, digits, '-' and '_'")
     layers = hosts(model)
     for path, entry in entries.items():
@@ -96,17 +101,22 @@ def install(model: nn.Module, entries: dict[str, AdapterTensors], name: str) -> 
     activate(model, name)
 
 
+def check_attached(model: nn.Module, *names: str) -> None:
+    """Raises UsageError for a name that is not attached to the model."""
+    attached = adapter_names(model)
+    if unknown := [name for name in names if name not in attached]:
+        raise UsageError(f"no adapter {unknown[0]!r} is attached; attached: {', '.join(attached) or 'none'}")
+
+
 def activate(model: nn.Module, *names: str) -> None:
     """Make exactly these adapters count, and train; none leaves the plain base. The base stays frozen.
 
     Raises UsageError for a name that is not attached.
     """
-    attached = adapter_names(model)
-    if unknown := [name for name in names if name not in attached]:
-        raise UsageError(f"no adapter {unknown[0]!r} is attached; attached: {', '.join(attached) or 'none'}")
+    check_attached(model, *names)
     model.requires_grad_(False)
     for host in hosts(model).values():
-        host.active = names
+        host.active = tuple(dict.fromkeys(names))
         for entry in host.entries():
             entry.requires_grad_(True)
 
@@ -117,7 +127,11 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 
 
 def detach(model: nn.Module, name: str) -> None:
-    """Take an adapter off the model, which is then as if it had never been there."""
+    """Take an adapter off the model, whose output and state dict are then as if it had never been there.
+
+    Raises UsageError for a name that is not attached.
+    """
+    check_attached(model, name)
     activate(model, *(other for other in active_adapters(model) if other != name))
     for host in hosts(model).values():
         if name in host.lora:

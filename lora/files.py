@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora.adapter import Adapter
-from lora.attach import TARGETS
+from lora.attach import target_names
 from lora.variants import VARIANTS, LoRAConfig
 from runtime import storage
 from runtime.checkpoint import pack, read_json, to_json, unpack
@@ -24,6 +24,9 @@ EMBEDDINGS = ["token_embedding", "position_embedding"]
 # What PEFT may write into a config that changes what the tensors mean, and that nothing here understands.
 FOREIGN = ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layer_replication")
 FOREIGN += ("fan_in_fan_out", "lora_bias", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora")
+FOREIGN += ("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
+# How PEFT may have made the matrices while it changed the base's weights, which are then not the ones of the base.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _peft_key(path: str, name: str, targeted: bool) -> str:
@@ -46,7 +49,6 @@ def _our_key(key: str) -> tuple[str, str]:
 def to_files(adapter: Adapter) -> dict[str, bytes]:
     """The files of an adapter folder, ready to be committed."""
     config = adapter.config
-    targets = TARGETS.get(config.targets) or [name.strip() for name in config.targets.split(",")]
     about = {
         "peft_type": "LORA",
         "task_type": None,
@@ -54,7 +56,7 @@ def to_files(adapter: Adapter) -> dict[str, bytes]:
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": list(targets),
+        "target_modules": list(target_names(config.targets)),
         "bias": config.bias,
         "modules_to_save": EMBEDDINGS if config.train_embeddings else None,
         **VARIANTS[config.variant].peft_flags,
@@ -69,35 +71,53 @@ def to_files(adapter: Adapter) -> dict[str, bytes]:
     return {CONFIG: to_json(about), TENSORS: pack(tensors, {"format": "pt"} | adapter.facts)}
 
 
-def _config(about: dict, where: str) -> LoRAConfig:
+def _refuse_foreign(about: dict, where: str) -> None:
+    """Raises UserError for settings that change what the tensors mean, by name."""
     if about.get("peft_type") != "LORA":
         raise UserError(f"{where}: peft_type is {about.get('peft_type')!r}; only LORA adapters can be read")
-    if strange := [f"{name}={about[name]!r}" for name in FOREIGN if about.get(name)]:
-        raise UserError(f"{where}: {', '.join(strange)} is not supported")
-    variants = [
-        name
-        for name, variant in VARIANTS.items()
-        if all(bool(about.get(flag)) == value for flag, value in variant.peft_flags.items())
-    ]
-    if not variants:
-        raise UserError(
-            f"{where}: no variant here has use_rslora={about.get('use_rslora')}, use_dora={about.get('use_dora')}"
-        )
-    targets = about.get("target_modules")
-    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        raise UserError(f"{where}: target_modules is {targets!r}; only a list of module names can be read")
-    saved = sorted(about.get("modules_to_save") or [])
-    if saved not in ([], sorted(EMBEDDINGS)):
-        raise UserError(f"{where}: modules_to_save is {saved}; only both embeddings, or nothing, can be read")
-    return LoRAConfig(
-        rank=int(about["r"]),
-        alpha=float(about["lora_alpha"]),
-        dropout=float(about.get("lora_dropout", 0.0)),
-        targets=",".join(targets),
-        variant=variants[0],
-        bias=about.get("bias", "none"),
-        train_embeddings=bool(saved),
+    given = {name: value for name in FOREIGN if (value := about.get(name)) not in (None, [], {}) and value is not False}
+    if str(how := about.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
+        given["init_lora_weights"] = how
+    if given:
+        strange = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise UserError(f"{where}: {strange} is not supported")
+
+
+def _variant(about: dict, where: str) -> str:
+    for name, variant in VARIANTS.items():
+        if all(bool(about.get(flag)) == value for flag, value in variant.peft_flags.items()):
+            return name
+    raise UserError(
+        f"{where}: no variant here has use_rslora={about.get('use_rslora')}, use_dora={about.get('use_dora')}"
     )
+
+
+def _number(about: dict, name: str, where: str) -> float:
+    value = about.get(name, 0.0 if name == "lora_dropout" else None)
+    if type(value) not in (int, float) or not abs(value) < 1e9:
+        raise UserError(f"{where}: {name} is {value!r}, which is no usable number")
+    return value
+
+
+def _config(about: dict, where: str) -> LoRAConfig:
+    _refuse_foreign(about, where)
+    targets, saved = about.get("target_modules"), about.get("modules_to_save") or []
+    if not targets or not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise UserError(f"{where}: target_modules is {targets!r}; only a list of module names can be read")
+    if not isinstance(saved, list) or sorted(map(str, saved)) not in ([], sorted(EMBEDDINGS)):
+        raise UserError(f"{where}: modules_to_save is {saved}; only both embeddings, or nothing, can be read")
+    try:
+        return LoRAConfig(
+            rank=_number(about, "r", where),
+            alpha=float(_number(about, "lora_alpha", where)),
+            dropout=float(_number(about, "lora_dropout", where)),
+            targets=",".join(targets),
+            variant=_variant(about, where),
+            bias=about.get("bias", "none"),
+            train_embeddings=bool(saved),
+        )
+    except UsageError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def from_files(files: dict[str, bytes], where: str) -> Adapter:
@@ -114,10 +134,7 @@ def from_files(files: dict[str, bytes], where: str) -> Adapter:
         tensors.setdefault(path, {})[name] = tensor
     header = json.loads(files[TENSORS][8 : 8 + int.from_bytes(files[TENSORS][:8], "little")])
     facts = {key: value for key, value in header.get("__metadata__", {}).items() if key != "format"}
-    try:
-        return Adapter(_config(about, f"{where}/{CONFIG}"), tensors, facts)
-    except (KeyError, TypeError, ValueError, UsageError) as error:
-        raise UserError(f"{where}/{CONFIG}: {error}") from None
+    return Adapter(_config(about, f"{where}/{CONFIG}"), tensors, facts)
 
 
 def save_adapter(folder: Path, adapter: Adapter) -> None:

@@ -60,9 +60,10 @@ class LoRALinear(Adaptable, nn.Linear):
         return [entry for entry in self.entries() if isinstance(entry, LoRA)]
 
     def effective_tensors(self) -> dict[str, Tensor]:
-        tensors = super().effective_tensors()
-        W = self.weight
-        tensors["weight"] = W + sum(v.effective_weight(W) - W for v in self.variants()) if self.variants() else W
+        tensors, W, variants = super().effective_tensors(), self.weight, self.variants()
+        if variants:
+            with torch.autocast(W.device.type, enabled=False):  # in less than W's precision small changes vanish
+                tensors["weight"] = W + sum(v.effective_weight(W) - W for v in variants)
         return tensors
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
@@ -83,14 +84,15 @@ class LoRALinear(Adaptable, nn.Linear):
         return self._copy[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), in the compute dtype."""
+        """x (..., in) -> (..., out), in the compute dtype. Several variants at once go without their dropout."""
+        dtype = compute_dtype(x)
         if not self.active:
-            return F.linear(x, self.weight_in(compute_dtype(x)), self.bias)
-        W, bias, variants = self.weight_in(compute_dtype(x)), self.effective("bias"), self.variants()
-        if len(variants) == 1:
-            return variants[0](x, W, bias)
-        W = W + sum(v.effective_weight(W) - W for v in variants) if variants else W
-        return F.linear(x, W, bias)
+            return F.linear(x, self.weight_in(dtype), self.bias)
+        bias, variants = self.effective("bias"), self.variants()
+        if len(variants) > 1:
+            return F.linear(x, self.effective_tensors()["weight"].to(dtype), bias)
+        W = self.weight_in(dtype)
+        return variants[0](x, W, bias) if variants else F.linear(x, W, bias)
 
 
 class LoRAEmbedding(Adaptable, nn.Embedding):

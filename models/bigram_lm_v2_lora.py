@@ -6,6 +6,7 @@ Shapes: B batch, T positions, C embedding width, H heads, D head width (C = H D)
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -207,24 +208,24 @@ class BigramLanguageModelLoRA(nn.Module):
         return torch.tensor(rows, device=idx.device)
 
     def get_parameter_info(self) -> dict[str, int | float]:
-        """Counts of parameters: `lora` + `embedding` + `frozen` = `total` where adapters are attached.
+        """Counts of parameters: `lora` + `embedding` + `frozen` = `total` where adapters are attached, active or not.
 
-        `embedding` are the embeddings that train, `trainable` all that does, `lora_percentage` 100 lora / total.
+        `lora` are the adapters' but for their copies of embeddings, `embedding` those copies, or the embeddings of a
+        model that trains whole; `frozen` is the base; `trainable` all that trains now; `lora_percentage` 100 lora /
+        total.
         """
-        own = adapter_parameters(self)
-        copies = {
-            id(p)
-            for layer in (self.token_embedding, self.position_embedding)
-            for p in (*layer.lora.parameters(), layer.weight)
-        }
-        total = sum(p.numel() for p in self.parameters())
-        trained = [p for p in self.parameters() if p.requires_grad]
-        trainable, lora = sum(p.numel() for p in trained), sum(p.numel() for p in own if id(p) not in copies)
+        adapters, layers = adapter_parameters(self), (self.token_embedding, self.position_embedding)
+        copies = {p for layer in layers for p in layer.lora.parameters()}
+
+        def count(parameters: Iterable[Tensor]) -> int:
+            return sum(p.numel() for p in parameters)
+
+        total, lora = count(self.parameters()), count(adapters - copies)
         return {
             "total": total,
-            "trainable": trainable,
-            "frozen": total - trainable,
+            "trainable": count(p for p in self.parameters() if p.requires_grad),
+            "frozen": count(p for p in self.parameters() if not p.requires_grad and p not in adapters),
             "lora": lora,
-            "embedding": sum(p.numel() for p in trained if id(p) in copies),
+            "embedding": count(copies) + count(layer.weight for layer in layers if layer.weight.requires_grad),
             "lora_percentage": 100 * lora / total,
         }

@@ -29,13 +29,16 @@ def shape_from(files: dict[str, bytes], where: str) -> ModelShape:
     kinds = {field.name: bool if field.name == "bias" else int for field in fields(ModelShape)}
     if about.keys() != kinds.keys() or any(type(about[name]) is not kind for name, kind in kinds.items()):
         raise DamagedError(f"{where}/{CONFIG} is damaged: it should hold {', '.join(kinds)}")
-    return ModelShape(**about)
+    shape = ModelShape(**about)
+    if any(about[name] < 1 for name, kind in kinds.items() if kind is int) or shape.n_embd % shape.n_head:
+        raise DamagedError(f"{where}/{CONFIG} is damaged: no model has the shape {about}")
+    return shape
 
 
 def load_weights(model: nn.Module, files: dict[str, bytes], where: str) -> None:
     """Copy a base's weights into a model without adapters.
 
-    Raises UserError that names every tensor that is missing, unexpected or misshapen, before the model is touched.
+    Raises UserError that names what is missing, unexpected or misshapen, all together, before the model is touched.
     """
     tensors, wanted = unpack(files[WEIGHTS], f"{where}/{WEIGHTS}"), dict(model.named_parameters())
     problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
@@ -44,7 +47,8 @@ def load_weights(model: nn.Module, files: dict[str, bytes], where: str) -> None:
         if tensors[name].shape != wanted[name].shape:
             problems.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}")
     if problems:
-        raise UserError(f"{where}/{WEIGHTS} does not fit its {CONFIG}: {'; '.join(sorted(problems)[:8])}")
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError(f"{where}/{WEIGHTS} does not fit its {CONFIG}: {'; '.join(sorted(problems)[:8])}{more}")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])

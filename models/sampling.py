@@ -27,6 +27,8 @@ class Sampling:
     reach this probability (Holtzman et al. 2019, arXiv 1904.09751). repetition_penalty: above 0; logits of tokens in
     the window are divided (where positive) or multiplied by it (Keskar et al. 2019, arXiv 1909.05858).
     greedy: the likeliest token, always.
+
+    Raises ValueError for a value that makes no sense, by name.
     """
 
     temperature: float = 1.0
@@ -34,6 +36,17 @@ class Sampling:
     top_p: float | None = None
     repetition_penalty: float = 1.0
     greedy: bool = False
+
+    def __post_init__(self) -> None:
+        rules = {
+            f"temperature={self.temperature}: must be above 0; greedy=True is its limit": self.temperature > 0,
+            f"top_k={self.top_k}: must be at least 1": self.top_k is None or self.top_k >= 1,
+            f"top_p={self.top_p}: must be above 0": self.top_p is None or self.top_p > 0,
+            f"repetition_penalty={self.repetition_penalty}: must be above 0": self.repetition_penalty > 0,
+        }
+        for message, holds in rules.items():
+            if not holds:
+                raise ValueError(message)
 
 
 def window_start(n: int, block_size: int) -> int:
@@ -44,7 +57,7 @@ def window_start(n: int, block_size: int) -> int:
 
 def _penalise(logits_BV: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> None:
     for row, tokens in zip(logits_BV, seen, strict=True):
-        index = torch.tensor(sorted(set(tokens)))
+        index = torch.tensor(sorted(set(tokens)), dtype=torch.long)
         row[index] = torch.where(row[index] > 0, row[index] / penalty, row[index] * penalty)
 
 

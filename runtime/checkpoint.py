@@ -1,4 +1,4 @@
-"""Run folders: their names, resumable steps, the best weights so far, the lock, and what is kept.
+"""Run folders: their names, resumable steps, the best weights so far, and what is kept.
 
 checkpoints/<run>/
     run.json            what the run is: settings, shape, base, identity
@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import safetensors
 import safetensors.torch
 import torch
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from runtime import storage
 from runtime.errors import UsageError, UserError
+from runtime.lock import RunLock
 
 PRODUCTS = {"base": "model", "full": "model", "lora": "adapter"}
 
@@ -133,7 +132,8 @@ class Run:
         """The newest good `<prefix>-<step>`; what is damaged is named on stderr and left where it is."""
         saved = self.saved(prefix)
         for i, (step, folder) in reversed(list(enumerate(saved))):
-            if files := _read(folder, "falling back to the one before" if i else "there is none before it"):
+            files = _read(folder, "falling back to the one before" if i else "there is none before it")
+            if files is not None:
                 return step, files
         return None
 
@@ -242,30 +242,3 @@ def _move_aside(run: Run) -> None:
     aside = next(p for i in range(1, 10**6) if not (p := run.folder.with_name(f"{run.name}.old{i}")).exists())
     storage.publish_folder(run.folder, aside)
     say(f"FRESH=True: the run that was in {run.folder} is now in {aside}")
-
-
-class RunLock:
-    """Keeps a second run out of a run's folder while this one writes; the system drops it with the process."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.lock = run, filelock.FileLock(run.folder / ".lock", timeout=0)
-        self.holder = run.folder / ".lock-holder"
-
-    def __enter__(self) -> None:
-        with storage.plain_errors(self.holder, "write"):
-            try:
-                self.lock.acquire()
-                self.holder.write_text(f"process {os.getpid()}")
-            except filelock.Timeout:
-                holder = self.holder.read_text() if self.holder.exists() else "another process"
-                raise UserError(
-                    f"run {self.run.name} is being trained by {holder}; wait for it, or choose another RUN_NAME"
-                ) from None
-            except OSError:
-                self.lock.release()
-                raise
-            storage.remove_leftovers(self.run.folder)
-
-    def __exit__(self, *_: object) -> None:
-        self.holder.unlink(missing_ok=True)
-        self.lock.release()

@@ -88,9 +88,10 @@ def keep_freed_memory() -> None:
     instead of 140: 10 to 20 % of its time on a 2-core CPU. Elsewhere than on glibc this does nothing.
     """
     if platform.libc_ver()[0] == "glibc":
-        mmap_threshold, trim_threshold, large = -3, -1, 2**30
+        mmap_threshold, trim_threshold, large, largest_of_old = -3, -1, 2**30, 2**25
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, large)
+        # An old glibc refuses more than 32 MiB, and with one threshold set no longer raises the other from 128 KiB.
+        _ = libc.mallopt(mmap_threshold, large) or libc.mallopt(mmap_threshold, largest_of_old)
         libc.mallopt(trim_threshold, large)
 
 

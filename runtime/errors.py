@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -23,16 +26,29 @@ def run_command(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    status, message = _outcome(main)
+    for stream, text in ((sys.stdout, ""), (sys.stderr, message)):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:  # what is left in it cannot be written at exit either, where Python would complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(status)
+
+
+def _outcome(main: Callable[[], None]) -> tuple[int, str]:
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", str(error))  # a file's name may hold anything
+        return error.status, f"error: {line}\n"
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+        return 130, "\nstopped\n"
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        sys.stderr.close()
-        sys.exit(141)
-    sys.exit(0)
+        return 141, ""
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return 1, f"error: could not write {error.filename or 'the results'}: {error.strerror}\n"
+    return 0, ""

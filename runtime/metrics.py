@@ -38,7 +38,9 @@ def read_metrics(path: Path) -> list[dict]:
     for line in path.read_bytes().split(b"\n"):
         try:
             value = json.loads(line)
-            lines += [value] if isinstance(value["step"], int) else []
+            if type(value["step"]) is not int:
+                raise TypeError
+            lines.append(value)
         except (ValueError, KeyError, TypeError, RecursionError):
             damaged += bool(line.strip())
     if damaged:
@@ -47,10 +49,11 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class Progress:
-    """A tqdm bar on a terminal; elsewhere a plain line every few seconds, so that logs stay readable."""
+    """A tqdm bar on a terminal; elsewhere a plain line every few seconds and at the end, so that logs stay readable."""
 
     def __init__(self, label: str, total: int, start: int, every_seconds: float = 10.0) -> None:
-        self.label, self.total, self.step, self.start, self.every = label, total, start, start, every_seconds
+        self.label, self.total, self.start, self.every = label, total, start, every_seconds
+        self.step = self.told = start
         self.values: dict[str, str] = {}
         self.began = self.last_line = time.perf_counter()
         self.bar = None
@@ -64,17 +67,19 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix(self.values, refresh=False)
             self.bar.update(done)
-        elif time.perf_counter() - self.last_line >= self.every or step == self.total:
+        elif time.perf_counter() - self.last_line >= self.every and step < self.total:  # `close` tells the last one
             self.line()
 
     def line(self) -> None:
         """One plain line: where the run is, its values, and the time left."""
-        self.last_line = time.perf_counter()
+        self.told, self.last_line = self.step, time.perf_counter()
         left = (self.last_line - self.began) / max(1, self.step - self.start) * (self.total - self.step)
-        values = ", ".join(f"{name} {value}" for name, value in self.values.items())
-        print(f"{self.label}: step {self.step}/{self.total}, {values}, {left:.0f} s left", file=sys.stderr, flush=True)
+        values = "".join(f", {name} {value}" for name, value in self.values.items())
+        print(f"{self.label}: step {self.step}/{self.total}{values}, {left:.0f} s left", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar as it stands, or tell the last step where no line did."""
         if self.bar is not None:
             self.bar.close()
+        elif self.told != self.step:
+            self.line()

@@ -5,10 +5,11 @@ Batches, rates and dropout are functions of the step, so no generator has to be 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from runtime.checkpoint import pack, read_json, to_json, unpack
 from runtime.steps import Stepper
@@ -46,22 +47,58 @@ def to_files(stepper: Stepper, state: State) -> dict[str, bytes]:
 
 
 def restore(stepper: Stepper, files: dict[str, bytes], where: str) -> State:
-    """Bring a fresh stepper to a resumable step. Raises DamagedError for files that do not fit."""
-    about = read_json(files[STATE], f"{where}/{STATE}")
-    weights, moments = (unpack(files[name], f"{where}/{name}") for name in (WEIGHTS, OPTIMIZER))
-    trained = _trained(stepper.model)
-    if weights.keys() != trained.keys() or any(weights[name].shape != p.shape for name, p in trained.items()):
+    """Bring a fresh stepper to a resumable step.
+
+    Raises DamagedError for files that do not fit, before anything is touched.
+    """
+    for name in (STATE, WEIGHTS, OPTIMIZER):
+        if name not in files:
+            raise DamagedError(f"{where}/{name} is missing")
+    state, scaler = _read_state(stepper, read_json(files[STATE], f"{where}/{STATE}"), f"{where}/{STATE}")
+    weights, trained = unpack(files[WEIGHTS], f"{where}/{WEIGHTS}"), _trained(stepper.model)
+    if _described(weights) != _described(trained):
         raise DamagedError(f"{where}/{WEIGHTS} holds other tensors than this run trains")
+    saved = stepper.optimizer.state_dict()
+    saved["state"] = _read_moments(stepper, unpack(files[OPTIMIZER], f"{where}/{OPTIMIZER}"), f"{where}/{OPTIMIZER}")
     with torch.no_grad():
         for name, p in trained.items():
             p.copy_(weights[name])
-    saved = stepper.optimizer.state_dict()
-    order = {id(p): name for name, p in trained.items()}
-    for index, p in enumerate(stepper.parameters):
-        start = f"{order[id(p)]}/"
-        saved["state"][index] = {key.removeprefix(start): t for key, t in moments.items() if key.startswith(start)}
     stepper.optimizer.load_state_dict(saved)
-    stepper.scaler.load_state_dict(about.pop("scaler"))
-    if about.keys() != {field.name for field in fields(State)}:
-        raise DamagedError(f"{where}/{STATE} is damaged: it holds {', '.join(about)}")
-    return State(**about)
+    if scaler:  # none was saved where the run began on a machine that needs none
+        stepper.scaler.load_state_dict(scaler)
+    return state
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
+    return {name: (t.dtype, t.shape) for name, t in tensors.items()}
+
+
+def _read_state(stepper: Stepper, about: dict, where: str) -> tuple[State, dict]:
+    wanted, scaler = stepper.scaler.state_dict(), about.pop("scaler", None)
+    if not isinstance(scaler, dict) or (wanted and scaler and scaler.keys() != wanted.keys()):
+        raise DamagedError(f"{where} is damaged: scaler is {scaler!r}")
+    for field in fields(State):
+        value = about.get(field.name)
+        if not (type(value) is int or type(value) is float and field.type == "float") or not value >= 0:
+            raise DamagedError(f"{where} is damaged: {field.name} is {value!r}")
+    if unknown := about.keys() - asdict(State()).keys():
+        raise DamagedError(f"{where} is damaged: it holds {', '.join(map(repr, unknown))}")
+    return State(**about), scaler
+
+
+def _read_moments(stepper: Stepper, tensors: dict[str, Tensor], where: str) -> dict[int, dict[str, Tensor]]:
+    """The optimizer's own numbering of its parameters -> what it keeps of each; nothing where no gradient came yet."""
+    order = {id(p): name for name, p in _trained(stepper.model).items()}
+    moments: dict[str, dict[str, Tensor]] = {order[id(p)]: {} for p in stepper.parameters}
+    shapes = {order[id(p)]: ((), p.shape) for p in stepper.parameters}
+    for key, tensor in tensors.items():
+        name, _, kind = key.partition("/")
+        if name not in moments or tensor.shape not in shapes[name]:
+            raise DamagedError(f"{where} does not fit what this run trains: {key!r}")
+        moments[name][kind] = tensor
+    for group in stepper.optimizer.param_groups:
+        names = [order[id(p)] for p in group["params"] if moments[order[id(p)]]]
+        for name in names:
+            if moments[name].keys() != moments[names[0]].keys():
+                raise DamagedError(f"{where} is incomplete: {name!r} and {names[0]!r} differ in what is kept of them")
+    return dict(enumerate(moments.values()))

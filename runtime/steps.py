@@ -48,7 +48,8 @@ def step_seed(seed: int, step: int) -> int:
 class Stepper:
     """Takes optimisation steps on a model: accumulate, clip, update, unless something is not finite.
 
-    model(x, targets) -> (logits, loss). optimizer: parameter groups may carry `lr_scale`, a factor on the schedule.
+    model(x, targets) -> (logits, loss). optimizer: a fused one, as the others cannot skip an update without the host;
+    parameter groups may carry `lr_scale`, a factor on the schedule.
     batch(step) -> (x, targets), of batch_size * accumulation rows, which are cut into `accumulation` parts.
     """
 
@@ -64,6 +65,8 @@ class Stepper:
         accumulation: int = 1,
         grad_clip: float = 1.0,
     ) -> None:
+        if not optimizer.defaults.get("fused"):
+            raise ValueError(f"{type(optimizer).__name__} must be fused, or it would update with what is not finite")
         self.model, self.optimizer, self.schedule, self.batch, self.machine = model, optimizer, schedule, batch, machine
         self.seed, self.accumulation, self.grad_clip = seed, accumulation, grad_clip
         self.scaler = machine.scaler()
@@ -78,7 +81,6 @@ class Stepper:
             group["lr"] = self.schedule(step) * group.get("lr_scale", 1.0)
         self.model.train()
         self.loss = self.backward(*self.batch(step))
-        self.scaler.unscale_(self.optimizer)
         self.update(step)
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -96,16 +98,21 @@ class Stepper:
     def update(self, step: int) -> None:
         """Clip and update. From the first step on that is not finite, the device itself skips every update."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.scaler.is_enabled():  # it skips what overflows, and lowers its scale: only the loss can end the run
+            self._note(step, self.loss.isfinite())
+            gradients[0] += torch.where(self.first_bad.isfinite(), math.nan, 0.0)
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
-        overflow_is_handled = self.scaler.is_enabled()
-        finite = self.loss.isfinite() if overflow_is_handled else self.loss.isfinite() & norm.isfinite()
-        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
-        if not overflow_is_handled:
+        if not self.scaler.is_enabled():
+            self._note(step, self.loss.isfinite() & norm.isfinite())
             self.optimizer.found_inf = self.first_bad.isfinite().float()  # fused optimizers then leave all as it was
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def _note(self, step: int, finite: Tensor) -> None:
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
 
     def read_loss(self) -> float:
         """The last step's loss on the host, which waits for the device.
@@ -123,14 +130,20 @@ class Stepper:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Batch], machine: Machine) -> float:
-    """Mean cross-entropy in nats a token over batches of (x, targets). The model's mode is left as it was."""
-    training = model.training
+    """Mean cross-entropy in nats a token over batches of (x, targets). The model's mode is left as it was.
+
+    Raises ValueError where there are no batches.
+    """
+    training, losses, counts = model.training, [], []
     model.eval()
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for x, targets in batches:
-        with machine.autocast():
-            loss = model(x.to(machine.device), targets.to(machine.device))[1]
-        total += loss.double().cpu() * targets.numel()
-        count += targets.numel()
-    model.train(training)
-    return float(total / count)
+    try:
+        for x, targets in batches:
+            with machine.autocast():
+                losses.append(model(x.to(machine.device), targets.to(machine.device))[1])
+            counts.append(targets.numel())
+    finally:
+        model.train(training)
+    if not counts:
+        raise ValueError("there are no batches to evaluate on")
+    # Read all at once, as reading makes an accelerator wait; summed here in doubles, which MPS does not have.
+    return sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True)) / sum(counts)

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from tiny_lora import IDX, TARGETS, adapted, logits, plain_weights, randomise, same, state, tiny, trained
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,7 +26,6 @@ from lora.variants import LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.checkpoint import fingerprint
 from runtime.errors import UsageError
-from tiny_lora import IDX, TARGETS, adapted, logits, plain_weights, randomise, same, state, tiny, trained
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 EVERYTHING = LoRAConfig(rank=4, alpha=6.0, targets="all", bias="all")
@@ -165,7 +165,7 @@ def test_small_changes_of_two_adapters_are_not_rounded_away_in_bf16() -> None:
     changed = torch.zeros_like(W, dtype=torch.float64)
     for seed, name in enumerate(("one", "two")):
         attach(layer, LoRAConfig(rank=2, alpha=2.0, targets="0"), name)
-        randomise(layer, seed, 0.01)
+        randomise(layer, seed, 0.001)
         changed += layer[0].lora[name].effective_weight(W).detach().double() - W
     activate(layer, "one", "two")
     with torch.no_grad(), torch.autocast("cpu"):
@@ -283,9 +283,7 @@ def test_a_resting_adapter_does_not_move() -> None:
 
 def test_matrices_decay_and_vectors_do_not() -> None:
     model = adapted(EVERYTHING, bias=True)
-    groups = {
-        group["weight_decay"]: group["params"] for group in make_optimizer(model, (0.9, 0.95), 0.1).param_groups
-    }
+    groups = {group["weight_decay"]: group["params"] for group in make_optimizer(model, (0.9, 0.95), 0.1).param_groups}
     assert set(groups) == {0.1, 0.0}
     assert all(p.dim() == 2 for p in groups[0.1])
     assert all(p.dim() == 1 for p in groups[0.0])

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_lora import IDX, TARGETS, adapted, logits, same, state, tiny
 from torch import nn
 
 from lora.attach import activate, attach, base_tensors, merged
 from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear
 from lora.optim import make_optimizer
 from lora.variants import LoRAConfig
-from tiny_lora import IDX, TARGETS, adapted, logits, same, state, tiny
 
 ROWS = torch.linspace(-2, 2, 3 * 5 * 8).reshape(3, 5, 8)
 IDS = torch.arange(10).reshape(2, 5)

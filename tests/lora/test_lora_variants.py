@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from tiny_lora import IDX, TARGETS, adapted, logits, plain_weights, randomise, same, state, tiny, trained
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -18,7 +19,6 @@ from lora.layers import LoRALinear
 from lora.variants import VARIANTS, LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.errors import UsageError
-from tiny_lora import IDX, TARGETS, adapted, logits, plain_weights, randomise, same, state, tiny, trained
 
 CONFIGS = [
     LoRAConfig(rank=4, alpha=6.0, targets=targets, variant=variant, bias=bias, train_embeddings=embeddings)

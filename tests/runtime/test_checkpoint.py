@@ -123,7 +123,7 @@ def test_a_fingerprint_knows_names_dtypes_shapes_and_values_and_no_order():
         rest = {key: value for key, value in base.items() if key != name}
         others = [rest, rest | {f"{name}2": tensor}, rest | {name: tensor[None]}]
         if tensor.numel():
-            changed = tensor.detach().clone().view(-1)
+            changed = tensor.detach().clone().reshape(-1)
             changed[-1] = changed[-1] == 0
             others.append(rest | {name: changed.view(tensor.shape)})
         seen |= (new := {fingerprint(other) for other in others})
@@ -158,7 +158,9 @@ def test_json_round_trips_also_what_is_no_plain_text():
     to_json(value).decode("utf-8")
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"3", b"null", b"{", b"\xff", b"[" * 100_000, b'{"a": ' + b"9" * 5_000 + b"}"])
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"3", b"null", b"{", b"\xff", b"[" * 100_000, b'{"a": ' + b"9" * 5_000 + b"}"]
+)
 def test_what_is_no_json_object_is_refused(data):
     with pytest.raises(DamagedError) as caught:
         read_json(data, "here/run.json")

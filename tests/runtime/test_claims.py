@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from runtime import storage
-from runtime.checkpoint import Run, RunLock, all_runs, claim, find_run, identity_of, open_run, to_json
+from runtime.checkpoint import Run, all_runs, claim, find_run, identity_of, open_run, to_json
 from runtime.errors import UsageError, UserError
+from runtime.lock import RunLock
 from runtime.storage import DamagedError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,8 +206,9 @@ def test_a_description_that_cannot_be_written_is_one_line(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from runtime.checkpoint import RunLock, open_run
-with RunLock(open_run(Path(sys.argv[1]))):
+from types import SimpleNamespace
+from runtime.lock import RunLock  # and not the run, which would import torch
+with RunLock(SimpleNamespace(name="", folder=Path(sys.argv[1]))):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -286,6 +288,6 @@ def test_a_folder_that_cannot_be_locked_is_one_line_and_stays_unlocked(tmp_path,
             RunLock(run).__enter__()
     with RunLock(run):
         pass
-    with pytest.raises(UserError, match="nowhere"):
-        RunLock(Run(tmp_path / "nowhere", about())).__enter__()
+    with pytest.raises(UserError, match="base-x"):
+        RunLock(Run(run.folder / "run.json", about())).__enter__()
     assert json.loads((run.folder / "run.json").read_bytes()) == about()

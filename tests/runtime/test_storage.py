@@ -6,6 +6,7 @@ import builtins
 import errno
 import json
 import os
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -169,9 +170,9 @@ def test_folders_made_on_the_way_are_durable_too(tmp_path, disk, write):
 def test_a_file_system_that_cannot_sync_folders_is_no_reason_to_stop(tmp_path, monkeypatch):
     real = os.fsync
 
-    def no_folders(descriptor: int, error=errno.EINVAL) -> None:
-        if os.path.isdir(f"/dev/fd/{descriptor}"):
-            raise OSError(error, os.strerror(error))
+    def no_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", no_folders)

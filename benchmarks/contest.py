@@ -1,0 +1,59 @@
+"""Contestants timed in turn in one process, so that what disturbs the machine hits all alike; ratios of medians."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.runs import machine
+from runtime import storage
+from runtime.device import Machine
+
+SIZES = {  # name: vocab_size, n_embd, n_head, n_layer, block_size
+    "0.8M": (96, 128, 4, 4, 128),
+    "3.2M": (96, 256, 4, 4, 128),
+    "10.7M": (96, 384, 6, 6, 256),
+    "124M": (50304, 768, 12, 12, 1024),
+}
+
+
+def take_turns(contestants: dict[str, Callable[[], object]], rounds: int, where: Machine) -> dict[str, list[float]]:
+    """Seconds of each call, by contestant, a call each a round; the first round warms up and does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for round_ in tqdm(range(rounds + 1), desc="rounds", disable=not sys.stderr.isatty(), leave=False):
+        for name, call in contestants.items():
+            where.synchronize()
+            start = time.perf_counter()
+            call()
+            where.synchronize()
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], one: str, other: str) -> dict[str, float]:
+    """How long `one` takes of `other`: the ratio of medians, and the least and most of the rounds' own ratios."""
+    rounds = [a / b for a, b in zip(seconds[one], seconds[other], strict=True)]
+    median = statistics.median(seconds[one]) / statistics.median(seconds[other])
+    return {"median": median, "min": min(rounds), "max": max(rounds)}
+
+
+def tell(rows: list[dict]) -> None:
+    """A line a row: what was measured, its ratio, and the goal where there is one."""
+    for row in rows:
+        goal = f"   goal {row['goal']}" if row.get("goal") else ""
+        print(f"{row['what']:<72} {row['median']:6.2f}  ({row['min']:.2f} to {row['max']:.2f}){goal}", flush=True)
+
+
+def record(name: str, rows: list[dict]) -> None:
+    """Write the rows with machine and versions to `benchmarks/results/<name>.json`."""
+    path = Path(__file__).with_name("results") / f"{name}.json"
+    about = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
+    storage.write_file(path, (json.dumps(about, indent=1) + "\n").encode())
+    print(f"{machine()}\nWritten to {path}")

@@ -1,0 +1,84 @@
+"""The real PEFT reads our adapter folders and we read its: the same logits either way."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from tiny_lora import IDX, TARGETS, adapted, logits, randomise, tiny
+
+from lora.adapter import Adapter
+from lora.files import load_adapter, save_adapter
+from lora.variants import LoRAConfig
+from runtime.errors import UserError
+
+CASES = list(itertools.product((False, True), ("none", "all", "lora_only"), (False, True)))
+EMBEDDINGS = ["token_embedding", "position_embedding"]
+
+
+@pytest.fixture(autouse=True)
+def no_warnings_of_models_that_are_not_transformers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize(("rslora", "bias", "embeddings"), CASES)
+def test_peft_reads_our_folder(rslora: bool, bias: str, embeddings: bool, tmp_path: Path) -> None:
+    base = {"bias": bias != "none"}
+    config = LoRAConfig(
+        rank=4, alpha=6.0, targets="standard" if bias == "lora_only" else "all",
+        variant="rslora" if rslora else "lora", bias=bias, train_embeddings=embeddings,
+    )  # fmt: skip
+    ours = adapted(config, **base)
+    save_adapter(tmp_path / "adapter", Adapter.of(ours))
+    theirs = peft.PeftModel.from_pretrained(tiny(**base), tmp_path / "adapter")
+    assert torch.allclose(logits(theirs), logits(ours), atol=1e-5)
+    assert not torch.allclose(logits(theirs), logits(tiny(**base)), atol=1e-2)
+
+
+def train_with_peft(base: dict, **options) -> peft.PeftModel:
+    """A PEFT model whose trained tensors all moved, by a step and a push."""
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj", "lm_head"], **options)
+    model = peft.get_peft_model(tiny(**base), config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(IDX, TARGETS)[1].backward()
+    optimizer.step()
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize(("rslora", "bias", "embeddings"), CASES)
+def test_we_read_what_peft_saved(rslora: bool, bias: str, embeddings: bool, tmp_path: Path) -> None:
+    base = {"bias": bias != "none"}
+    theirs = train_with_peft(base, use_rslora=rslora, bias=bias, modules_to_save=EMBEDDINGS if embeddings else None)
+    theirs.save_pretrained(tmp_path)
+    ours = tiny(**base)
+    load_adapter(tmp_path).put_on(ours)
+    assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)
+    assert not torch.allclose(logits(ours), logits(tiny(**base)), atol=1e-2)
+
+
+FOREIGN = [{"rank_pattern": {"q_proj": 2}}, {"use_dora": True}, {"init_lora_weights": "olora"}]
+
+
+@pytest.mark.parametrize("options", FOREIGN, ids=str)
+def test_what_we_cannot_compute_is_refused_by_name(options: dict, tmp_path: Path) -> None:
+    train_with_peft({}, **options).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=next(iter(options))):
+        load_adapter(tmp_path)
+
+
+def test_a_peft_model_trains_over_our_layers_as_over_torchs() -> None:
+    """No path of the model may go round a linear that someone else has wrapped."""
+    model = train_with_peft({})
+    model.zero_grad()
+    model(IDX, TARGETS)[1].backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert len(gradients) == 2 * (2 * 2 + 1)
+    assert all(gradient.any() for gradient in gradients.values())

@@ -1,0 +1,241 @@
+"""Cached generation is generation without a cache over the same window; filters; seeds; modes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora.attach import attach
+from lora.variants import LoRAConfig
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.sampling import Sampling, choose, generate, stream, window_start
+
+WILD = Sampling(temperature=1.5, top_k=20, top_p=0.95, repetition_penalty=1.2)
+
+
+def tiny(block_size: int = 16, **changes) -> BigramLanguageModelLoRA:
+    """A base whose next token depends strongly on position and on everything before."""
+    torch.manual_seed(0)
+    model = BigramLanguageModelLoRA(50, 32, block_size, n_head=4, n_layer=2, **changes)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn(p.shape)
+    return model
+
+
+def prompts_of(lengths: list[int]) -> list[list[int]]:
+    return [[(7 * i + 3 * row) % 50 for i in range(length)] for row, length in enumerate(lengths)]
+
+
+@torch.no_grad()
+def without_cache(model: BigramLanguageModelLoRA, prompts: list[list[int]], n: int, how: Sampling, seed: int):
+    """The definition: each token from a whole pass over its window."""
+    rows, generator = [list(prompt) for prompt in prompts], torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        windows = [row[window_start(len(row), model.shape.block_size) :] for row in rows]
+        logits = torch.stack([model(torch.tensor([window]))[0][0, -1] for window in windows])
+        for row, token in zip(rows, choose(logits, windows, how, generator), strict=True):
+            row.append(token)
+    return rows
+
+
+CASES = [  # block size, lengths of the prompts, steps: more than three moves of the window each
+    (16, [1, 7, 16, 17, 40], 48),
+    (16, [9], 48),
+    (16, [16, 16], 40),
+    (7, [2, 7, 8, 30], 24),
+    (3, [1, 2, 3, 4, 5], 10),
+    (2, [1, 2, 3], 8),
+    (1, [1, 2, 5], 6),
+]
+
+
+@pytest.mark.parametrize("how", [WILD, Sampling(greedy=True, repetition_penalty=1.3)], ids=["sampled", "greedy"])
+@pytest.mark.parametrize(("block_size", "lengths", "steps"), CASES)
+def test_cached_is_what_a_whole_pass_over_the_window_gives(
+    block_size: int, lengths: list[int], steps: int, how: Sampling
+) -> None:
+    model, prompts = tiny(block_size), prompts_of(lengths)
+    first, last = (window_start(n, block_size) for n in (max(lengths), max(lengths) + steps))
+    assert last - first > 3 * (block_size // 2)
+    found = generate(model, prompts, steps, how, seed=5)
+    assert found == without_cache(model, prompts, steps, how, seed=5)
+    assert [row[: len(prompt)] for row, prompt in zip(found, prompts, strict=True)] == prompts
+    assert prompts == prompts_of(lengths)
+    assert len({tuple(row[-5:]) for row in found}) == len(found) or block_size < 3  # the rows are not all alike
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_generation_goes_through_the_active_adapter(bias: str) -> None:
+    model, prompts = tiny(bias=bias != "none"), prompts_of([3, 16, 20])
+    plain = generate(model, prompts, 30, WILD, 5)
+    attach(model, LoRAConfig(rank=4, dropout=0.5, bias=bias))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.1 * torch.randn(p.shape)
+    adapted = generate(model, prompts, 30, WILD, 5)
+    assert adapted == without_cache(model.eval(), prompts, 30, WILD, 5)
+    assert adapted != plain
+
+
+def test_cached_generation_works_under_autocast() -> None:
+    model = tiny().requires_grad_(False)
+    with torch.autocast("cpu"):
+        rows = generate(model, prompts_of([3, 16, 20]), 30, WILD, 5)
+    assert [len(row) for row in rows] == [33, 46, 50]
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    model, prompts, how = tiny(), prompts_of([2, 9, 16, 30]), Sampling(greedy=True, repetition_penalty=1.5)
+    together = generate(model, prompts, 30, how, 0)
+    for prompt, row in zip(prompts, together, strict=True):
+        assert generate(model, [prompt], 30, how, 0) == [row]
+
+
+@given(block_size=st.integers(1, 70), n=st.integers(1, 400))
+def test_windows_are_never_too_long_and_move_by_half_a_block(block_size: int, n: int) -> None:
+    start, after, half = window_start(n, block_size), window_start(n + 1, block_size), max(1, block_size // 2)
+    assert 1 <= n - start <= block_size
+    assert after - start in (0, half)
+    assert start % half == 0
+    assert (start == 0) == (n <= block_size)
+    if after != start:
+        assert n - start == block_size  # it moves only when it is full
+
+
+def test_seeds_and_the_global_generator() -> None:
+    model, prompt = tiny(), prompts_of([4])
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    texts = [generate(model, prompt, 20, Sampling(), seed) for seed in (1, 1, 2)]
+    by_method = model.generate(torch.tensor(prompt), 20, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert texts[0] == texts[1] == by_method.tolist()
+    assert texts[0] != texts[2]
+    unseeded = [model.generate(torch.tensor(prompt), 20) for _ in range(2)]
+    assert not torch.equal(*unseeded)
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(torch.tensor(prompt), 20), unseeded[0])
+
+
+@pytest.mark.parametrize(("B", "T", "n"), [(1, 1, 5), (3, 4, 20), (2, 30, 3), (2, 3, 0)])
+def test_generate_appends_to_token_ids(B: int, T: int, n: int) -> None:
+    idx = torch.tensor(prompts_of([T] * B))
+    out = tiny().generate(idx, n, seed=0, temperature=0.7, top_k=5)
+    assert (out.shape, out.dtype) == ((B, T + n), torch.long)
+    assert torch.equal(out[:, :T], idx)
+    assert out.max() < 50
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_is_restored_whatever_happens(training: bool) -> None:
+    model, prompts = tiny(dropout=0.5).train(training), prompts_of([4])
+    tokens = stream(model, prompts, 10, Sampling(), 0)
+    next(tokens)
+    assert not model.blocks[0].training
+    tokens.close()
+    assert all(module.training == training for module in model.modules())
+    generate(model, prompts, 2, Sampling(), 0)
+    assert all(module.training == training for module in model.modules())
+    with pytest.raises(IndexError):
+        generate(model, [[50]], 2, Sampling(), 0)
+    assert all(module.training == training for module in model.modules())
+    assert generate(model, prompts, 20, WILD, 0) == generate(tiny(), prompts, 20, WILD, 0)  # without dropout
+
+
+def test_generation_leaves_no_graph_and_trains_nothing() -> None:
+    model = tiny()
+    generate(model, prompts_of([20, 3]), 5, Sampling(), 0)
+    assert torch.is_grad_enabled()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("prompts", [[[]], [[1], []]])
+def test_an_empty_prompt_is_refused(prompts: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        generate(tiny(), prompts, 3, Sampling(), 0)
+
+
+def draw(logits: torch.Tensor, how: Sampling, seen: list[list[int]] | None = None, draws: int = 1) -> list[int]:
+    """Tokens drawn from one row of logits."""
+    rows = logits.expand(draws, -1)
+    return choose(rows, (seen or [[]]) * draws, how, torch.Generator().manual_seed(0))
+
+
+LOGITS = torch.tensor([0.0, 3.0, -1.0, 2.0, 1.0, -4.0])
+
+
+NARROW = [Sampling(greedy=True), Sampling(top_k=1), Sampling(top_p=1e-9), Sampling(temperature=1e-4)]
+
+
+@pytest.mark.parametrize("how", [*NARROW, Sampling(3.0, top_k=1)], ids=str)
+def test_narrow_sampling_is_greedy(how: Sampling) -> None:
+    assert set(draw(LOGITS, how, draws=200)) == {1}
+    model, prompts = tiny(), prompts_of([3, 20])
+    assert generate(model, prompts, 20, how, 1) == generate(model, prompts, 20, Sampling(greedy=True), 2)
+
+
+@pytest.mark.parametrize(
+    ("how", "kept"),
+    [
+        (Sampling(), {0, 1, 2, 3, 4, 5}),
+        (Sampling(top_k=3), {1, 3, 4}),
+        (Sampling(top_k=6), {0, 1, 2, 3, 4, 5}),
+        (Sampling(top_k=1000), {0, 1, 2, 3, 4, 5}),
+        (Sampling(top_p=0.63), {1}),
+        (Sampling(top_p=0.65), {1, 3}),  # the likeliest has 0.64 of it
+        (Sampling(top_p=0.9), {1, 3, 4}),
+        (Sampling(top_p=1.0), {0, 1, 2, 3, 4, 5}),
+        (Sampling(top_k=3, top_p=0.7), {1, 3}),  # of what top_k left, the likeliest has 0.67
+    ],
+    ids=str,
+)
+def test_draws_follow_the_probabilities_of_what_the_filters_keep(how: Sampling, kept: set[int]) -> None:
+    counts = torch.bincount(torch.tensor(draw(LOGITS, how, draws=20_000)), minlength=6) / 20_000
+    hidden = torch.tensor([token not in kept for token in range(6)])
+    assert torch.allclose(counts, LOGITS.masked_fill(hidden, -math.inf).softmax(-1), atol=0.015)
+    assert not counts[hidden].any()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_divides_the_logits(temperature: float) -> None:
+    counts = torch.bincount(torch.tensor(draw(LOGITS, Sampling(temperature), draws=20_000)), minlength=6) / 20_000
+    assert torch.allclose(counts, (LOGITS / temperature).softmax(-1), atol=0.015)
+
+
+def test_the_repetition_penalty_divides_or_multiplies_what_was_seen() -> None:
+    seen, penalised = [1, 1, 2, 0], torch.tensor([0.0, 3.0 / 2, -1.0 * 2, 2.0, 1.0, -4.0])
+    drawn = draw(LOGITS, Sampling(repetition_penalty=2.0), [seen], draws=3000)
+    counts = torch.bincount(torch.tensor(drawn), minlength=6) / 3000
+    assert torch.allclose(counts, penalised.softmax(-1), atol=0.03)
+    assert draw(LOGITS, Sampling(greedy=True, repetition_penalty=2.0), [seen]) == [3]
+    assert torch.equal(LOGITS, torch.tensor([0.0, 3.0, -1.0, 2.0, 1.0, -4.0]))
+
+
+def test_rows_are_penalised_for_what_they_saw_themselves() -> None:
+    how = Sampling(greedy=True, repetition_penalty=100.0)
+    assert choose(LOGITS.expand(3, -1), [[1], [1, 3], []], how, torch.Generator()) == [3, 4, 1]
+
+
+NONSENSE = [{"temperature": 0.0}, {"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}, {"top_k": -1}]
+NONSENSE += [{"top_p": 0.0}, {"top_p": -0.1}, {"repetition_penalty": 0.0}, {"repetition_penalty": -1.0}]
+
+
+@pytest.mark.parametrize("options", NONSENSE, ids=str)
+def test_options_that_make_no_sense_are_refused_by_name(options: dict) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"^{name}={value}: must be "):
+        tiny().generate(torch.zeros(1, 1, dtype=torch.long), 1, **options)
+
+
+def test_the_settings_can_be_combined() -> None:
+    model = tiny()
+    for top_k, top_p, penalty in itertools.product((None, 3), (None, 0.5), (1.0, 1.3)):
+        how = Sampling(0.8, top_k, top_p, penalty)
+        assert generate(model, prompts_of([3, 20]), 6, how, 1) == without_cache(model, prompts_of([3, 20]), 6, how, 1)
