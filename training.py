@@ -42,24 +42,36 @@ class Training:
         self.clock = time.perf_counter()
 
     def all_steps(self) -> resume.State:
-        """Step until the last one, or until patience ends; evaluate and save on the way."""
+        """Step until the last one, or until patience ends. However it ends, the log is whole up to there."""
+        try:
+            while self.state.step < self.job.settings.max_iters and not self.impatient:
+                self.one_step()
+        except KeyboardInterrupt:
+            saved = self.run.saved("step")
+            where = f"after step {saved[-1][0]}" if saved else "from the beginning"
+            say(f"\nStopped at step {self.state.step}; the same command goes on {where}")
+            raise
+        finally:
+            self.log.flush()
+            self.progress.close()
+        return self.state
+
+    def one_step(self) -> None:
+        """A step, and whatever is due after it: reading the loss, evaluating, saving."""
         s, state = self.job.settings, self.state
         reading = 1 if self.job.machine.device.type == "cpu" else 10  # to read the loss, an accelerator is waited for
-        while state.step < s.max_iters and not self.impatient:
-            self.stepper.step(state.step)
-            state.step += 1
-            last = state.step == s.max_iters
-            evaluating, saving = (last or state.step % every == 0 for every in (s.eval_interval, s.save_interval))
-            if evaluating or saving or state.step % reading == 0:
-                self.read()
-            paused = time.perf_counter()
-            if evaluating:
-                self.evaluate()
-            if saving or self.impatient:
-                self.save()
-            self.clock += time.perf_counter() - paused  # speeds are those of training alone
-        self.progress.close()
-        return state
+        self.stepper.step(state.step)
+        state.step += 1
+        last = state.step == s.max_iters
+        evaluating, saving = (last or state.step % every == 0 for every in (s.eval_interval, s.save_interval))
+        if evaluating or saving or state.step % reading == 0:
+            self.read()
+        paused = time.perf_counter()
+        if evaluating:
+            self.evaluate()
+        if saving or self.impatient:
+            self.save()
+        self.clock += time.perf_counter() - paused  # speeds are those of training alone
 
     @property
     def impatient(self) -> bool:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.runs import machine
 from runtime import storage
-from runtime.device import Machine
+from runtime.device import Machine, machine_name
 
 SIZES = {  # name: vocab_size, n_embd, n_head, n_layer, block_size
     "0.8M": (96, 128, 4, 4, 128),
@@ -54,6 +53,6 @@ def tell(rows: list[dict]) -> None:
 def record(name: str, rows: list[dict]) -> None:
     """Write the rows with machine and versions to `benchmarks/results/<name>.json`."""
     path = Path(__file__).with_name("results") / f"{name}.json"
-    about = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
+    about = {"machine": machine_name(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
     storage.write_file(path, (json.dumps(about, indent=1) + "\n").encode())
-    print(f"{machine()}\nWritten to {path}")
+    print(f"{machine_name()}\nWritten to {path}")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import statistics
 
-from benchmarks.runs import machine, median, train
+from benchmarks.runs import median, train
+from runtime.device import machine_name
 from runtime.errors import run_command
 
 GRID = {"full": (5e-4, 1e-3, 2e-3, 4e-3), "lora": (2e-3, 4e-3, 8e-3, 1.6e-2)}
@@ -38,7 +39,7 @@ def main() -> None:
     for kind, results in after.items():
         print(f"{kind} at {best[kind]:g}: {median(result['val_loss'] for result in results)}")
     print(f"LoRA r=8 closes {statistics.median(closed):.1f} % ({min(closed):.1f} to {max(closed):.1f}) of the distance")
-    print(machine())
+    print(machine_name())
 
 
 if __name__ == "__main__":

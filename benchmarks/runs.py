@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-
-import torch
 
 from runtime.errors import UserError
 
@@ -39,12 +36,3 @@ def median(values: Iterable[float]) -> str:
     """The median with the range, as in `1.642 (1.640 to 1.645)`."""
     values = sorted(values)
     return f"{statistics.median(values):.4f} ({values[0]:.4f} to {values[-1]:.4f})"
-
-
-def machine() -> str:
-    """The machine and versions that a recorded figure needs beside it."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}"

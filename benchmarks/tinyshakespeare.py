@@ -5,7 +5,8 @@ python -m benchmarks.tinyshakespeare    three seeds
 
 from __future__ import annotations
 
-from benchmarks.runs import machine, median, train
+from benchmarks.runs import median, train
+from runtime.device import machine_name
 from runtime.errors import run_command
 
 SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
@@ -21,7 +22,7 @@ def main() -> None:
         for seed in SEEDS
     ]
     print(f"tinyshakespeare, nanoGPT's CPU recipe, loss over the whole validation text: {median(losses)}")
-    print(machine())
+    print(machine_name())
 
 
 if __name__ == "__main__":

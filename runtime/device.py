@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -44,14 +47,41 @@ class Machine:
             return torch.cuda.max_memory_allocated(self.device)
         if self.device.type != "cpu" or sys.platform == "win32":
             return None
+        if sys.platform == "linux":  # getrusage would count what the process that started this one held
+            return _resident("VmHWM")
         import resource  # not on Windows
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def restart_peak_memory(self) -> int | None:
+        """Forget the peak so far, where the system allows it; returns the bytes that are held now, or None."""
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return torch.cuda.memory_allocated(self.device)
+        if self.device.type != "cpu" or sys.platform != "linux":
+            return self.peak_memory()
+        with suppress(OSError), open("/proc/self/clear_refs", "w") as file:  # some containers forbid it
+            file.write("5")
+        return _resident("VmRSS")
 
     def __str__(self) -> str:
         name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
         return f"{torch.cuda.get_device_name(self.device) if self.is_cuda else self.device.type}, {name}"
+
+
+def _resident(key: str) -> int:
+    """A size out of Linux's account of this process, in bytes."""
+    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def machine_name() -> str:
+    """The processor, the number of threads and the versions that a figure needs beside it."""
+    name, about = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if about.exists() and (found := re.search(r"model name\s*: (.*)", about.read_text())):
+        name = found[1]
+    if torch.cuda.is_available():
+        name += f", {torch.cuda.get_device_name()}"
+    return f"{name}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def cpu_has_bf16() -> bool:

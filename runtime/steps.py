@@ -51,7 +51,10 @@ class Stepper:
     model(x, targets) -> (logits, loss). optimizer: a fused one, as the others cannot skip an update without the host;
     parameter groups may carry `lr_scale`, a factor on the schedule.
     batch(step) -> (x, targets), of batch_size * accumulation rows, which are cut into `accumulation` parts.
+    lap(phase) is called after each `forward`, `backward` and `optimizer` phase, for whoever has a clock.
     """
+
+    lap: Callable[[str], None] = staticmethod(lambda phase: None)
 
     def __init__(
         self,
@@ -83,6 +86,7 @@ class Stepper:
         self.loss = self.backward(*self.batch(step))
         self.update(step)
         self.optimizer.zero_grad(set_to_none=True)
+        self.lap("optimizer")
 
     def backward(self, x: Tensor, targets: Tensor) -> Tensor:
         """Gradients of the mean loss over the whole batch, part by part; returns that loss."""
@@ -91,8 +95,10 @@ class Stepper:
             part, wanted = (t.to(self.machine.device, non_blocking=True) for t in (part, wanted))
             with self.machine.autocast():
                 part_loss = self.model(part, wanted)[1] * (len(part) / len(x))
+            self.lap("forward")
             self.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
+            self.lap("backward")
         return loss
 
     def update(self, step: int) -> None:

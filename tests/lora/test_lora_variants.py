@@ -99,7 +99,7 @@ def test_the_fast_forward_is_a_linear_with_the_effective_weight(variant: str, bi
 def test_the_fused_gradients_are_those_of_the_formula(trains: tuple[bool, bool, bool | None], dropout: float) -> None:
     x_trains, W_trains, bias_trains = trains
     generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (2, 3, 5), "W": (4, 5), "bias": (4,), "A": (2, 5), "B": (4, 2)}
+    shapes = {"x": (2, 2, 4), "W": (3, 4), "bias": (3,), "A": (2, 4), "B": (3, 2)}
     given = {key: torch.randn(shape, generator=generator, dtype=torch.float64) for key, shape in shapes.items()}
     if bias_trains is None:
         given["bias"] = None
@@ -113,7 +113,7 @@ def test_the_fused_gradients_are_those_of_the_formula(trains: tuple[bool, bool, 
         return lora_linear(*given.values(), 1.5, dropout)
 
     torch.manual_seed(5)
-    kept = F.dropout(torch.ones(6, 5, dtype=torch.float64), dropout).view(2, 3, 5)
+    kept = F.dropout(torch.ones(4, 4, dtype=torch.float64), dropout).view(2, 2, 4)
     plain = F.linear(given["x"], given["W"], given["bias"]) + 1.5 * (given["x"] * kept) @ given["A"].T @ given["B"].T
     assert near(fused(), plain, 1e-12)
     leaves = [given[key] for key, need in needs.items() if need]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lora.attach import adapter_parameters, attach
+from lora.attach import activate, adapter_parameters, attach
 from lora.variants import LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
@@ -78,3 +78,17 @@ def logits(model: BigramLanguageModelLoRA, idx: Tensor = IDX) -> Tensor:
     """Logits without a graph."""
     with torch.no_grad():
         return model(idx)[0]
+
+
+EVERYTHING = LoRAConfig(rank=4, alpha=6.0, targets="all", bias="all")
+SOME = LoRAConfig(rank=2, alpha=3.0, targets="minimal", variant="rslora")
+
+
+def two_adapters() -> BigramLanguageModelLoRA:
+    """`one` on all linears, biases and embeddings; `two` on some linears and the embeddings; both active."""
+    model = adapted(EVERYTHING, name="one", bias=True)
+    torch.manual_seed(2)
+    attach(model, SOME, "two")
+    randomise(model, 2)
+    activate(model, "one", "two")
+    return model

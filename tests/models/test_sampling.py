@@ -70,6 +70,13 @@ def test_cached_is_what_a_whole_pass_over_the_window_gives(
     assert len({tuple(row[-5:]) for row in found}) == len(found) or block_size < 3  # the rows are not all alike
 
 
+def test_a_window_is_read_whole_only_when_it_moves() -> None:
+    model, widths = tiny(), []
+    model.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    generate(model, prompts_of([16]), 20, Sampling(), 0)
+    assert [width for width in widths if width > 1] == [16, 9, 9, 9]
+
+
 @pytest.mark.parametrize("bias", ["none", "all"])
 def test_generation_goes_through_the_active_adapter(bias: str) -> None:
     model, prompts = tiny(bias=bias != "none"), prompts_of([3, 16, 20])
@@ -168,7 +175,7 @@ def draw(logits: torch.Tensor, how: Sampling, seen: list[list[int]] | None = Non
     return choose(rows, (seen or [[]]) * draws, how, torch.Generator().manual_seed(0))
 
 
-LOGITS = torch.tensor([0.0, 3.0, -1.0, 2.0, 1.0, -4.0])
+LOGITS = torch.tensor([0.5, 3.0, -1.0, 2.0, 1.0, -4.0])
 
 
 NARROW = [Sampling(greedy=True), Sampling(top_k=1), Sampling(top_p=1e-9), Sampling(temperature=1e-4)]
@@ -188,8 +195,8 @@ def test_narrow_sampling_is_greedy(how: Sampling) -> None:
         (Sampling(top_k=3), {1, 3, 4}),
         (Sampling(top_k=6), {0, 1, 2, 3, 4, 5}),
         (Sampling(top_k=1000), {0, 1, 2, 3, 4, 5}),
-        (Sampling(top_p=0.63), {1}),
-        (Sampling(top_p=0.65), {1, 3}),  # the likeliest has 0.64 of it
+        (Sampling(top_p=0.6), {1}),
+        (Sampling(top_p=0.65), {1, 3}),  # the likeliest has 0.62 of it
         (Sampling(top_p=0.9), {1, 3, 4}),
         (Sampling(top_p=1.0), {0, 1, 2, 3, 4, 5}),
         (Sampling(top_k=3, top_p=0.7), {1, 3}),  # of what top_k left, the likeliest has 0.67
@@ -210,12 +217,12 @@ def test_temperature_divides_the_logits(temperature: float) -> None:
 
 
 def test_the_repetition_penalty_divides_or_multiplies_what_was_seen() -> None:
-    seen, penalised = [1, 1, 2, 0], torch.tensor([0.0, 3.0 / 2, -1.0 * 2, 2.0, 1.0, -4.0])
+    seen, penalised = [1, 1, 2, 0], torch.tensor([0.5 / 2, 3.0 / 2, -1.0 * 2, 2.0, 1.0, -4.0])
     drawn = draw(LOGITS, Sampling(repetition_penalty=2.0), [seen], draws=3000)
     counts = torch.bincount(torch.tensor(drawn), minlength=6) / 3000
     assert torch.allclose(counts, penalised.softmax(-1), atol=0.03)
     assert draw(LOGITS, Sampling(greedy=True, repetition_penalty=2.0), [seen]) == [3]
-    assert torch.equal(LOGITS, torch.tensor([0.0, 3.0, -1.0, 2.0, 1.0, -4.0]))
+    assert torch.equal(LOGITS, torch.tensor([0.5, 3.0, -1.0, 2.0, 1.0, -4.0]))
 
 
 def test_rows_are_penalised_for_what_they_saw_themselves() -> None:

@@ -98,13 +98,15 @@ def test_runs_are_listed_by_when_they_ended_or_else_began(tmp_path):
     assert [run.name for run in all_runs(tmp_path)] == ["d-set-aside.old1", "b-quick", "c-unfinished", "a-slow"]
 
 
-def test_a_run_is_found_by_name_or_path_and_else_the_names_are_told(tmp_path):
+def test_a_run_is_found_by_name_or_path_and_else_the_names_are_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="no run 'x'.*none yet"):
         find_run(tmp_path, "x")
     for name in ("base-x", "base-x.old1", "50% [a] *", "łódź"):
         made(tmp_path, name)
         assert find_run(tmp_path, name).name == name
-    assert find_run(tmp_path / "nowhere", str(tmp_path / "base-x")).name == "base-x"
+    for path in (tmp_path / "base-x", Path("base-x")):
+        assert find_run(tmp_path / "nowhere", str(path)).name == "base-x"
     with pytest.raises(UsageError, match=r"'base-y'.*50% \[a\] \*.*base-x, base-x\.old1.*łódź"):
         find_run(tmp_path, "base-y")
 
@@ -282,10 +284,11 @@ def test_a_folder_that_cannot_be_locked_is_one_line_and_stays_unlocked(tmp_path,
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    failed = RunLock(run)
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
         with pytest.raises(UserError, match="base-x.*free some space"):
-            RunLock(run).__enter__()
+            failed.__enter__()
     with RunLock(run):
         pass
     with pytest.raises(UserError, match="base-x"):

@@ -63,8 +63,9 @@ def test_how_a_command_ends(body, status, err):
     assert told == err
 
 
-def test_what_is_no_fault_of_the_users_keeps_its_traceback():
-    status, _, err = ended("raise ZeroDivisionError('a bug')")
+@pytest.mark.parametrize("body", ["raise ZeroDivisionError('a bug')", "open('a bug')"])
+def test_what_is_no_fault_of_the_users_keeps_its_traceback(body):
+    status, _, err = ended(body)
     assert status == 1 and "Traceback" in err and "a bug" in err
 
 

@@ -283,6 +283,8 @@ def test_the_mean_is_over_tokens_also_where_the_last_batch_is_smaller():
 def test_an_evaluation_disturbs_nothing(training):
     model = Tiny()
     model(*batch(0))[1].backward()
+    graphs = []
+    model.register_forward_hook(lambda *args: graphs.append(args[2][1].requires_grad))
     grads = {name: p.grad for name, p in model.named_parameters()}
     model.train(training)
     torch.manual_seed(3)
@@ -291,7 +293,7 @@ def test_an_evaluation_disturbs_nothing(training):
     torch.manual_seed(3)
     assert torch.equal(after, torch.rand(5)), "it took no random numbers"
     assert evaluate(model, [batch(1)], CPU) == first, "it had no dropout"
-    assert model.training is training and torch.is_grad_enabled()
+    assert model.training is training and torch.is_grad_enabled() and graphs == [False, False]
     assert all(p.grad is grads[name] for name, p in model.named_parameters())
 
 

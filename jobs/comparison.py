@@ -1,0 +1,125 @@
+"""Full fine-tuning against LoRA, paired: the same base, the same batches, steps taken in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.corpora import load_corpus
+from data.text import tokens_of, validation_windows
+from jobs.job import Job, prepare
+from lora.attach import activate
+from runtime.checkpoint import Run
+from runtime.config import Settings
+from runtime.device import Machine
+from runtime.sources import Resolved
+from runtime.steps import Batch, Stepper, evaluate
+
+PHASES = ("forward", "backward", "optimizer")
+
+
+@dataclass
+class Method:
+    """One way to adapt the base, with the clocks and losses of its run.
+
+    seconds: by phase, one value a step. curve: (steps, seconds of training so far, validation loss).
+    """
+
+    label: str
+    job: Job
+    stepper: Stepper
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
+
+    def step(self, step: int) -> None:
+        """One step, its phases timed with the device waited for."""
+        spent, machine = dict.fromkeys(PHASES, 0.0), self.job.machine
+        machine.synchronize()
+        last = time.perf_counter()
+
+        def lap(phase: str) -> None:
+            nonlocal last
+            machine.synchronize()
+            now = time.perf_counter()
+            spent[phase] += now - last
+            last = now
+
+        self.stepper.lap = lap
+        self.stepper.step(step)
+        for phase, values in self.seconds.items():
+            values.append(spent[phase])
+
+    def evaluate(self, step: int) -> float:
+        """Held-out loss after so many steps, put on the curve. Raises NonFiniteError where a step went wrong."""
+        if step:
+            self.stepper.read_loss()
+        loss = self.job.evaluate(self.job.settings.eval_iters)
+        self.curve.append((step, sum(map(sum, self.seconds.values())), loss))
+        return loss
+
+    @property
+    def milliseconds(self) -> dict[str, float]:
+        """Medians of a step and of its phases."""
+        phases = {phase: 1e3 * statistics.median(values) for phase, values in self.seconds.items()}
+        whole = [sum(parts) for parts in zip(*self.seconds.values(), strict=True)]
+        return {"step": 1e3 * statistics.median(whole)} | phases
+
+    def loss_after(self, seconds: float) -> float:
+        """Validation loss after so many seconds of training, between the points of the curve in a straight line."""
+        before = self.curve[0]
+        for point in self.curve[1:]:
+            if point[1] >= seconds:
+                share = (seconds - before[1]) / max(point[1] - before[1], 1e-9)
+                return before[2] + share * (point[2] - before[2])
+            before = point
+        return before[2]
+
+
+def make_method(label: str, given: dict[str, Any], machine: Machine, base: Run) -> Method:
+    """A method with these settings beside their defaults, ready for its first step."""
+    settings = Settings.from_dict(given | {"base": base.name})
+    job = prepare(Resolved(settings, {}), machine, base)
+    return Method(label, job, job.stepper())
+
+
+def base_windows(job: Job, base: Run) -> list[Batch]:
+    """Held-out text of the base's own corpus, on which forgetting is measured."""
+    corpus = load_corpus(base.about["settings"]["dataset"], Path(job.settings.data_dir))
+    tokens = tokens_of(corpus.validation, job.tokenizer, Path(job.settings.data_dir))
+    return validation_windows(tokens, job.model.shape.block_size, job.settings.batch_size, job.settings.eval_iters)
+
+
+def untouched(method: Method, windows: list[Batch]) -> float:
+    """Loss of the base itself on these windows, through a method that has not taken a step yet."""
+    if method.job.kind != "lora":
+        return evaluate(method.job.model, windows, method.job.machine)
+    activate(method.job.model)
+    loss = evaluate(method.job.model, windows, method.job.machine)
+    activate(method.job.model, "default")
+    return loss
+
+
+def row(method: Method, equal_seconds: float, forgetting: tuple[float, float], peak: int | None) -> dict[str, Any]:
+    """What is saved and shown of a method."""
+    info, times = method.job.model.get_parameter_info(), method.milliseconds
+    return {
+        "method": method.label,
+        "adapter": info["lora"],
+        "embeddings": info["embedding"] if method.job.kind == "lora" else 0,
+        "trainable": info["trainable"],
+        "trainable_percent": 100 * info["trainable"] / info["total"],
+        "milliseconds": times,
+        "tokens_per_second": 1e3 * method.job.tokens_per_step / times["step"],
+        "peak_memory": peak,
+        "file_bytes": sum(map(len, method.job.product_files().values())),
+        "learning_rate": method.job.settings.learning_rate,
+        "loss_before": method.curve[0][2],
+        "loss_at_equal_steps": method.curve[-1][2],
+        "loss_at_equal_seconds": method.loss_after(equal_seconds),
+        "base_text_loss_before": forgetting[0],
+        "base_text_loss_after": forgetting[1],
+        "curve": method.curve,
+    }

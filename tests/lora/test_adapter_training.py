@@ -1,0 +1,81 @@
+"""Optimising an adapter: every matrix of it moves, and nothing of the base."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from tiny_lora import EVERYTHING, IDX, TARGETS, adapted, same, state, tiny, trained, two_adapters
+from torch.utils.checkpoint import checkpoint
+
+from lora.attach import activate, attach, base_tensors
+from lora.optim import make_optimizer
+from lora.variants import LoRAConfig
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from runtime.checkpoint import fingerprint
+
+
+def optimise(model: BigramLanguageModelLoRA, steps: int = 3) -> None:
+    optimizer = make_optimizer(model, (0.9, 0.95), 0.1)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    for _ in range(steps):
+        model(IDX, TARGETS)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_training_moves_every_adapter_matrix_and_never_the_base(bias: str, embeddings: bool) -> None:
+    model = tiny(bias=bias != "none")
+    digest = fingerprint(base_tensors(model))
+    attach(model, LoRAConfig(rank=4, bias=bias, train_embeddings=embeddings))
+    before = state(model)
+    optimise(model)
+    after = state(model)
+    assert fingerprint(base_tensors(model)) == digest
+    assert {key for key in after if not torch.equal(after[key], before[key])} == set(trained(model))
+    embedded = {key for key in trained(model) if "embedding" in key}
+    assert len(embedded) == 2 * embeddings
+    biases = {key for key in trained(model) if key.endswith(".bias")}
+    assert len(biases) == {"none": 0, "lora_only": 2 * 6 + 1, "all": 2 * 6 + 1 + 2 * 2 + 1}[bias]
+
+
+def test_a_resting_adapter_does_not_move() -> None:
+    model = two_adapters()
+    activate(model, "two")
+    before = state(model)
+    optimise(model, 2)
+    moved = {key for key, t in state(model).items() if not torch.equal(t, before[key])}
+    assert moved == set(trained(model))
+    assert all(".lora.two." in key for key in moved)
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    model = adapted(EVERYTHING, bias=True)
+    groups = {group["weight_decay"]: group["params"] for group in make_optimizer(model, (0.9, 0.95), 0.1).param_groups}
+    assert set(groups) == {0.1, 0.0}
+    assert all(p.dim() == 2 for p in groups[0.1])
+    assert all(p.dim() == 1 for p in groups[0.0])
+    assert {id(p) for group in groups.values() for p in group} == {id(p) for p in trained(model).values()}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_adapter_matrix_gets_a_gradient_over_a_frozen_base(recompute: bool, autocast: bool) -> None:
+    found = []
+    for recomputing in (False, recompute):
+        model = adapted(LoRAConfig(dropout=0.3, train_embeddings=False), dropout=0.2)
+        if recomputing:
+            for block in model.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        torch.manual_seed(4)
+        with torch.autocast("cpu", enabled=autocast):
+            loss = model(IDX, TARGETS)[1]
+        loss.backward()
+        found.append({name: p.grad for name, p in trained(model).items()})
+    assert len(found[0]) == 2 * (2 * 6 + 1)
+    assert all(gradient.any() for gradient in found[0].values())
+    assert same(*found)
