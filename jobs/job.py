@@ -72,7 +72,7 @@ class Job:
         rows = s.batch_size * s.gradient_accumulation_steps
         return Stepper(
             self.model,
-            make_optimizer(self.model, (s.beta1, s.beta2), s.weight_decay),
+            make_optimizer(self.model, (s.beta1, s.beta2), s.weight_decay, s.lora_plus_ratio),
             Schedule(s.learning_rate, s.min_lr, s.warmup_iters, s.max_iters),
             TextBatches(self.train, self.model.shape.block_size, rows, s.seed).batch,
             self.machine,

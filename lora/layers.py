@@ -33,9 +33,9 @@ class Adaptable(nn.Module):
         """The tensor `name` of this layer as the active adapters' copies make it: the base plus what each adds."""
         base = getattr(self, name)
         copies = [copy for entry in self.entries() if (copy := entry.copy_of(name)) is not None]
-        if len(copies) == 1:
-            return copies[0]
-        return base + sum(copy - base for copy in copies) if copies else base
+        if not copies:
+            return base
+        return (copies[0] if len(copies) == 1 else base + sum(copy - base for copy in copies)).to(base.dtype)
 
     def effective_tensors(self) -> dict[str, Tensor]:
         """Every base tensor of this layer as the active adapters make it, in its own dtype."""

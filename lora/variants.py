@@ -40,11 +40,11 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         rank_is_whole = isinstance(self.rank, int) and self.rank >= 1
         rules = {
-            f"lora_rank={self.rank}: must be a whole number of at least 1": rank_is_whole,
-            f"lora_alpha={self.alpha}: must be a number above 0": 0 < self.alpha < math.inf,
-            f"lora_dropout={self.dropout}: must be at least 0 and below 1": 0 <= self.dropout < 1,
-            f"lora_variant={self.variant}: must be one of {', '.join(VARIANTS)}": self.variant in VARIANTS,
-            f"lora_bias={self.bias}: must be one of none, all, lora_only": self.bias in ("none", "all", "lora_only"),
+            f"lora_rank={self.rank!r}: must be a whole number of at least 1": rank_is_whole,
+            f"lora_alpha={self.alpha!r}: must be a number above 0": 0 < self.alpha < math.inf,
+            f"lora_dropout={self.dropout!r}: must be at least 0 and below 1": 0 <= self.dropout < 1,
+            f"lora_variant={self.variant!r}: must be one of {', '.join(VARIANTS)}": self.variant in VARIANTS,
+            f"lora_bias={self.bias!r}: must be one of none, all, lora_only": self.bias in ("none", "all", "lora_only"),
         }
         for message, holds in rules.items():
             if not holds:
@@ -99,6 +99,10 @@ class LoRA(AdapterTensors):
         """x W'^T + bias for x (..., in) and W (out, in) in the compute dtype, without building W'."""
         dropout = self.config.dropout if self.training else 0.0
         return lora_linear(x, W, bias, self.A, self.B, self.scale, dropout)
+
+    def fast_parameters(self) -> list[nn.Parameter]:
+        """The tensors that LoRA+ lets learn faster: those that start at zero."""
+        return [self.B]
 
     def extra_repr(self) -> str:
         return f"rank={self.config.rank}, scale={self.scale:g}, dropout={self.config.dropout:g}"

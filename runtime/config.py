@@ -130,6 +130,14 @@ class Settings(Machine):
     lora_bias: str = setting(
         "none", "Which biases are trained beside the adapters", group=LORA, choices=("none", "all", "lora_only")
     )
+    lora_plus_ratio: float = setting(
+        8.0,
+        "How many times faster than all else the B matrices learn (LoRA+); 1 is plain LoRA",
+        group=LORA,
+        low=0,
+        low_open=True,
+        high=1000,
+    )
     lora_train_embeddings: bool = setting(True, "Train the embeddings beside the adapters", group=LORA)
 
     batch_size: int = setting(16, "Sequences in a batch", group=TRAINING, low=1)

@@ -53,13 +53,16 @@ def test_a_resting_adapter_does_not_move() -> None:
     assert all(".lora.two." in key for key in moved)
 
 
-def test_matrices_decay_and_vectors_do_not() -> None:
+@pytest.mark.parametrize("ratio", [1.0, 4.0])
+def test_matrices_decay_vectors_do_not_and_lora_plus_hurries_b(ratio: float) -> None:
     model = adapted(EVERYTHING, bias=True)
-    groups = {group["weight_decay"]: group["params"] for group in make_optimizer(model, (0.9, 0.95), 0.1).param_groups}
-    assert set(groups) == {0.1, 0.0}
-    assert all(p.dim() == 2 for p in groups[0.1])
-    assert all(p.dim() == 1 for p in groups[0.0])
-    assert {id(p) for group in groups.values() for p in group} == {id(p) for p in trained(model).values()}
+    attach(model, LoRAConfig(), "resting")
+    activate(model, "default")
+    groups = make_optimizer(model, (0.9, 0.95), 0.1, ratio).param_groups
+    how = {p: (group["weight_decay"], group["lr_scale"]) for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(how) == len(trained(model))
+    for name, p in trained(model).items():
+        assert how[p] == (0.1 if p.dim() == 2 else 0.0, ratio if name.endswith(".B") else 1.0)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

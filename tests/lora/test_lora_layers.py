@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -184,6 +185,15 @@ def test_the_kept_copies_are_in_nothing_that_is_saved() -> None:
     assert list(model.state_dict()) == keys
     assert [name for name, _ in model.named_buffers()] == []
     assert sizes[0] == sizes[1]
+
+
+def test_a_model_that_moves_leaves_no_memory_behind() -> None:
+    model = tiny().requires_grad_(False)
+    bf16(model)
+    memory = weakref.ref(model.lm_head.weight.untyped_storage())
+    assert memory() is not None
+    model.to(torch.float16)
+    assert memory() is None
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -89,7 +89,10 @@ def test_the_fast_forward_is_a_linear_with_the_effective_weight(variant: str, bi
     b = layer.bias if bias else torch.zeros(7)
     expected = F.linear(x.double(), copy.deepcopy(entry).double().effective_weight(W.double()), b.double())
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12), (torch.bfloat16, 0.05)):
-        fast = copy.deepcopy(entry).to(dtype)(x.to(dtype), W.to(dtype), b.to(dtype) if bias else None)
+        given = x.to(dtype), W.to(dtype), b.to(dtype) if bias else None
+        fast = copy.deepcopy(entry).to(dtype)(*given)
+        with torch.autocast("cpu"):  # the weight's dtype is what counts
+            assert torch.equal(copy.deepcopy(entry).to(dtype)(*given), fast)
         assert fast.dtype == dtype
         assert near(fast, expected, tolerance)
 
@@ -143,6 +146,26 @@ def test_the_fused_product_in_bf16_keeps_the_dtypes_of_what_trains() -> None:
         assert (mine - its).norm() < 0.02 * its.norm()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_adapter_of_a_half_precision_base_is_in_fp32(autocast: bool) -> None:
+    config = LoRAConfig(rank=4, bias="all")
+    expected = logits(adapted(config, bias=True))
+    model = tiny(bias=True).to(torch.bfloat16)
+    torch.manual_seed(1)
+    attach(model, config)
+    randomise(model)
+    with torch.autocast("cpu", enabled=autocast):
+        found, loss = model(IDX, TARGETS)
+    loss.backward()
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 0.03 * expected.norm()
+    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.any() for p in trained(model).values())
+    before = state(model)
+    with merged(model):
+        assert (logits(model) - expected).norm() < 0.03 * expected.norm()
+    assert same(state(model), before)
+
+
 def test_dropout_is_on_the_adapters_input_and_only_in_training() -> None:
     config = LoRAConfig(dropout=0.5, targets="all", train_embeddings=False)
     model, plain = adapted(config), adapted(LoRAConfig(targets="all", train_embeddings=False))
@@ -187,5 +210,5 @@ WRONG += [{"dropout": 1.0}, {"dropout": -0.1}, {"variant": "lara"}, {"bias": "so
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_settings_that_make_no_sense_are_refused_by_name(wrong: dict) -> None:
     ((name, value),) = wrong.items()
-    with pytest.raises(UsageError, match=f"^lora_{name}={value}: must be "):
+    with pytest.raises(UsageError, match=f"^lora_{name}={value!r}: must be "):
         LoRAConfig(**wrong)
