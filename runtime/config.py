@@ -131,7 +131,7 @@ class Settings(Machine):
         "none", "Which biases are trained beside the adapters", group=LORA, choices=("none", "all", "lora_only")
     )
     lora_plus_ratio: float = setting(
-        8.0,
+        4.0,
         "How many times faster than all else the B matrices learn (LoRA+); 1 is plain LoRA",
         group=LORA,
         low=0,
@@ -142,9 +142,9 @@ class Settings(Machine):
 
     batch_size: int = setting(16, "Sequences in a batch", group=TRAINING, low=1)
     gradient_accumulation_steps: int = setting(1, "Batches that make up one training step", group=TRAINING, low=1)
-    max_iters: int = setting(2400, "Training steps", adapt=800, test=60, test_lora=40, group=TRAINING, low=1)
+    max_iters: int = setting(2400, "Training steps", adapt=500, test=60, test_lora=40, group=TRAINING, low=1)
     learning_rate: float = setting(
-        5e-3, "Highest learning rate", adapt=2e-3, lora=8e-3, test=8e-3, group=TRAINING, low=0, low_open=True
+        5e-3, "Highest learning rate", adapt=2e-3, lora=4e-3, test=8e-3, group=TRAINING, low=0, low_open=True
     )
     min_lr: float = setting(0.0, "Learning rate at the end of the cosine", group=TRAINING, low=0)
     warmup_iters: int = setting(
@@ -162,11 +162,11 @@ class Settings(Machine):
     )
     grad_clip: float = setting(1.0, "Longest gradient that is not shortened; 0 is off", group=TRAINING, low=0)
 
-    eval_interval: int = setting(400, "Steps between evaluations", adapt=200, test=20, group=SAVING, low=1)
+    eval_interval: int = setting(400, "Steps between evaluations", adapt=100, test=20, group=SAVING, low=1)
     eval_iters: int = setting(40, "Batches of held-out text in an evaluation", group=SAVING, low=1)
     patience: int = setting(0, "Stop after this many evaluations without improvement; 0 is off", group=SAVING, low=0)
     save_interval: int = setting(
-        400, "Steps between checkpoints", adapt=200, test=20, group=SAVING, low=1, identity=False
+        400, "Steps between checkpoints", adapt=100, test=20, group=SAVING, low=1, identity=False
     )
     keep_checkpoints: int = setting(2, "How many checkpoints are kept", group=SAVING, low=1, identity=False)
 
