@@ -3,8 +3,8 @@
 #   make train    train a base on Shakespeare            (settings: make train MAX_ITERS=500, or .env)
 #   make adapt    adapt it to the First Folio with LoRA
 #   make test     lint, then the whole test suite
-#   make tiny     nanoGPT's CPU recipe on tinyshakespeare, three seeds (about 10 minutes)
-#   make gap      how much of full fine-tuning's gain LoRA reaches, three seeds (about an hour)
+#   make tiny     nanoGPT's CPU recipe on tinyshakespeare, three seeds (about 4 minutes on 2 cores)
+#   make gap      how much of full fine-tuning's gain LoRA reaches, three seeds (about 15 minutes)
 
 PYTHON ?= python3
 VENV := .venv

@@ -91,8 +91,7 @@ class LoRALinear(Adaptable, nn.Linear):
         bias, variants = self.effective("bias"), self.variants()
         if len(variants) > 1:
             return F.linear(x, self.effective_tensors()["weight"].to(dtype), bias)
-        W = self.weight_in(dtype)
-        return variants[0](x, W, bias) if variants else F.linear(x, W, bias)
+        return variants[0](x.to(dtype), self, bias) if variants else F.linear(x, self.weight_in(dtype), bias)
 
 
 class LoRAEmbedding(Adaptable, nn.Embedding):

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lora.functional import lora_linear
 from runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from lora.layers import LoRALinear
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,10 @@ class LoRA(AdapterTensors):
         """W' for a base weight W of shape (out, in): the equation itself, differentiable."""
         return W + self.scale * (self.B @ self.A).to(W.dtype)
 
-    def forward(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-        """x W'^T + bias for x (..., in) and W (out, in) in the compute dtype, without building W'."""
+    def forward(self, x: Tensor, layer: LoRALinear, bias: Tensor | None) -> Tensor:
+        """x W'^T + bias for x (..., in) in the compute dtype, the fast way; W is the layer's weight."""
         dropout = self.config.dropout if self.training else 0.0
-        return lora_linear(x, W, bias, self.A, self.B, self.scale, dropout)
+        return lora_linear(x, layer.weight, bias, self.A, self.B, self.scale, dropout, layer.weight_in)
 
     def fast_parameters(self) -> list[nn.Parameter]:
         """The tensors that LoRA+ lets learn faster: those that start at zero."""
