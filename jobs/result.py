@@ -11,13 +11,14 @@ from runtime import report
 from runtime.checkpoint import Run, say
 from runtime.errors import UserError
 
-SAMPLE_CHARACTERS = 1_000
+SAMPLE_CHARACTERS, TEST_SAMPLE_CHARACTERS = 1_000, 300
 
 
 def sample(job: Job) -> str:
-    """About 1,000 characters after a newline, the same for the same seed and weights."""
+    """About 1,000 characters after a newline (300 in TEST_MODE), the same for the same seed and weights."""
     start = job.tokenizer.encode("\n").tolist()
-    count = SAMPLE_CHARACTERS * len(job.validation) // len(job.corpus.validation)
+    characters = TEST_SAMPLE_CHARACTERS if job.settings.test_mode else SAMPLE_CHARACTERS
+    count = characters * len(job.validation) // len(job.corpus.validation)
     with job.machine.autocast():
         rows = generate(job.model, [start], count, Sampling(temperature=0.8), job.settings.seed)
     return job.tokenizer.decode(rows[0][len(start) :])

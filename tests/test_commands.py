@@ -4,32 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-NO_TRACEBACK = "Traceback (most recent call last)"
-
-
-def run(folder: Path, data_dir: Path, command: str, *flags: str, **environ: str) -> subprocess.CompletedProcess:
-    """A command of ours in `folder`, with nothing of this machine's own settings."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("LORA_", "USE_LORA", "TEST_MODE"))}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / command), *flags],
-        cwd=folder,
-        env=clean | {"DATA_DIR": str(data_dir), "PYTHONIOENCODING": "utf-8"} | environ,
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-        timeout=120,
-    )
-    assert NO_TRACEBACK not in done.stderr, done.stderr
-    return done
+from command_line import NO_TRACEBACK, ROOT, run
 
 
 @pytest.fixture(scope="module")
@@ -194,55 +174,6 @@ def test_bad_input_is_one_line_and_nothing_is_lost(adapted, data_dir):
     assert sorted(path for path in (folder / "checkpoints").rglob("*")) == before
 
 
-LONG = ("--test-mode", "--max-iters=60", "--save-interval=10", "--eval-interval=20", "--dropout=0.1")
-LONG += ("--gradient-accumulation-steps=2", "--batch-size=8", "--patience=9")
-
-
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, data_dir):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
-    assert run(whole, data_dir, "training.py", *LONG).returncode == 0
-    saved = killed / "checkpoints/test-base-shakespeare/step-000020"
-    command = [sys.executable, str(ROOT / "training.py"), *LONG]
-    with subprocess.Popen(
-        command,
-        cwd=killed,
-        env=os.environ | {"DATA_DIR": str(data_dir)},
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    ) as child:
-        while not saved.exists() and child.poll() is None:
-            time.sleep(0.005)
-        child.kill()
-    assert child.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-    again = run(killed, data_dir, "training.py", *LONG)
-    assert again.returncode == 0 and "Going on with test-base-shakespeare after step" in again.stderr
-    one, other = (folder / "checkpoints/test-base-shakespeare" for folder in (whole, killed))
-    assert (one / "model/model.safetensors").read_bytes() == (other / "model/model.safetensors").read_bytes()
-    losses = [[(m["step"], m.get("loss"), m.get("val_loss")) for m in metrics(folder)] for folder in (one, other)]
-    assert losses[0] == losses[1]
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a file")
-def test_a_full_disk_is_one_line_and_the_next_start_works(tmp_path, data_dir):
-    script = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1)); "
-    script += f"sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['training.py', '--test-mode']; "
-    script += f"runpy.run_path({str(ROOT / 'training.py')!r}, run_name='__main__')"
-    environ = os.environ | {"DATA_DIR": str(data_dir)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1 and NO_TRACEBACK not in done.stderr
-    assert "could not save" in done.stderr and "free some space" in done.stderr
-    assert not list((tmp_path / "checkpoints/test-base-shakespeare").glob(".tmp*"))
-    assert run(tmp_path, data_dir, "training.py", "--test-mode").returncode == 0
-
-
 def test_an_adapter_for_another_base_and_a_flipped_bit_are_refused(adapted, data_dir):
     folder, _ = adapted
     runs = folder / "checkpoints"
@@ -261,7 +192,7 @@ def test_an_adapter_for_another_base_and_a_flipped_bit_are_refused(adapted, data
 
 def test_compare_measures_both_and_says_what_lora_buys(adapted, data_dir):
     folder, _ = adapted
-    done = run(folder, data_dir, "compare.py", "--max-iters", "20", TEST_MODE="1")
+    done = run(folder, data_dir, "compare.py", "--max-iters", "20", TEST_MODE="1", BASE="test-base-shakespeare")
     assert done.returncode == 0, done.stderr
     assert "full fine-tuning's time a step" in done.stdout
     (saved,) = folder.glob("checkpoints/compare-*/results.json")

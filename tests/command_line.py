@@ -1,0 +1,27 @@
+"""Our commands as processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NO_TRACEBACK = "Traceback (most recent call last)"
+
+
+def run(folder: Path, data_dir: Path, command: str, *flags: str, **environ: str) -> subprocess.CompletedProcess:
+    """A command of ours in `folder`, with nothing of this machine's own settings."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("LORA_", "USE_LORA", "TEST_MODE"))}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / command), *flags],
+        cwd=folder,
+        env=clean | {"DATA_DIR": str(data_dir), "PYTHONIOENCODING": "utf-8"} | environ,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        timeout=120,
+    )
+    assert NO_TRACEBACK not in done.stderr, done.stderr
+    return done
