@@ -39,8 +39,8 @@ class ModelShape:
 def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, dropout: float) -> Tensor:
     """Causal attention over whole sequences, (B, H, T, D) each; `dropout` on the attention weights.
 
-    On the CPU batched products beat `scaled_dot_product_attention` at short contexts, whose bf16 backward is slow there;
-    on accelerators and at long contexts, where the (T, T) scores cost memory, the fused kernel wins.
+    On the CPU batched products beat `scaled_dot_product_attention` at short contexts: its backward is slow in bf16
+    there. On accelerators and at long contexts, where the (T, T) scores cost memory, the fused kernel wins.
     """
     B, H, T, D = q_BHTD.shape
     if q_BHTD.device.type != "cpu" or T > 512:
