@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from typing import Any
 
 import matplotlib
@@ -62,7 +63,7 @@ def _png(figure: Figure) -> bytes:
 def draw_comparison(rows: list[dict[str, Any]], title: str) -> bytes:
     """Loss over steps and over seconds, step times and memory of each method, as the bytes of a PNG."""
     figure, ((steps, seconds), (times, memory)) = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(textwrap.fill(title, 110), fontsize=11)
     _curves(steps, rows, 0, "steps")
     steps.legend(fontsize=8)
     _curves(seconds, rows, 1, "seconds of training")

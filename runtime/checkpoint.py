@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
+from safetensors.torch import load as read_safetensors
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from runtime import storage
@@ -37,13 +38,13 @@ def say(message: str) -> None:
 
 def pack(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """Tensors as the bytes of a safetensors file."""
-    return safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, metadata)
+    return safetensors_bytes({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, metadata)
 
 
 def unpack(data: bytes, name: str) -> dict[str, Tensor]:
     """Tensors of a safetensors file. Raises DamagedError, naming the file, where it is none."""
     try:
-        return safetensors.torch.load(data)
+        return read_safetensors(data)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         why = str(error).partition("\n")[0]  # torch adds a stack to some
         raise storage.DamagedError(f"{name} is not a whole safetensors file: {why}") from None
