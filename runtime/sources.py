@@ -50,15 +50,17 @@ def read_settings(
     dotenv = _read_dotenv(Path(dotenv_path), environ, rows)
     _refuse_near_misses(rows, dotenv, f"in {DOTENV}")
     _refuse_near_misses(rows, environ, "in the environment")
-    given, sources = {}, {}
+    given, sources, texts = {}, {}, {}
     for row in settings_of(cls):
         found = _find(row, flags, environ, dotenv)
         if found:
             given[row.name], sources[row.variable] = _parsed(row, *found), found[1]
+            texts[row.name] = found[0]
     try:
         return Resolved(resolve(cls, given), sources)
     except ContradictionError as error:
-        left, right = (_told(row, error.values[row.name], sources) for row in _rows(cls, error.left, error.right))
+        told = error.values | texts  # as they were written, where they were
+        left, right = (_told(row, told[row.name], sources) for row in _rows(cls, error.left, error.right))
         raise UsageError(f"{left} {error.relation} {right}") from None
 
 

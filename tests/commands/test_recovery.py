@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from command_line import NO_TRACEBACK, ROOT, run
 
-LONG = ("--test-mode", "--max-iters=60", "--save-interval=10", "--eval-interval=20", "--dropout=0.1")
+LONG = ("--test-mode", "--max-iters=40", "--save-interval=10", "--eval-interval=20", "--dropout=0.1")
 LONG += ("--gradient-accumulation-steps=2", "--batch-size=8", "--patience=9")
 
 
@@ -22,7 +22,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, data_dir):
     for folder in (whole, killed):
         folder.mkdir()
     assert run(whole, data_dir, "training.py", *LONG).returncode == 0
-    saved = killed / "checkpoints/test-base-shakespeare/step-000020"
+    saved = killed / "checkpoints/test-base-shakespeare/step-000010"
     command = [sys.executable, str(ROOT / "training.py"), *LONG]
     with subprocess.Popen(
         command,

@@ -117,7 +117,7 @@ def test_choices(row):
         ),
         (
             {"MIN_LR": "1"},
-            f"MIN_LR=1.0 (from the environment) must not be more than LEARNING_RATE={PLAIN.learning_rate} (default)",
+            f"MIN_LR=1 (from the environment) must not be more than LEARNING_RATE={PLAIN.learning_rate} (default)",
         ),
     ],
 )

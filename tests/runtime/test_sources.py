@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from runtime.config import Machine, Settings, from_command_line
@@ -148,6 +148,7 @@ def test_blanks_around_a_value_are_cut_off_as_cmd_leaves_them():
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 @settings(max_examples=12, deadline=None)
 @given(text=st.text(max_size=12) | st.integers().map(str) | st.floats().map(str), source=st.sampled_from("fe."))
+@example(text="9007199254740993", source="f")  # no float is this number: a message must show what was written
 def test_any_value_from_any_source_is_taken_or_refused_in_one_line(row, text, source, tmp_path_factory):
     argv, environ, path = [], {}, NOWHERE
     if source == "f":
