@@ -9,7 +9,8 @@ gradients of A and B cost thin products, which read contiguous rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,32 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that matrix products run in: autocast's where it is on, else that of `x`."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class LowRank(NamedTuple):
+    """A linear with a low-rank update, x (W + scale B A)^T + bias.
+
+    W: (out, in). bias: (out,) or None. A: (rank, in). B: (out, rank).
+    """
+
+    W: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+def concatenated(biases: Sequence[Tensor | None]) -> Tensor | None:
+    """The biases of linears of one kind, one after the other; None where they have none."""
+    return None if biases[0] is None else torch.cat(biases)
+
+
+def stacked(parts: Sequence[LowRank]) -> LowRank:
+    """Linears that share their input as one, whose output is theirs one after the other: the As stand under each
+    other, the scaled Bs are the blocks of a diagonal."""
+    Ws, biases, As, Bs, scales = zip(*parts, strict=True)
+    B = torch.block_diag(*(B if scale == 1 else B * scale for B, scale in zip(Bs, scales, strict=True)))
+    return LowRank(torch.cat(Ws), concatenated(biases), torch.cat(As), B, 1.0)
 
 
 class EffectiveLinear(torch.autograd.Function):
@@ -42,45 +69,34 @@ class EffectiveLinear(torch.autograd.Function):
     def backward(ctx, g):
         x, W_c, A_c, Bt_c = ctx.saved_tensors
         need_x, need_W, need_bias, *_ = ctx.needs_input_grad
-        g_low, low = Bt_c @ g.t(), A_c @ x.t()  # (rank, tokens)
+        low, g_low = x @ A_c.t(), g @ Bt_c.t()  # (tokens, rank): this way round both read rows
         return (
             g @ W_c if need_x else None,
             (g.t() @ x).to(ctx.dtypes[1]) if need_W else None,
             g.sum(0) if need_bias else None,
-            (g_low @ x).to(ctx.dtypes[0]),
-            (low @ g).t().to(ctx.dtypes[0]) * ctx.scale,
+            (g_low.t() @ x).to(ctx.dtypes[0]),
+            (low.t() @ g).t().to(ctx.dtypes[0]) * ctx.scale,
             None,
         )
 
 
-def lora_linear(
-    x: Tensor,
-    W: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    dropout: float = 0.0,
-    weight_in: Callable[[torch.dtype], Tensor] | None = None,
-) -> Tensor:
+def lora_linear(x: Tensor, part: LowRank) -> Tensor:
     """A LoRA linear, differentiable in everything but scale; a frozen W costs no gradient.
 
-    x: (..., in), in the compute dtype. W: (out, in). bias: (out,) or None. A: (rank, in). B: (out, rank).
-    Returns (..., out) in x's dtype. `dropout` is the probability on the adapter's input; pass 0 to evaluate.
-    `weight_in` gives W in another dtype, for who keeps a copy.
+    x: (..., in), in the compute dtype. Returns (..., out) in x's dtype.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    bias = None if bias is None else bias.to(x.dtype)
+    W, bias, A, B, scale = part
     with torch.autocast(x.device.type, enabled=False):  # dtypes are settled: nothing is to be cast behind our back
-        if torch.is_grad_enabled() and not dropout:
-            y = EffectiveLinear.apply(rows, W, bias, A, B, scale)
-        else:
-            y = beside(rows, weight_in(x.dtype) if weight_in else W.to(x.dtype), bias, A, B, scale, dropout)
+        bias = None if bias is None else bias.to(x.dtype)
+        y = EffectiveLinear.apply(x.reshape(-1, x.shape[-1]), W, bias, A, B, scale)
     return y.view(*x.shape[:-1], len(W))
 
 
-def beside(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
+def lora_linear_as_written(x: Tensor, part: LowRank, dropout: float = 0.0) -> Tensor:
     """The paper's own formula, x W^T + bias + scale dropout(x) A^T B^T: what dropout needs, since no weight can stand
-    for it, and what a few tokens at a time are fastest with."""
-    low = F.linear(F.dropout(x, dropout), A.to(x.dtype))
-    return F.linear(x, W, bias) + F.linear(low, (scale * B).to(x.dtype))
+    for it, and what a few tokens at a time are fastest with. `dropout` is the probability on the adapter's input."""
+    W, bias, A, B, scale = part
+    with torch.autocast(x.device.type, enabled=False):
+        low = F.linear(F.dropout(x, dropout), A.to(x.dtype))
+        y = F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return y + F.linear(low, (scale * B).to(x.dtype))

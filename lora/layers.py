@@ -7,11 +7,13 @@ changed by them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora.functional import compute_dtype
+from lora.functional import compute_dtype, concatenated, lora_linear, stacked
 from lora.variants import AdapterTensors, LoRA
 
 
@@ -74,7 +76,8 @@ class LoRALinear(Adaptable, nn.Linear):
         """
         W = self.weight
         if W.dtype == dtype or W.requires_grad:
-            self._copy = None
+            if self._copy is not None:  # setting an attribute of a module takes longer than a small product
+                self._copy = None
             return W.to(dtype)
         key = (dtype, W.device, W.data_ptr(), W._version)
         if self._copy is None or self._copy[0] != key:
@@ -92,6 +95,30 @@ class LoRALinear(Adaptable, nn.Linear):
         if len(variants) > 1:
             return F.linear(x, self.effective_tensors()["weight"].to(dtype), bias)
         return variants[0](x.to(dtype), self, bias) if variants else F.linear(x, self.weight_in(dtype), bias)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer does what `LoRALinear.forward` says and nothing more."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return type(layer) is LoRALinear and not any(hooks) and "forward" not in vars(layer)
+
+
+def side_by_side(layers: Sequence[LoRALinear], x: Tensor) -> Tensor:
+    """What linears of one width make of an input that they share: (..., in) -> (..., number of layers, out).
+
+    One product does it where all are plain `LoRALinear`s that work alike; else each is called for itself, so that
+    no wrapper, hook or variant is passed over.
+    """
+    dtype = compute_dtype(x)
+    if all(map(_is_plain, layers)):
+        variants, biases = [layer.variants() for layer in layers], [layer.effective("bias") for layer in layers]
+        if not any(variants):
+            weight = torch.cat([layer.weight_in(dtype) for layer in layers])
+            return F.linear(x, weight, concatenated(biases)).unflatten(-1, (len(layers), -1))
+        if torch.is_grad_enabled() and all(len(found) == 1 and not found[0].dropout for found in variants):
+            parts = [v.low_rank(layer.weight, bias) for (v,), layer, bias in zip(variants, layers, biases, strict=True)]
+            return lora_linear(x.to(dtype), stacked(parts)).unflatten(-1, (len(layers), -1))
+    return torch.stack([layer(x) for layer in layers], -2)
 
 
 class LoRAEmbedding(Adaptable, nn.Embedding):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora.functional import lora_linear
+from lora.functional import LowRank, lora_linear, lora_linear_as_written
 from runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -94,14 +94,24 @@ class LoRA(AdapterTensors):
         """What B A is multiplied by."""
         return config.alpha / config.rank
 
+    @property
+    def dropout(self) -> float:
+        """The probability on the adapter's input now."""
+        return self.config.dropout if self.training else 0.0
+
     def effective_weight(self, W: Tensor) -> Tensor:
         """W' for a base weight W of shape (out, in): the equation itself, differentiable."""
         return W + self.scale * (self.B @ self.A).to(W.dtype)
 
+    def low_rank(self, W: Tensor, bias: Tensor | None) -> LowRank:
+        """The linear with this weight and bias, as this variant makes it."""
+        return LowRank(W, bias, self.A, self.B, self.scale)
+
     def forward(self, x: Tensor, layer: LoRALinear, bias: Tensor | None) -> Tensor:
         """x W'^T + bias for x (..., in) in the compute dtype, the fast way; W is the layer's weight."""
-        dropout = self.config.dropout if self.training else 0.0
-        return lora_linear(x, layer.weight, bias, self.A, self.B, self.scale, dropout, layer.weight_in)
+        if torch.is_grad_enabled() and not self.dropout:
+            return lora_linear(x, self.low_rank(layer.weight, bias))
+        return lora_linear_as_written(x, self.low_rank(layer.weight_in(x.dtype), bias), self.dropout)
 
     def fast_parameters(self) -> list[nn.Parameter]:
         """The tensors that LoRA+ lets learn faster: those that start at zero."""

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from lora.attach import adapter_parameters, attach
 from lora.functional import compute_dtype
-from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear
+from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, side_by_side
 from lora.variants import LoRAConfig
 from models import sampling
+from models.attention import causal_attention
 
 if TYPE_CHECKING:
     from models.sampling import LayerCache
@@ -36,23 +37,6 @@ class ModelShape:
     bias: bool = False
 
 
-def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, dropout: float) -> Tensor:
-    """Causal attention over whole sequences, (B, H, T, D) each; `dropout` on the attention weights.
-
-    On the CPU batched products beat `scaled_dot_product_attention` at short contexts: its backward is slow in bf16
-    there. On accelerators and at long contexts, where the (T, T) scores cost memory, the fused kernel wins.
-    """
-    B, H, T, D = q_BHTD.shape
-    if q_BHTD.device.type != "cpu" or T > 512:
-        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True)
-    q, k, v = (t.reshape(B * H, T, D) for t in (q_BHTD, k_BHTD, v_BHTD))
-    mask_TT = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
-    scores = torch.baddbmm(mask_TT.expand(B * H, T, T), q, k.transpose(1, 2), alpha=D**-0.5)
-    with torch.autocast("cpu", enabled=False):  # a softmax in the products' own dtype, as the fused kernels do
-        weights = scores.softmax(-1)
-    return (F.dropout(weights, dropout) @ v).view(B, H, T, D)
-
-
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
@@ -67,9 +51,8 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C); with a cache, T new positions that also attend to what it holds."""
         B, T, C = x_BTC.shape
-        q, k, v = (
-            proj(x_BTC).view(B, T, self.n_head, -1).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        qkv_BT3C = side_by_side((self.q_proj, self.k_proj, self.v_proj), x_BTC)
+        q, k, v = (t.transpose(1, 2) for t in qkv_BT3C.view(B, T, 3, self.n_head, -1).unbind(2))
         if cache is None or cache.store(k, v):
             y_BHTD = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         else:

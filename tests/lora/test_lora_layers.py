@@ -13,7 +13,7 @@ from tiny_lora import IDX, TARGETS, adapted, logits, same, state, tiny
 from torch import nn
 
 from lora.attach import activate, attach, base_tensors, merged
-from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear
+from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, side_by_side
 from lora.optim import make_optimizer
 from lora.variants import LoRAConfig
 
@@ -207,3 +207,30 @@ def test_training_works_after_a_pass_in_inference_mode(autocast: bool) -> None:
     optimizer = make_optimizer(model, (0.9, 0.95), 0.1)
     optimizer.step()
     assert not same(state(model), before)
+
+
+@pytest.mark.parametrize("config", [None, LoRAConfig(rank=4), LoRAConfig(rank=4, dropout=0.3)])
+def test_linears_side_by_side_are_each_of_them_also_where_one_is_watched(config: LoRAConfig | None) -> None:
+    model, seen = (adapted(config) if config else tiny()).train(), []
+    attention = model.blocks[0].attention
+    layers, x = (attention.q_proj, attention.k_proj, attention.v_proj), torch.randn(2, 5, 32)
+    for _ in range(2):
+        torch.manual_seed(1)
+        together = side_by_side(layers, x)
+        torch.manual_seed(1)
+        assert torch.allclose(together, torch.stack([layer(x) for layer in layers], -2), atol=1e-5)
+        attention.k_proj.register_forward_hook(lambda *_: seen.append("k"))
+    assert seen == ["k", "k"]
+
+
+def test_a_wrapper_in_place_of_a_linear_is_called() -> None:
+    class Doubled(LoRALinear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = tiny()
+    before, attention = logits(model), model.blocks[0].attention
+    layer = Doubled(32, 32, bias=False)
+    layer.load_state_dict(attention.q_proj.state_dict())
+    attention.q_proj = layer
+    assert not torch.allclose(logits(model), before, atol=1e-2)

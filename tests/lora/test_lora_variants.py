@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lora.attach import activate, attach, detach, merged
-from lora.functional import lora_linear
+from lora.functional import LowRank, lora_linear, lora_linear_as_written
 from lora.layers import LoRALinear
 from lora.variants import VARIANTS, LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
@@ -116,7 +116,10 @@ def test_the_fused_gradients_are_those_of_the_formula(trains: tuple[bool, bool, 
 
     def fused(*_: Tensor) -> Tensor:
         torch.manual_seed(5)
-        return lora_linear(*given.values(), 1.5, dropout)
+        x, *part = given.values()
+        if dropout:
+            return lora_linear_as_written(x, LowRank(*part, 1.5), dropout)
+        return lora_linear(x, LowRank(*part, 1.5))
 
     torch.manual_seed(5)
     kept = F.dropout(torch.ones(4, 4, dtype=torch.float64), dropout).view(2, 2, 4)
@@ -131,7 +134,7 @@ def test_the_fused_gradients_are_those_of_the_formula(trains: tuple[bool, bool, 
 
 def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
     x, W, A, B = (torch.randn(3, 3, requires_grad=True) for _ in range(4))
-    (slope,) = torch.autograd.grad(lora_linear(x, W, None, A, B, 1.0).square().sum(), A, create_graph=True)
+    (slope,) = torch.autograd.grad(lora_linear(x, LowRank(W, None, A, B, 1.0)).square().sum(), A, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
 
@@ -139,7 +142,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
 def test_the_fused_product_in_bf16_keeps_the_dtypes_of_what_trains() -> None:
     generator = torch.Generator().manual_seed(0)
     x, W, A, B = (torch.randn(8, 8, generator=generator).requires_grad_() for _ in range(4))
-    y = lora_linear(x.bfloat16(), W, None, A, B, 0.5)
+    y = lora_linear(x.bfloat16(), LowRank(W, None, A, B, 0.5))
     plain = F.linear(x, W) + 0.5 * x @ A.T @ B.T
     assert y.dtype == torch.bfloat16
     assert near(y, plain, 0.15)

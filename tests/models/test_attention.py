@@ -1,0 +1,60 @@
+"""Attention by blocks against torch's fused kernel, and its gradients against numerical ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models import attention
+from models.attention import causal_attention
+
+
+def qkv(T: int, dtype: torch.dtype, width: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, T, width, generator=generator, dtype=dtype).requires_grad_() for _ in range(3)]
+
+
+@pytest.mark.parametrize("T", [1, 2, 33, 127, 128, 129, 300, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attention_by_blocks_is_the_fused_kernel(T: int, dtype: torch.dtype) -> None:
+    mine = qkv(T, dtype)
+    outputs = causal_attention(*mine, 0.0), F.scaled_dot_product_attention(*mine, is_causal=True)
+    assert "AttentionByBlocks" in str(outputs[0].grad_fn.next_functions)
+    assert torch.allclose(*outputs, atol=1e-5)
+    for one, other in zip(*(torch.autograd.grad(y.square().sum(), mine) for y in outputs), strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_its_gradients_are_right_with_and_without_dropout(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", 3)
+
+    def attend(*mine: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return causal_attention(*mine, dropout)
+
+    torch.autograd.gradcheck(attend, qkv(8, torch.float64, width=2))
+
+
+def test_the_fused_kernel_serves_where_weights_would_cost_memory() -> None:
+    kinds = [causal_attention(*qkv(T, torch.float32), 0.0).grad_fn.name() for T in (1024, 1025)]
+    assert ["ScaledDotProduct" in kind for kind in kinds] == [False, True]
+
+
+def test_dropout_drops_weights_and_keeps_their_mean() -> None:
+    q, k = torch.zeros(2, 1, 8, 192, 4)
+    v = torch.ones(1, 8, 192, 4)
+    torch.manual_seed(0)
+    y = causal_attention(q, k, v, 0.5)
+    assert abs(y.mean() - 1) < 0.05
+    assert y.std() > 0.1
+    assert set(y[0, :, 0].unique().tolist()) == {0.0, 2.0}  # the first position sees itself only
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    q, k, v = qkv(4, torch.float32)
+    (slope,) = torch.autograd.grad(causal_attention(q, k, v, 0.0).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
