@@ -50,22 +50,28 @@ def ours(size: tuple[int, ...], lora: bool = False, embeddings: bool = True) -> 
     return BigramLanguageModelLoRA(vocab, **shape, use_lora=lora, lora_train_embeddings=embeddings)
 
 
-def transformers_peft(size: tuple[int, ...]) -> nn.Module:
-    """PEFT's LoRA on transformers' GPT-2: all linears adapted with rank 8, embeddings and head trained as PEFT does."""
-    import peft
+def transformers_gpt2(size: tuple[int, ...]) -> nn.Module:
+    """transformers' GPT-2 of the same shapes, with its cache."""
     import transformers
 
     vocab, width, heads, layers, context = size
     shape = {"vocab_size": vocab, "n_embd": width, "n_head": heads, "n_layer": layers, "n_positions": context}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**shape, **no_dropout, tie_word_embeddings=False, use_cache=False)
+    no_specials = {"bos_token_id": None, "eos_token_id": None}
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**shape, **no_dropout, **no_specials, tie_word_embeddings=False)
     )
+
+
+def transformers_peft(size: tuple[int, ...]) -> nn.Module:
+    """PEFT's LoRA on transformers' GPT-2: all linears adapted with rank 8, embeddings and head trained as PEFT does."""
+    import peft
+
     targets = ["c_attn", "c_proj", "c_fc", "lm_head"]
     config = peft.LoraConfig(
         r=8, lora_alpha=16, target_modules=targets, modules_to_save=["wte", "wpe"], fan_in_fan_out=True
     )
-    model = peft.get_peft_model(model, config)
+    model = peft.get_peft_model(transformers_gpt2(size), config)
 
     class WithLoss(nn.Module):
         """transformers' own loss shifts the targets itself; ours are shifted already."""
@@ -75,7 +81,7 @@ def transformers_peft(size: tuple[int, ...]) -> nn.Module:
             self.model = model
 
         def forward(self, x, y):
-            logits = self.model(input_ids=x).logits
+            logits = self.model(input_ids=x, use_cache=False).logits
             return logits, F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
     return WithLoss()

@@ -169,3 +169,19 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
                 getattr(model.get_submodule(path), name).copy_(base)
         for host in hosts(model).values():
             host.active = active
+
+
+@contextmanager
+def unchanging(model: nn.Module) -> Iterator[nn.Module]:
+    """The model while nobody changes its weights or active adapters: without gradients it keeps what it computes with.
+
+    The weights themselves stay as they are, and so does what is computed with gradients.
+    """
+    linears = [host for host in hosts(model).values() if isinstance(host, LoRALinear) and host.kept is None]
+    try:
+        for linear in linears:
+            linear.kept = {}
+        yield model
+    finally:
+        for linear in linears:
+            linear.kept = None

@@ -7,8 +7,6 @@ changed by them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,10 +46,11 @@ class LoRALinear(Adaptable, nn.Linear):
     """An `nn.Linear` with 0..n adapters."""
 
     _copy: tuple[tuple, Tensor, Tensor] | None = None
+    kept: dict | None = None  # while a model is `unchanging`: what it computes with, once made
 
     def __getstate__(self) -> dict:
-        """What pickles and copies of the layer hold: all but the kept copy of the weight."""
-        return {key: value for key, value in self.__dict__.items() if key != "_copy"}
+        """What pickles and copies of the layer hold: all but the kept copies of the weight."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_copy", "kept")}
 
     def _apply(self, *args, **kwargs) -> LoRALinear:
         self._copy = None  # the layer moves to another device or dtype, and memory it leaves behind is to be freed
@@ -89,6 +88,8 @@ class LoRALinear(Adaptable, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the compute dtype. Several variants at once go without their dropout."""
         dtype = compute_dtype(x)
+        if self.kept is not None and not torch.is_grad_enabled():
+            return F.linear(x.to(dtype), *unchanging_weights((self,), dtype))
         if not self.active:
             return F.linear(x, self.weight_in(dtype), self.bias)
         bias, variants = self.effective("bias"), self.variants()
@@ -103,7 +104,17 @@ def _is_plain(layer: nn.Module) -> bool:
     return type(layer) is LoRALinear and not any(hooks) and "forward" not in vars(layer)
 
 
-def side_by_side(layers: Sequence[LoRALinear], x: Tensor) -> Tensor:
+def unchanging_weights(layers: tuple[LoRALinear, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weights and biases of the layers as their active adapters make them, one under the other, made once."""
+    kept, key = layers[0].kept, (layers, layers[0].active, dtype)
+    if key not in kept:
+        tensors = [layer.effective_tensors() for layer in layers]
+        weights, biases = ([t[name].to(dtype) for t in tensors if name in t] for name in ("weight", "bias"))
+        kept[key] = weights[0] if len(layers) == 1 else torch.cat(weights), torch.cat(biases) if biases else None
+    return kept[key]
+
+
+def side_by_side(layers: tuple[LoRALinear, ...], x: Tensor) -> Tensor:
     """What linears of one width make of an input that they share: (..., in) -> (..., number of layers, out).
 
     One product does it where all are plain `LoRALinear`s that work alike; else each is called for itself, so that
@@ -111,6 +122,8 @@ def side_by_side(layers: Sequence[LoRALinear], x: Tensor) -> Tensor:
     """
     dtype = compute_dtype(x)
     if all(map(_is_plain, layers)):
+        if layers[0].kept is not None and not torch.is_grad_enabled():
+            return F.linear(x.to(dtype), *unchanging_weights(layers, dtype)).unflatten(-1, (len(layers), -1))
         variants, biases = [layer.variants() for layer in layers], [layer.effective("bias") for layer in layers]
         if not any(variants):
             weight = torch.cat([layer.weight_in(dtype) for layer in layers])
@@ -135,4 +148,5 @@ class LoRALayerNorm(Adaptable, nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> the same shape."""
-        return F.layer_norm(x, self.normalized_shape, self.weight, self.effective("bias"), self.eps)
+        bias = self.effective("bias") if self.active else self.bias
+        return F.layer_norm(x, self.normalized_shape, self.weight, bias, self.eps)

@@ -51,12 +51,12 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C); with a cache, T new positions that also attend to what it holds."""
         B, T, C = x_BTC.shape
-        qkv_BT3C = side_by_side((self.q_proj, self.k_proj, self.v_proj), x_BTC)
-        q, k, v = (t.transpose(1, 2) for t in qkv_BT3C.view(B, T, 3, self.n_head, -1).unbind(2))
-        if cache is None or cache.store(k, v):
-            y_BHTD = causal_attention(q, k, v, self.dropout if self.training else 0.0)
+        qkv_BT3HD = side_by_side((self.q_proj, self.k_proj, self.v_proj), x_BTC).view(B, T, 3, self.n_head, -1)
+        q_BHTD, k_BHTD, v_BHTD = (t.transpose(1, 2) for t in qkv_BT3HD.unbind(2))
+        if cache is None or cache.store(qkv_BT3HD[:, :, 1:].permute(2, 0, 3, 1, 4)):
+            y_BHTD = causal_attention(q_BHTD, k_BHTD, v_BHTD, self.dropout if self.training else 0.0)
         else:
-            y_BHTD = cache.attend(q)
+            y_BHTD = cache.attend(q_BHTD)
         return self.o_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
 
 
@@ -82,13 +82,13 @@ class Block(nn.Module):
         self.attention = Attention(shape, dropout)
         self.norm_2 = LoRALayerNorm(shape.n_embd, bias=shape.bias)
         self.mlp = MLP(shape)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
     def forward(self, x_BTC: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C). The stream stays in its own dtype, the products run in the compute dtype."""
-        dtype = compute_dtype(x_BTC)
-        x_BTC = x_BTC + self.dropout(self.attention(self.norm_1(x_BTC).to(dtype), cache))
-        return x_BTC + self.dropout(self.mlp(self.norm_2(x_BTC).to(dtype)))
+        dtype, dropout = compute_dtype(x_BTC), self.dropout if self.training else 0.0
+        x_BTC = x_BTC + F.dropout(self.attention(self.norm_1(x_BTC).to(dtype), cache), dropout)
+        return x_BTC + F.dropout(self.mlp(self.norm_2(x_BTC).to(dtype)), dropout)
 
 
 class BigramLanguageModelLoRA(nn.Module):

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora.attach import attach
+from lora.attach import activate, attach
 from lora.variants import LoRAConfig
+from models import sampling
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.sampling import Sampling, choose, generate, stream, window_start
 
@@ -247,3 +248,48 @@ def test_the_settings_can_be_combined() -> None:
     for top_k, top_p, penalty in itertools.product((None, 3), (None, 0.5), (1.0, 1.3)):
         how = Sampling(0.8, top_k, top_p, penalty)
         assert generate(model, prompts_of([3, 20]), 6, how, 1) == without_cache(model, prompts_of([3, 20]), 6, how, 1)
+
+
+def test_a_suspended_stream_keeps_its_text_and_does_not_disturb_training() -> None:
+    model, prompts = tiny().requires_grad_(True), prompts_of([5])
+    whole = generate(model, prompts, 20, WILD, 5)[0][5:]
+    idx = torch.arange(12)[None]
+    expected = torch.autograd.grad(model(idx, idx)[1], list(model.parameters()))
+    tokens = stream(model, prompts, 20, WILD, 5)
+    found = [next(tokens)[0] for _ in range(10)]
+    for mine, its in zip(torch.autograd.grad(model(idx, idx)[1], list(model.parameters())), expected, strict=True):
+        assert torch.equal(mine, its)
+    found += [row[0] for row in tokens]
+    assert found == whole
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    assert generate(model, prompts, 20, WILD, 5)[0][5:] != whole
+
+
+def test_another_adapter_counts_at_once_also_while_text_streams() -> None:
+    model, prompts, how = tiny(), prompts_of([5]), Sampling(greedy=True)
+    plain = generate(model, prompts, 12, how, 0)[0][5:]
+    attach(model, LoRAConfig(rank=4, train_embeddings=False))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    assert generate(model, prompts, 12, how, 0)[0][5:] != plain
+    tokens = stream(model, prompts, 12, how, 0)
+    next(tokens)
+    activate(model)
+    with torch.no_grad():
+        bare = model(torch.tensor(prompts))[0]
+        activate(model, "default")
+        assert not torch.equal(model(torch.tensor(prompts))[0], bare)
+    tokens.close()
+
+
+def test_narrow_models_generate_in_fp32_on_the_cpu_and_wide_ones_in_the_callers_dtype(monkeypatch) -> None:
+    model, seen = tiny(), []
+    model.lm_head.register_forward_hook(lambda _, __, y: seen.append(y.dtype))
+    for narrow in (33, 32):
+        monkeypatch.setattr(sampling, "NARROW", narrow)
+        with torch.autocast("cpu"):
+            generate(model, prompts_of([5]), 2, WILD, 5)
+    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
