@@ -1,4 +1,4 @@
-"""Attach adapters to a model, choose which are active, merge them for a while, take them off again.
+"""Attach adapters to a model, choose which are active and how strongly, merge them, take them off again.
 
 The base is loaded first and adapters are attached afterwards; from then on the base is frozen, and what trains is
 exactly what the active adapters hold.
@@ -6,8 +6,9 @@ exactly what the active adapters hold.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -108,22 +109,55 @@ def check_attached(model: nn.Module, *names: str) -> None:
         raise UsageError(f"no adapter {unknown[0]!r} is attached; attached: {', '.join(attached) or 'none'}")
 
 
-def activate(model: nn.Module, *names: str) -> None:
+def _strengths(model: nn.Module, adapters: tuple[str | Mapping[str, float], ...]) -> dict[str, float]:
+    """What `activate` was given, as one strength a name."""
+    strengths: dict[str, float] = {}
+    for given in adapters:
+        strengths |= {given: 1.0} if isinstance(given, str) else given
+    check_attached(model, *strengths)
+    for name, strength in strengths.items():
+        if not math.isfinite(strength):
+            raise UsageError(f"adapter {name!r}: its strength is {strength}, and must be a finite number")
+    return strengths
+
+
+def activate(model: nn.Module, *adapters: str | Mapping[str, float]) -> None:
     """Make exactly these adapters count, and train; none leaves the plain base. The base stays frozen.
 
-    Raises UsageError for a name that is not attached.
+    A name counts at strength 1; {name: strength} sets it: the base plus strength times what the adapter adds to
+    weights, embeddings and biases alike. What several add is summed. An optimizer is to be made after this choice.
+
+    Raises UsageError for a name that is not attached, or a strength that is not finite.
     """
-    check_attached(model, *names)
+    _switch(model, _strengths(model, adapters))
     model.requires_grad_(False)
     for host in hosts(model).values():
-        host.active = tuple(dict.fromkeys(names))
         for entry in host.entries():
             entry.requires_grad_(True)
 
 
-def active_adapters(model: nn.Module) -> tuple[str, ...]:
-    """The names of the adapters that count now."""
-    return next((host.active for host in hosts(model).values()), ())
+def active_adapters(model: nn.Module) -> dict[str, float]:
+    """The adapters that count now, by name, with their strengths; `activate` takes them back."""
+    return dict(next((host.active for host in hosts(model).values()), {}))
+
+
+def _switch(model: nn.Module, strengths: Mapping[str, float]) -> None:
+    for host in hosts(model).values():
+        host.active = dict(strengths)
+
+
+@contextmanager
+def using(model: nn.Module, *adapters: str | Mapping[str, float]) -> Iterator[nn.Module]:
+    """The model with exactly these adapters counting, given as in `activate`; afterwards as before.
+
+    What trains is not touched, so this is for computing without gradients.
+    """
+    before = active_adapters(model)
+    _switch(model, _strengths(model, adapters))
+    try:
+        yield model
+    finally:
+        _switch(model, before)
 
 
 def detach(model: nn.Module, name: str) -> None:
@@ -132,7 +166,7 @@ def detach(model: nn.Module, name: str) -> None:
     Raises UsageError for a name that is not attached.
     """
     check_attached(model, name)
-    activate(model, *(other for other in active_adapters(model) if other != name))
+    activate(model, {other: s for other, s in active_adapters(model).items() if other != name})
     for host in hosts(model).values():
         if name in host.lora:
             del host.lora[name]
@@ -152,7 +186,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
     """The model with its active adapters written into its weights, in fp32; afterwards as before, bit for bit."""
-    active, saved = active_adapters(model), {}
+    saved: dict[tuple[str, str], Tensor] = {}
     try:
         with torch.no_grad():
             for path, host in hosts(model).items():
@@ -161,14 +195,26 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
                     if effective is not base:
                         saved[path, name] = base.clone()
                         base.copy_(effective)
-                host.active = ()
-        yield model
+        with using(model):
+            yield model
     finally:
         with torch.no_grad():
             for (path, name), base in saved.items():
                 getattr(model.get_submodule(path), name).copy_(base)
-        for host in hosts(model).values():
-            host.active = active
+
+
+def merge(model: nn.Module) -> None:
+    """Write the active adapters into the model's weights for good, in fp32, and take all adapters off.
+
+    Those that rest come off too: they were trained on a base that is now another one. The model stays frozen.
+    """
+    with torch.no_grad():
+        tensors = [(getattr(host, k), t) for host in hosts(model).values() for k, t in host.effective_tensors().items()]
+        for base, effective in tensors:  # all of it is computed by now, so nothing is left half merged
+            if effective is not base:
+                base.copy_(effective)
+    for name in adapter_names(model):
+        detach(model, name)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ changed by them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,27 +17,38 @@ from lora.functional import compute_dtype, concatenated, lora_linear, stacked
 from lora.variants import AdapterTensors, LoRA
 
 
+def added_up(base: Tensor, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """base + the sum of strength * (tensor - base) over `parts`; one tensor at strength 1 is that tensor itself."""
+    if not parts:
+        return base
+    if len(parts) == 1 and parts[0][1] == 1:
+        return parts[0][0]
+    return base + sum(strength * (tensor - base) for tensor, strength in parts)
+
+
 class Adaptable(nn.Module):
-    """A mixin for torch layers: adapters by name, and which of them are active."""
+    """A mixin for torch layers: adapters by name, and which of them are active, at which strength."""
 
     lora: nn.ModuleDict
-    active: tuple[str, ...]
+    active: dict[str, float]  # replaced whole, never changed in place
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.lora, self.active = nn.ModuleDict(), ()
+        self.lora, self.active = nn.ModuleDict(), {}
 
     def entries(self) -> list[AdapterTensors]:
         """The tensors of the active adapters that have any on this layer."""
         return [self.lora[name] for name in self.active if name in self.lora]
 
+    def strengths(self) -> list[tuple[AdapterTensors, float]]:
+        """The same, each with its strength."""
+        return [(self.lora[name], strength) for name, strength in self.active.items() if name in self.lora]
+
     def effective(self, name: str) -> Tensor | None:
         """The tensor `name` of this layer as the active adapters' copies make it: the base plus what each adds."""
         base = getattr(self, name)
-        copies = [copy for entry in self.entries() if (copy := entry.copy_of(name)) is not None]
-        if not copies:
-            return base
-        return (copies[0] if len(copies) == 1 else base + sum(copy - base for copy in copies)).to(base.dtype)
+        copies = [(copy, s) for entry, s in self.strengths() if (copy := entry.copy_of(name)) is not None]
+        return added_up(base, copies).to(base.dtype) if copies else base
 
     def effective_tensors(self) -> dict[str, Tensor]:
         """Every base tensor of this layer as the active adapters make it, in its own dtype."""
@@ -60,12 +73,19 @@ class LoRALinear(Adaptable, nn.Linear):
         """The active adapters that change the weight of this layer."""
         return [entry for entry in self.entries() if isinstance(entry, LoRA)]
 
+    def alone(self) -> LoRA | None:
+        """The adapter whose own fast way of computing serves: the only one that changes the weight, at strength 1."""
+        found = [(entry, strength) for entry, strength in self.strengths() if isinstance(entry, LoRA)]
+        return found[0][0] if len(found) == 1 and found[0][1] == 1 else None
+
+    def effective_weight(self) -> Tensor:
+        """The weight as the active adapters make it."""
+        W = self.weight
+        with torch.autocast(W.device.type, enabled=False):  # in less than W's precision small changes vanish
+            return added_up(W, [(v.effective_weight(W), s) for v, s in self.strengths() if isinstance(v, LoRA)])
+
     def effective_tensors(self) -> dict[str, Tensor]:
-        tensors, W, variants = super().effective_tensors(), self.weight, self.variants()
-        if variants:
-            with torch.autocast(W.device.type, enabled=False):  # in less than W's precision small changes vanish
-                tensors["weight"] = W + sum(v.effective_weight(W) - W for v in variants)
-        return tensors
+        return super().effective_tensors() | {"weight": self.effective_weight()}
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The weight in the compute dtype; a frozen one is converted once and kept, outside every checkpoint.
@@ -86,16 +106,16 @@ class LoRALinear(Adaptable, nn.Linear):
         return self._copy[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), in the compute dtype. Several variants at once go without their dropout."""
+        """x (..., in) -> (..., out), in the compute dtype. Dropout is for an adapter that is alone at strength 1."""
         dtype = compute_dtype(x)
         if self.kept is not None and not torch.is_grad_enabled():
             return F.linear(x.to(dtype), *unchanging_weights((self,), dtype))
         if not self.active:
             return F.linear(x, self.weight_in(dtype), self.bias)
-        bias, variants = self.effective("bias"), self.variants()
-        if len(variants) > 1:
-            return F.linear(x, self.effective_tensors()["weight"].to(dtype), bias)
-        return variants[0](x.to(dtype), self, bias) if variants else F.linear(x, self.weight_in(dtype), bias)
+        bias = self.effective("bias")
+        if variant := self.alone():
+            return variant(x.to(dtype), self, bias)
+        return F.linear(x, self.effective_weight().to(dtype) if self.variants() else self.weight_in(dtype), bias)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -106,7 +126,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 def unchanging_weights(layers: tuple[LoRALinear, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Weights and biases of the layers as their active adapters make them, one under the other, made once."""
-    kept, key = layers[0].kept, (layers, layers[0].active, dtype)
+    kept, key = layers[0].kept, (layers, tuple(layers[0].active.items()), dtype)
     if key not in kept:
         tensors = [layer.effective_tensors() for layer in layers]
         weights, biases = ([t[name].to(dtype) for t in tensors if name in t] for name in ("weight", "bias"))
@@ -124,12 +144,13 @@ def side_by_side(layers: tuple[LoRALinear, ...], x: Tensor) -> Tensor:
     if all(map(_is_plain, layers)):
         if layers[0].kept is not None and not torch.is_grad_enabled():
             return F.linear(x.to(dtype), *unchanging_weights(layers, dtype)).unflatten(-1, (len(layers), -1))
-        variants, biases = [layer.variants() for layer in layers], [layer.effective("bias") for layer in layers]
-        if not any(variants):
+        biases = [layer.effective("bias") for layer in layers]
+        if not any(layer.variants() for layer in layers):
             weight = torch.cat([layer.weight_in(dtype) for layer in layers])
             return F.linear(x, weight, concatenated(biases)).unflatten(-1, (len(layers), -1))
-        if torch.is_grad_enabled() and all(len(found) == 1 and not found[0].dropout for found in variants):
-            parts = [v.low_rank(layer.weight, bias) for (v,), layer, bias in zip(variants, layers, biases, strict=True)]
+        alone = [layer.alone() for layer in layers]
+        if torch.is_grad_enabled() and all(v is not None and not v.dropout for v in alone):
+            parts = [v.low_rank(layer.weight, bias) for v, layer, bias in zip(alone, layers, biases, strict=True)]
             return lora_linear(x.to(dtype), stacked(parts)).unflatten(-1, (len(layers), -1))
     return torch.stack([layer(x) for layer in layers], -2)
 

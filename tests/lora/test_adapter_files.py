@@ -96,7 +96,7 @@ def test_several_adapters_share_a_model() -> None:
     fresh = tiny(bias=True)
     adapter.put_on(fresh, "one")
     adapter.put_on(fresh, "two")
-    assert (adapter_names(fresh), active_adapters(fresh)) == (["one", "two"], ("two",))
+    assert (adapter_names(fresh), active_adapters(fresh)) == (["one", "two"], {"two": 1.0})
     assert torch.equal(logits(fresh), logits(model))
     detach(fresh, "one")
     assert torch.equal(logits(fresh), logits(model))
@@ -111,7 +111,7 @@ def refused(adapter: Adapter, model: torch.nn.Module) -> str:
         adapter.put_on(model)
     assert same(state(model), before)
     assert [p.requires_grad for p in model.parameters()] == training
-    assert (adapter_names(model), active_adapters(model)) == ([], ())
+    assert (adapter_names(model), active_adapters(model)) == ([], {})
     assert "\n" not in str(error.value)
     return str(error.value)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from tiny_lora import adapted, logits, same, state, tiny, trained, two_adapters
+from tiny_lora import IDX, TARGETS, adapted, logits, same, state, tiny, trained, two_adapters
 
 from lora.attach import (
     activate,
@@ -14,7 +16,10 @@ from lora.attach import (
     attach,
     detach,
     target_paths,
+    unchanging,
+    using,
 )
+from lora.optim import make_optimizer
 from lora.variants import LoRAConfig
 from runtime.errors import UsageError
 
@@ -69,7 +74,7 @@ def test_a_name_that_is_taken_or_unfit_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=r"^adapter name .*must be new"):
         attach(model, LoRAConfig(), name)
     assert same(state(model), before)
-    assert active_adapters(model) == ("one",)
+    assert active_adapters(model) == {"one": 1.0}
 
 
 def test_a_name_that_is_not_attached_is_refused() -> None:
@@ -81,7 +86,7 @@ def test_a_name_that_is_not_attached_is_refused() -> None:
         model = adapted(LoRAConfig(), name="one")
         with pytest.raises(UsageError, match="no adapter 'two' is attached; attached: one"):
             change(model, "two")
-        assert active_adapters(model) == ("one",)
+        assert active_adapters(model) == {"one": 1.0}
 
 
 def test_exactly_the_active_adapters_count_and_train() -> None:
@@ -89,7 +94,7 @@ def test_exactly_the_active_adapters_count_and_train() -> None:
     own = adapter_parameters(model)
     for names in [("one",), ("two",), ("one", "two"), (), ("two", "one")]:
         activate(model, *names)
-        assert active_adapters(model) == names
+        assert tuple(active_adapters(model)) == names
         assert {key.split(".lora.")[1].split(".")[0] for key in trained(model)} == set(names)
         assert set(trained(model).values()) <= own
         assert torch.equal(logits(model), plain) == (names == ())
@@ -104,14 +109,109 @@ def test_an_adapter_named_twice_counts_once() -> None:
     assert torch.equal(logits(model), once)
 
 
+def test_a_name_counts_at_strength_one_and_a_later_strength_replaces_an_earlier() -> None:
+    model = two_adapters()
+    activate(model, "one", "two")
+    whole = logits(model)
+    for given in [({"one": 1.0, "two": 1.0},), ("one", {"two": 1}), ({"one": 0.5, "two": 2.0}, "one", "two")]:
+        activate(model, *given)
+        assert active_adapters(model) == {"one": 1.0, "two": 1.0}
+        assert torch.equal(logits(model), whole)
+    activate(model, {"one": 0.5}, "two")
+    assert active_adapters(model) == {"one": 0.5, "two": 1.0}
+    assert not torch.equal(logits(model), whole)
+    expected = logits(model)
+    activate(model)
+    activate(model, {"one": 0.5, "two": 1.0})
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf])
+def test_a_strength_that_is_not_finite_is_refused(strength: float) -> None:
+    model = two_adapters()
+    for change in (activate, lambda *given: using(*given).__enter__()):
+        with pytest.raises(UsageError, match=r"adapter 'two': its strength is .*finite"):
+            change(model, {"one": 0.5, "two": strength})
+        with pytest.raises(UsageError, match="no adapter 'three' is attached; attached: one, two"):
+            change(model, {"one": 0.5, "three": 1.0})
+        assert active_adapters(model) == {"one": 1.0, "two": 1.0}
+
+
+def test_at_strength_zero_an_adapter_adds_nothing() -> None:
+    model, plain = two_adapters(), logits(tiny(bias=True))
+    activate(model, {"one": 0.0, "two": 0.0})
+    assert torch.equal(logits(model), plain)
+
+
+def test_the_optimizer_is_of_what_is_active_and_a_step_moves_nothing_else() -> None:
+    model = two_adapters()
+    activate(model, {"two": 0.5})
+    before = state(model)
+    optimizer = make_optimizer(model, (0.9, 0.95), 0.1)
+    mine = {p for group in optimizer.param_groups for p in group["params"]}
+    assert mine == set(trained(model).values()) != set()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    model(IDX, TARGETS)[1].backward()
+    optimizer.step()
+    moved = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert moved == {key for key in before if ".lora.two." in key}
+
+
+def test_using_lasts_exactly_as_long_as_its_block_and_leaves_alone_what_trains() -> None:
+    model = two_adapters()
+    activate(model, "one")
+    training, expected = trained(model).keys(), logits(model)
+    outputs = {}
+    for given in [("two",), ({"one": 0.5, "two": 2.0},), ()]:
+        with pytest.raises(ZeroDivisionError), using(model, *given) as inside:
+            outputs[str(given)] = logits(inside)
+            assert trained(model).keys() == training
+            raise ZeroDivisionError
+        assert active_adapters(model) == {"one": 1.0}
+        assert torch.equal(logits(model), expected)
+    for given in [("two",), ({"one": 0.5, "two": 2.0},), ()]:
+        activate(model, *given)
+        assert torch.equal(logits(model), outputs[str(given)])
+
+
+def test_what_is_kept_while_nothing_changes_is_kept_by_strength_too() -> None:
+    model, chosen = two_adapters(), [{"one": 1.0}, {"one": 0.5}, {"one": 0.5, "two": 1.0}, {}, {"one": 1.0}]
+    expected = []
+    for strengths in chosen:
+        with using(model, strengths):
+            expected.append(logits(model))
+    with unchanging(model):
+        for strengths, plain in zip(chosen, expected, strict=True):
+            with using(model, strengths):
+                assert torch.allclose(logits(model), plain, atol=1e-5)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-2)
+
+
+def test_dropout_is_off_at_other_strengths_as_the_weight_is_then_built() -> None:
+    model = adapted(LoRAConfig(dropout=0.9), name="one").train()
+    activate(model, {"one": 0.5})
+    assert torch.equal(logits(model), logits(model))
+    activate(model, {"one": 1.0})
+    assert not torch.equal(logits(model), logits(model))
+
+
+def test_detaching_leaves_the_strength_of_the_others() -> None:
+    model = two_adapters()
+    attach(model, LoRAConfig(), "three")
+    activate(model, {"one": 0.5, "three": 1.0, "two": -2.0})
+    detach(model, "three")
+    assert active_adapters(model) == {"one": 0.5, "two": -2.0}
+
+
 def test_detached_a_model_is_the_base_again() -> None:
     base = tiny(bias=True)
     before, expected = state(base), logits(base)
     model = two_adapters()
     detach(model, "one")
-    assert (adapter_names(model), active_adapters(model)) == (["two"], ("two",))
+    assert (adapter_names(model), active_adapters(model)) == (["two"], {"two": 1.0})
     detach(model, "two")
-    assert (adapter_names(model), active_adapters(model)) == ([], ())
+    assert (adapter_names(model), active_adapters(model)) == ([], {})
     assert same(state(model), before)
     assert torch.equal(logits(model), expected)
     attach(model, LoRAConfig(), "two")  # the name is free again

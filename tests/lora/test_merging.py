@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny_lora import (
@@ -20,19 +22,46 @@ from tiny_lora import (
 )
 from torch import nn
 
-from lora.attach import activate, active_adapters, attach, base_tensors, merged
+from lora.attach import activate, active_adapters, adapter_names, attach, base_tensors, merge, merged
 from lora.variants import LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 
-def summed_model(model: BigramLanguageModelLoRA) -> BigramLanguageModelLoRA:
-    """A base whose weights are base + what `one` changes + what `two` changes, in float64."""
-    base = {key: t.double() for key, t in base_tensors(model).items()}
-    exact = tiny(bias=True).double()
+def summed_model(model: BigramLanguageModelLoRA, one: float = 1.0, two: float = 1.0) -> BigramLanguageModelLoRA:
+    """A base whose weights are base + strength * what `one` changes + strength * what `two` changes, in float64."""
+    exact, precise = tiny(bias=True).double(), copy.deepcopy(model).double()
+    base = base_tensors(precise)
     with torch.no_grad():
-        parts = [plain_weights(model, config, name) for name, config in (("one", EVERYTHING), ("two", SOME))]
-        exact.load_state_dict({key: sum(part[key].double() for part in parts) - base[key] for key in base})
+        parts = [(plain_weights(precise, EVERYTHING, "one"), one), (plain_weights(precise, SOME, "two"), two)]
+        exact.load_state_dict({key: W + sum(s * (part[key] - W) for part, s in parts) for key, W in base.items()})
     return exact
+
+
+STRENGTHS = [{"one": 0.5}, {"two": -1.0}, {"one": 0.25, "two": 1.0}, {"one": 1.0, "two": 3.0}, {"one": 1.0}]
+
+
+@pytest.mark.parametrize("strengths", STRENGTHS, ids=str)
+def test_a_strength_multiplies_what_an_adapter_adds_to_weights_embeddings_and_biases(strengths: dict) -> None:
+    model = two_adapters()
+    exact = summed_model(model, **({"one": 0.0, "two": 0.0} | strengths))
+    activate(model, strengths)
+    with merged(model):
+        for name, wanted in exact.named_parameters():
+            assert torch.allclose(model.get_parameter(name).double(), wanted, rtol=3e-7, atol=3e-7), name
+    assert torch.allclose(logits(model).double(), logits(exact), atol=2e-5)
+
+
+def test_at_strength_s_gradients_are_those_of_the_formula() -> None:
+    model = two_adapters()
+    activate(model, {"one": 0.5})
+    exact = copy.deepcopy(model).double()
+    base, changed = base_tensors(exact), plain_weights(exact, EVERYTHING, "one")
+    weights = {key: W + 0.5 * (changed[key] - W) for key, W in base.items()}
+    loss = torch.func.functional_call(tiny(bias=True).double(), weights, (IDX, TARGETS))[1]
+    wanted = torch.autograd.grad(loss, list(trained(exact).values()))
+    model(IDX, TARGETS)[1].backward()
+    for (name, p), gradient in zip(trained(model).items(), wanted, strict=True):
+        assert (p.grad - gradient).norm() < 1e-4 * gradient.norm() + 1e-8, name
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -67,6 +96,32 @@ def test_small_changes_of_two_adapters_are_not_rounded_away_in_bf16() -> None:
     assert 0.9 < share < 1.1
 
 
+@pytest.mark.parametrize("strengths", [{"one": 1.0, "two": 0.5}, {"two": 1.0}, {}], ids=str)
+def test_merge_makes_the_effective_weights_the_base_s_and_takes_every_adapter_off(strengths: dict) -> None:
+    model, plain = two_adapters(), tiny(bias=True)
+    activate(model, strengths)
+    expected = logits(model)
+    with merged(model):
+        plain.load_state_dict(base_tensors(model))
+    merge(model)
+    assert (adapter_names(model), active_adapters(model)) == ([], {})
+    assert same(state(model), state(plain))
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert torch.equal(logits(model), logits(plain))
+    assert not trained(model)
+    attach(model, LoRAConfig(), "one")  # and it is a base that can be adapted
+
+
+def test_a_merge_for_good_that_fails_half_way_has_merged_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = two_adapters()
+    before, expected = state(model), logits(model)
+    with monkeypatch.context() as patch, pytest.raises(BoomError):  # noqa: PT012
+        patch.setattr(model.lm_head, "effective_tensors", lambda: (_ for _ in ()).throw(BoomError))
+        merge(model)
+    assert same(state(model), before)
+    assert torch.equal(logits(model), expected)
+
+
 class BoomError(Exception):
     pass
 
@@ -90,7 +145,7 @@ def test_merged_lasts_exactly_as_long_as_its_block(names: tuple[str, ...]) -> No
         raise BoomError
     assert same(state(model), before)
     assert torch.equal(logits(model), expected)
-    assert active_adapters(model) == names
+    assert tuple(active_adapters(model)) == names
     assert {p for p in model.parameters() if p.requires_grad} == set(trained(model).values())
 
 
