@@ -24,6 +24,8 @@ TARGETS = {
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"),
 }
 
+REGEX = "re:"  # before a regular expression for whole module paths, as adapters of PEFT may name their targets
+
 
 def hosts(model: nn.Module) -> dict[str, Adaptable]:
     """Every layer of the model that can carry adapters, by its path."""
@@ -46,8 +48,12 @@ def target_paths(model: nn.Module, targets: str) -> list[str]:
     Raises UsageError that names every target that matches nothing, and what there is.
     """
     linears = [path for path, host in hosts(model).items() if isinstance(host, LoRALinear)]
-    names = target_names(targets)
-    matched = {name: [path for path in linears if f".{path}".endswith(f".{name}")] for name in names}
+    if targets.startswith(REGEX):
+        names, pattern = (targets,), targets.removeprefix(REGEX)
+        matched = {targets: [path for path in linears if re.fullmatch(pattern, path)]}
+    else:
+        names = target_names(targets)
+        matched = {name: [path for path in linears if f".{path}".endswith(f".{name}")] for name in names}
     if missing := [name for name in names if not matched[name]] or ([targets] if not names else []):
         known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in linears}))
         raise UsageError(
@@ -70,7 +76,7 @@ def make_entries(model: nn.Module, config: LoRAConfig) -> dict[str, AdapterTenso
         )
     entries = {}
     for path, host in hosts(model).items():
-        entry = VARIANTS[config.variant](host, config) if path in targets else AdapterTensors(config)
+        entry = VARIANTS[config.variant](host, config, path) if path in targets else AdapterTensors(config)
         if isinstance(host, LoRAEmbedding) and config.train_embeddings:
             entry.add_copy("weight", host.weight)
         trains_bias = config.bias == "all" or (config.bias == "lora_only" and path in targets)

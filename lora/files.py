@@ -1,18 +1,21 @@
 """Adapter folder <-> Adapter, in PEFT's own format, so that either reads the other's files.
 
 `adapter_config.json` says what it is; `adapter_model.safetensors` holds its tensors, with SHA-256 fingerprints of
-base, tokenizer and data set in the metadata. Only what was trained is in it.
+base, tokenizer and data set in the metadata; `README.md` tells people. Only what was trained is in it.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from lora.adapter import Adapter
-from lora.attach import target_names
+from lora.attach import REGEX, target_names
+from lora.card import CARD, card
 from lora.variants import VARIANTS, LoRAConfig
 from runtime import storage
 from runtime.checkpoint import pack, read_json, to_json, unpack
@@ -22,7 +25,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 EMBEDDINGS = ["token_embedding", "position_embedding"]
 # What PEFT may write into a config that changes what the tensors mean, and that nothing here understands.
-FOREIGN = ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layer_replication")
+FOREIGN = ("exclude_modules", "layers_to_transform", "layer_replication")
 FOREIGN += ("fan_in_fan_out", "lora_bias", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora")
 FOREIGN += ("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
 # How PEFT may have made the matrices while it changed the base's weights, which are then not the ones of the base.
@@ -37,18 +40,18 @@ def _peft_key(path: str, name: str, targeted: bool) -> str:
 
 
 def _our_key(key: str) -> tuple[str, str]:
-    """Module path and tensor name for PEFT's name of a tensor."""
+    """Module path and tensor name for PEFT's name of a tensor, with or without an adapter's name in it."""
     key = key.removeprefix(PREFIX)
-    for name in ("A", "B"):
-        if key.endswith(f".lora_{name}.weight"):
-            return key.removesuffix(f".lora_{name}.weight"), name
+    if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight", key):
+        return match[1], match[2]
     path, _, name = key.rpartition(".")
-    return path.removesuffix(".base_layer"), name
+    return re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)$", "", path), name
 
 
-def to_files(adapter: Adapter) -> dict[str, bytes]:
-    """The files of an adapter folder, ready to be committed."""
+def to_files(adapter: Adapter, notes: Mapping[str, str] | None = None) -> dict[str, bytes]:
+    """The files of an adapter folder, ready to be committed. notes: what else its card tells."""
     config = adapter.config
+    regex = config.targets.startswith(REGEX)
     about = {
         "peft_type": "LORA",
         "task_type": None,
@@ -56,7 +59,9 @@ def to_files(adapter: Adapter) -> dict[str, bytes]:
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": list(target_names(config.targets)),
+        "target_modules": config.targets.removeprefix(REGEX) if regex else list(target_names(config.targets)),
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
         "bias": config.bias,
         "modules_to_save": EMBEDDINGS if config.train_embeddings else None,
         **VARIANTS[config.variant].peft_flags,
@@ -68,56 +73,87 @@ def to_files(adapter: Adapter) -> dict[str, bytes]:
         for path, group in adapter.tensors.items()
         for name, tensor in group.items()
     }
-    return {CONFIG: to_json(about), TENSORS: pack(tensors, {"format": "pt"} | adapter.facts)}
+    packed = pack(tensors, {"format": "pt"} | adapter.facts)
+    return {CONFIG: to_json(about), TENSORS: packed, CARD: card(adapter, notes or {})}
 
 
-def _refuse_foreign(about: dict, where: str) -> None:
-    """Raises UserError for settings that change what the tensors mean, by name."""
-    if about.get("peft_type") != "LORA":
-        raise UserError(f"{where}: peft_type is {about.get('peft_type')!r}; only LORA adapters can be read")
+def _foreign(about: dict) -> list[str]:
+    """The settings that change what the tensors mean and are not understood here, by name."""
     given = {name: value for name in FOREIGN if (value := about.get(name)) not in (None, [], {}) and value is not False}
     if str(how := about.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
         given["init_lora_weights"] = how
-    if given:
-        strange = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        raise UserError(f"{where}: {strange} is not supported")
+    return [f"{name}={value!r} is not supported" for name, value in given.items()]
 
 
-def _variant(about: dict, where: str) -> str:
+def _unusable(about: dict) -> list[str]:
+    """The settings whose values cannot be read, by name."""
+    problems, targets, saved = [], about.get("target_modules"), about.get("modules_to_save") or []
+    for name in ("r", "lora_alpha", "lora_dropout"):
+        if not _is_number(value := about.get(name, 0.0 if name == "lora_dropout" else None)):
+            problems.append(f"{name} is {value!r}, which is no usable number")
+    for name in ("rank_pattern", "alpha_pattern"):
+        value = about.get(name) or {}
+        if not isinstance(value, dict) or not all(map(_is_number, value.values())):
+            problems.append(f"{name} is {value!r}; only numbers by module name can be read")
+    named = isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)
+    if not named and not _is_regex(targets):
+        problems.append(f"target_modules is {targets!r}; only a list of module names or one expression can be read")
+    if not isinstance(saved, list) or sorted(map(str, saved)) not in ([], sorted(EMBEDDINGS)):
+        problems.append(f"modules_to_save is {saved}; only both embeddings, or nothing, can be read")
+    if not _variant(about):
+        problems.append(f"no variant has use_rslora={about.get('use_rslora')}, use_dora={about.get('use_dora')}")
+    return problems
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9
+
+
+def _is_regex(text: object) -> bool:
+    try:
+        return isinstance(text, str) and text not in ("", "all-linear") and re.compile(text) is not None
+    except (re.error, RecursionError, OverflowError):
+        return False
+
+
+def _variant(about: dict) -> str | None:
     for name, variant in VARIANTS.items():
         if all(bool(about.get(flag)) == value for flag, value in variant.peft_flags.items()):
             return name
-    raise UserError(
-        f"{where}: no variant here has use_rslora={about.get('use_rslora')}, use_dora={about.get('use_dora')}"
-    )
-
-
-def _number(about: dict, name: str, where: str) -> float:
-    value = about.get(name, 0.0 if name == "lora_dropout" else None)
-    if type(value) not in (int, float) or not abs(value) < 1e9:
-        raise UserError(f"{where}: {name} is {value!r}, which is no usable number")
-    return value
+    return None
 
 
 def _config(about: dict, where: str) -> LoRAConfig:
-    _refuse_foreign(about, where)
-    targets, saved = about.get("target_modules"), about.get("modules_to_save") or []
-    if not targets or not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        raise UserError(f"{where}: target_modules is {targets!r}; only a list of module names can be read")
-    if not isinstance(saved, list) or sorted(map(str, saved)) not in ([], sorted(EMBEDDINGS)):
-        raise UserError(f"{where}: modules_to_save is {saved}; only both embeddings, or nothing, can be read")
+    """Raises UserError that names everything that is not understood."""
+    if about.get("peft_type") != "LORA":
+        raise UserError(f"{where}: peft_type is {about.get('peft_type')!r}; only LORA adapters can be read")
+    if problems := _foreign(about) + _unusable(about):
+        raise UserError(f"{where}: {'; '.join(problems)}")
+    targets = about["target_modules"]
     try:
         return LoRAConfig(
-            rank=_number(about, "r", where),
-            alpha=float(_number(about, "lora_alpha", where)),
-            dropout=float(_number(about, "lora_dropout", where)),
-            targets=",".join(targets),
-            variant=_variant(about, where),
+            rank=about["r"],
+            alpha=float(about["lora_alpha"]),
+            dropout=float(about.get("lora_dropout", 0.0)),
+            targets=REGEX + targets if isinstance(targets, str) else ",".join(targets),
+            variant=_variant(about),
             bias=about.get("bias", "none"),
-            train_embeddings=bool(saved),
+            train_embeddings=bool(about.get("modules_to_save")),
+            rank_pattern=about.get("rank_pattern") or {},
+            alpha_pattern=about.get("alpha_pattern") or {},
         )
     except UsageError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def _tensors(files: dict[str, bytes], where: str) -> dict[str, dict[str, Tensor]]:
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in unpack(files[TENSORS], f"{where}/{TENSORS}").items():
+        path, name = _our_key(key)
+        if name in tensors.setdefault(path, {}):
+            raise UserError(f"{where}/{TENSORS} holds several adapters: {key} is there under another name too")
+        tensors[path][name] = tensor
+    return tensors
 
 
 def from_files(files: dict[str, bytes], where: str) -> Adapter:
@@ -128,10 +164,7 @@ def from_files(files: dict[str, bytes], where: str) -> Adapter:
     if missing := [name for name in (CONFIG, TENSORS) if name not in files]:
         raise UserError(f"{where}: {missing[0]} is missing, so this is no adapter folder")
     about = read_json(files[CONFIG], f"{where}/{CONFIG}")
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in unpack(files[TENSORS], f"{where}/{TENSORS}").items():
-        path, name = _our_key(key)
-        tensors.setdefault(path, {})[name] = tensor
+    tensors = _tensors(files, where)
     header = json.loads(files[TENSORS][8 : 8 + int.from_bytes(files[TENSORS][:8], "little")])
     facts = {key: value for key, value in header.get("__metadata__", {}).items() if key != "format"}
     return Adapter(_config(about, f"{where}/{CONFIG}"), tensors, facts)

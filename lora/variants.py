@@ -8,8 +8,10 @@ they stand for (`effective_weight`, the definition), and how to compute with the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,9 @@ class LoRAConfig:
 
     rank, alpha: the size of the low-rank matrices and the numerator of their scale. dropout: probability on the
     adapter's input while training. targets: `minimal` (q, v), `standard` (q, k, v, o), `all` (and the MLP and the
-    head), or names separated by commas. bias: which biases train, `none`, `all` or `lora_only`.
+    head), names separated by commas, or `re:` and a regular expression for whole module paths. bias: which biases
+    train, `none`, `all` or `lora_only`. rank_pattern, alpha_pattern: other ranks and alphas by module, as PEFT has
+    them: a key is a regular expression for the end of a module's path.
 
     Raises UsageError for a rank below 1, an alpha not above 0, a dropout outside [0, 1) or an unknown name.
     """
@@ -39,19 +43,50 @@ class LoRAConfig:
     variant: str = "lora"
     bias: str = "none"
     train_embeddings: bool = True
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        rank_is_whole = isinstance(self.rank, int) and self.rank >= 1
+        ranks, alphas = self.rank_pattern, self.alpha_pattern
         rules = {
-            f"lora_rank={self.rank!r}: must be a whole number of at least 1": rank_is_whole,
-            f"lora_alpha={self.alpha!r}: must be a number above 0": 0 < self.alpha < math.inf,
+            f"lora_rank={self.rank!r}: must be a whole number of at least 1": _is_rank(self.rank),
+            f"lora_alpha={self.alpha!r}: must be a number above 0": _is_alpha(self.alpha),
+            f"rank_pattern={ranks!r}: must give modules whole numbers of at least 1": _is_pattern(ranks, _is_rank),
+            f"alpha_pattern={alphas!r}: must give modules numbers above 0": _is_pattern(alphas, _is_alpha),
             f"lora_dropout={self.dropout!r}: must be at least 0 and below 1": 0 <= self.dropout < 1,
             f"lora_variant={self.variant!r}: must be one of {', '.join(VARIANTS)}": self.variant in VARIANTS,
             f"lora_bias={self.bias!r}: must be one of none, all, lora_only": self.bias in ("none", "all", "lora_only"),
         }
-        for message, holds in rules.items():
-            if not holds:
-                raise UsageError(message)
+        if broken := [message for message, holds in rules.items() if not holds]:
+            raise UsageError("; ".join(broken))
+
+    def rank_at(self, path: str) -> int:
+        """The rank on the module at this path."""
+        return _by_pattern(self.rank_pattern, path, self.rank)
+
+    def alpha_at(self, path: str) -> float:
+        """The alpha on the module at this path."""
+        return _by_pattern(self.alpha_pattern, path, self.alpha)
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_alpha(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
+
+
+def _is_pattern(pattern: Any, allowed: Callable[[Any], bool]) -> bool:
+    try:
+        return all(re.compile(key) and allowed(value) for key, value in pattern.items())
+    except (AttributeError, TypeError, re.error, RecursionError, OverflowError):
+        return False
+
+
+def _by_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first key that matches the end of a path, from a dot on; PEFT's own rule."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
 class AdapterTensors(nn.Module):
@@ -81,18 +116,19 @@ class LoRA(AdapterTensors):
 
     peft_flags: ClassVar[dict[str, bool]] = {"use_rslora": False, "use_dora": False}
 
-    def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
+    def __init__(self, linear: nn.Linear, config: LoRAConfig, path: str = "") -> None:
         super().__init__(config)
-        self.scale = self.scaling(config)
+        self.rank = config.rank_at(path)
+        self.scale = self.scaling(config.alpha_at(path), self.rank)
         options = {"device": linear.weight.device, "dtype": torch.float32}
-        self.A = nn.Parameter(torch.empty(config.rank, linear.in_features, **options))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, config.rank, **options))
+        self.A = nn.Parameter(torch.empty(self.rank, linear.in_features, **options))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, self.rank, **options))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     @staticmethod
-    def scaling(config: LoRAConfig) -> float:
+    def scaling(alpha: float, rank: int) -> float:
         """What B A is multiplied by."""
-        return config.alpha / config.rank
+        return alpha / rank
 
     @property
     def dropout(self) -> float:
@@ -102,6 +138,11 @@ class LoRA(AdapterTensors):
     def effective_weight(self, W: Tensor) -> Tensor:
         """W' for a base weight W of shape (out, in): the equation itself, differentiable."""
         return W + self.scale * (self.B @ self.A).to(W.dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """W' - W as a product of two thin matrices, (out, rank) and (rank, in), scale included; None for a variant
+        whose change has full rank, which then counts as `effective_weight(W) - W`."""
+        return self.scale * self.B.detach().double(), self.A.detach().double()
 
     def low_rank(self, W: Tensor, bias: Tensor | None) -> LowRank:
         """The linear with this weight and bias, as this variant makes it."""
@@ -118,7 +159,7 @@ class LoRA(AdapterTensors):
         return [self.B]
 
     def extra_repr(self) -> str:
-        return f"rank={self.config.rank}, scale={self.scale:g}, dropout={self.config.dropout:g}"
+        return f"rank={self.rank}, scale={self.scale:g}, dropout={self.config.dropout:g}"
 
 
 class RsLoRA(LoRA):
@@ -130,9 +171,9 @@ class RsLoRA(LoRA):
     peft_flags: ClassVar[dict[str, bool]] = {"use_rslora": True, "use_dora": False}
 
     @staticmethod
-    def scaling(config: LoRAConfig) -> float:
+    def scaling(alpha: float, rank: int) -> float:
         """What B A is multiplied by."""
-        return config.alpha / math.sqrt(config.rank)
+        return alpha / math.sqrt(rank)
 
 
 VARIANTS: dict[str, type[LoRA]] = {"lora": LoRA, "rslora": RsLoRA}

@@ -17,6 +17,7 @@ from tiny_lora import adapted, logits, randomise, same, state, tiny, trained
 
 from lora.adapter import Adapter
 from lora.attach import activate, active_adapters, adapter_names, attach, base_tensors, detach, target_names
+from lora.card import CARD
 from lora.files import CONFIG, TENSORS, from_files, load_adapter, save_adapter, to_files
 from lora.variants import VARIANTS, LoRAConfig
 from runtime.checkpoint import fingerprint
@@ -220,7 +221,7 @@ def test_a_torn_config_is_damaged(data: bytes) -> None:
 
 
 FOREIGN = {
-    "peft_type": "LOHA", "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 2}, "exclude_modules": "lm_head",
+    "peft_type": "LOHA", "rank_pattern": {"q_proj": 0}, "alpha_pattern": {"q_proj": "2"}, "exclude_modules": "lm_head",
     "layers_to_transform": [0], "layer_replication": [[0, 1]], "fan_in_fan_out": True, "lora_bias": True,
     "target_parameters": ["x"], "trainable_token_indices": [1], "use_bdlora": {"nblocks": 2}, "use_qalora": True,
     "alora_invocation_tokens": [1, 2], "arrow_config": {"a": 1}, "kasa_config": {"a": 1}, "monteclora_config": {"a": 1},
@@ -231,6 +232,8 @@ FOREIGN_VALUES = [*FOREIGN.items(), ("layers_to_transform", 0), ("init_lora_weig
 FOREIGN_VALUES += [("init_lora_weights", kind) for kind in ("olora", "corda", "loftq", "lora_ga")]
 FOREIGN_VALUES += [("r", 2.5), ("r", 0), ("r", True), ("lora_alpha", float("nan")), ("lora_dropout", 1.0)]
 FOREIGN_VALUES += [("target_modules", None), ("target_modules", [1]), ("target_modules", []), ("modules_to_save", 3)]
+FOREIGN_VALUES += [("target_modules", "(q_proj"), ("rank_pattern", {"(q": 2}), ("alpha_pattern", {"q": -1.0})]
+FOREIGN_VALUES += [("rank_pattern", {"q": 1.5}), ("rank_pattern", [1])]
 
 
 @pytest.mark.parametrize(("name", "value"), FOREIGN_VALUES, ids=str)
@@ -260,6 +263,29 @@ def test_no_value_in_a_config_ends_in_anything_but_one_line(name: str, value: ob
     except UserError as error:
         assert str(error).startswith(f"here/{CONFIG}: ")
         assert "\n" not in str(error)
+
+
+def test_all_that_cannot_be_represented_is_told_together() -> None:
+    files = to_files(example()[1])
+    strange = {"layers_to_transform": [0], "use_dora": True, "r": "8", "modules_to_save": ["lm_head"], "lora_bias": 1}
+    with pytest.raises(UserError) as error:
+        from_files(files | {CONFIG: json.dumps(json.loads(files[CONFIG]) | strange).encode()}, "here")
+    assert all(name in str(error.value) for name in strange)
+
+
+def test_the_card_tells_what_is_known_and_nothing_else() -> None:
+    import yaml
+
+    text = to_files(of(example()[0]), {"command": "python training.py --x 'a|b'"})[CARD].decode()
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "peft", "base_model": "base-x", "tags": ["lora", "base_model:adapter:base-x"],
+    }  # fmt: skip
+    for row in ("| base sha256 | ", "| dataset | folio |", "| rank | 4 |", "| alpha | 6 |", "| targets | all |"):
+        assert row in body
+    assert "| command | python training.py --x 'a\\|b' |" in body and "steps" not in body
+    bare = to_files(Adapter(CONFIG_OF_TEST, example()[1].tensors))[CARD].decode()
+    assert "base_model" not in bare and "None" not in bare and "dataset" not in bare
 
 
 @pytest.mark.parametrize("name", ["peft_type", "r", "lora_alpha", "target_modules"])
