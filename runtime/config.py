@@ -213,12 +213,12 @@ class Settings(Machine):
         return {name: value for name, value in super().identity().items() if name not in unread}
 
 
-def from_command_line(cls: type[Table], description: str) -> Resolved:
-    """Read a command's table from its flags, the environment and ./.env."""
-    prog = Path(sys.argv[0]).name
-    return read_settings(
-        cls, sys.argv[1:], os.environ, Path(".env"), prog=prog, description=description, also=(Settings,)
-    )
+def from_command_line(cls: type[Table], description: str, command: str = "") -> Resolved:
+    """Read a command's table from its flags, the environment and ./.env; `command` is its first word, if it has one."""
+    prog, words = Path(sys.argv[0]).name, sys.argv[1:]
+    if command:
+        prog, words = f"{prog} {command}", words[1:]
+    return read_settings(cls, words, os.environ, Path(".env"), prog=prog, description=description, also=(Settings,))
 
 
 if __name__ == "__main__":

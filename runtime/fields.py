@@ -43,8 +43,9 @@ class ContradictionError(BadValueError):
 class Rule:
     """What a field's metadata says of a setting beyond name, type and default.
 
-    `pattern` is a regular expression for text, put into words by `allowed`; `env=False` makes a setting a flag only;
-    `identity=False` marks what does not change a run's result; `defaults` holds other defaults by mode.
+    `pattern` is a regular expression for text, put into words by `allowed`; `env=False` makes a setting a flag only,
+    and `place="NAME"` words without a flag, shown as NAME; `identity=False` marks what does not change a run's result;
+    `defaults` holds other defaults by mode.
     """
 
     help: str
@@ -57,6 +58,7 @@ class Rule:
     pattern: str = ONE_LINE
     allowed: str = ""
     env: bool = True
+    place: str = ""
     identity: bool = True
     defaults: dict[str, Any] = field(default_factory=dict)
 
@@ -95,7 +97,7 @@ class Setting:
     @property
     def flag(self) -> str:
         """The name on the command line."""
-        return "--" + self.name.replace("_", "-")
+        return self.rule.place or "--" + self.name.replace("_", "-")
 
     @property
     def allowed(self) -> str:
@@ -141,7 +143,8 @@ class Setting:
         if self.kind is str:
             return value in rule.choices if rule.choices else re.fullmatch(rule.pattern, value) is not None
         if self.kind is tuple:
-            return all(isinstance(item, str) for item in value)
+            free = rule.pattern == ONE_LINE  # of a flag that may be repeated, a value may have several lines
+            return all(isinstance(item, str) and (free or re.fullmatch(rule.pattern, item)) for item in value)
         above = rule.low is None or value > rule.low or (value == rule.low and not rule.low_open)
         below = rule.high is None or value < rule.high or (value == rule.high and not rule.high_open)
         return math.isfinite(value) and above and below

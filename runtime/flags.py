@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import shutil
+import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from runtime.errors import UsageError
@@ -33,7 +35,7 @@ def make_parser(cls: type[Table], prog: str, description: str) -> Parser:
     """A parser that leaves every value as text, and absent what was not given."""
     parser = Parser(
         prog=prog,
-        usage=f"{prog} [--setting value ...]",
+        usage=" ".join([prog, *_places(cls), "[--setting value ...]"]),
         description=description,
         epilog=textwrap.fill(f"Where a setting is given twice, {PRECEDENCE}", 100),
         formatter_class=_formatter,
@@ -47,7 +49,15 @@ def make_parser(cls: type[Table], prog: str, description: str) -> Parser:
     return parser
 
 
+def _places(cls: type[Table]) -> list[str]:
+    return [f"{row.flag}{' ...' if row.kind is tuple else ''}" for row in settings_of(cls) if row.rule.place]
+
+
 def _add_flag(group: argparse._ArgumentGroup, row: Setting) -> None:
+    if row.rule.place:
+        many = {"nargs": "+"} if row.kind is tuple else {}
+        group.add_argument(row.name, metavar=row.flag, help=explained(row).replace("%", "%%"), **many)
+        return
     options: dict[str, Any] = {"action": "append" if row.kind is tuple else "store"}
     if row.kind is bool:  # `--use-lora`, `--use-lora False` and `--no-use-lora`, all as text
         options |= {"nargs": "?", "const": "true"}
@@ -68,7 +78,7 @@ def read_flags(cls: type[Table], argv: Sequence[str], prog: str, description: st
 
     Raises UsageError for an unknown flag, with the one that was meant, and SystemExit after printing --help.
     """
-    words = [_with_dashes(word) for word in argv]
+    words = _with_values([_with_dashes(word) for word in argv])
     found, unknown = make_parser(cls, prog, description).parse_known_args(words)
     if unknown:
         raise UsageError(_unknown_flag(unknown[0], {row.flag: row for row in settings_of(cls)}))
@@ -80,7 +90,36 @@ def _with_dashes(word: str) -> str:
     return name.replace("_", "-") + equals + text if name.startswith("--") else word
 
 
+def _with_values(words: Sequence[str]) -> list[str]:
+    """`--weights -1,0.5` as `--weights=-1,0.5`: argparse would take the value for a flag."""
+    joined: list[str] = []
+    for word in words:
+        if joined and re.match(r"-[.\d]", word) and re.fullmatch(r"--[^=]+", joined[-1]):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def subcommand(words: Sequence[str], commands: Collection[str], description: str) -> str:
+    """The first word, which says which of several commands is meant.
+
+    Raises UsageError for none or an unknown one, with the one that was meant, and SystemExit after printing --help.
+    """
+    word = words[0] if words else ""
+    if word in ("-h", "--help"):
+        print(description.strip())
+        sys.exit(0)
+    if word not in commands:
+        close = difflib.get_close_matches(word, commands, n=1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        raise UsageError(f"{in_words(word) or 'no command'}: {meant}There are {', '.join(commands)}; --help tells more")
+    return word
+
+
 def _unknown_flag(word: str, rows: Mapping[str, Setting]) -> str:
+    if not word.startswith("-") and any(row.rule.place for row in rows.values()):
+        return f"{in_words(word) or repr('')} is one argument too many; --help tells what there may be"
     asked = "--" + word.partition("=")[0].strip("-").replace("_", "-").lower()
     close = difflib.get_close_matches(asked, rows, n=1, cutoff=0.75)
     return f"{in_words(word) or repr('')} is not a flag; " + (

@@ -77,7 +77,7 @@ def describe(resolved: Resolved) -> list[str]:
 def _find(row: Setting, flags: dict, environ: Mapping[str, str], dotenv: Mapping[str, str]) -> tuple[Any, str] | None:
     """The text given for a setting and its source, from the first source that has one."""
     if row.name in flags:
-        return flags[row.name], f"flag {row.flag}"
+        return flags[row.name], "argument" if row.rule.place else f"flag {row.flag}"
     for source, values in ((ENVIRONMENT, environ), (DOTENV, dotenv)):
         if row.rule.env and row.variable in values:
             return values[row.variable].strip(), source  # cmd's `set A=8 && python ...` gives "8 "
