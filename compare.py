@@ -2,7 +2,8 @@
 
 python compare.py                        full against LoRA of ranks 4, 8, 16 and 32, on the First Folio
 python compare.py --ranks 8 --targets minimal --targets all --max-iters 300
-TEST_MODE=True python compare.py         a quick look
+python compare.py --sweep                from which width, rank and batch on a LoRA step is the faster one here
+TEST_MODE=True python compare.py         a quick look at either
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any
 from jobs.base import find_base
 from jobs.comparison import Method, base_windows, make_method, row, untouched
 from jobs.memory import peak_memory
+from jobs.sweep import sweep, sweep_table, sweep_verdict
 from runtime import report, storage
-from runtime.checkpoint import Run, say
-from runtime.config import Settings, from_command_line
+from runtime.checkpoint import Run, identity_of, say
+from runtime.config import LORA, Settings, from_command_line
 from runtime.device import Machine, machine_name, pick_machine
-from runtime.errors import UserError, run_command
+from runtime.errors import UsageError, UserError, run_command
 from runtime.fields import setting, settings_of
 from runtime.metrics import Progress
 from runtime.sources import Resolved
@@ -41,6 +43,15 @@ class Options(Settings):
     )  # fmt: skip
     targets: tuple[str, ...] = setting((), "LORA_TARGETS to compare; may be repeated", group=COMPARED, env=False)
     variants: tuple[str, ...] = setting((), "LORA_VARIANT to compare; may be repeated", group=COMPARED, env=False)
+    sweep: bool = setting(False, "Time steps over widths, ranks and batches instead", group=COMPARED, env=False)
+    widths: str = setting(
+        "64,128,256,384", "Values of N_EMBD to sweep", test="64,128", group=COMPARED, env=False, pattern=NUMBERS,
+        allowed="whole numbers with commas between them",
+    )  # fmt: skip
+    batches: str = setting(
+        "4,16,64", "Values of BATCH_SIZE to sweep", test="4,16", group=COMPARED, env=False, pattern=NUMBERS,
+        allowed="whole numbers with commas between them",
+    )  # fmt: skip
 
     @classmethod
     def modes(cls, values: Mapping[str, Any]) -> list[str]:
@@ -48,12 +59,20 @@ class Options(Settings):
         return [*super().modes(dict(values) | {"base": values["base"] or "newest"})]
 
 
+def numbers(options: Options, name: str) -> list[int]:
+    """The numbers of a list such as RANKS, once each. Raises UsageError for one that is not above 0."""
+    found = list(dict.fromkeys(map(int, getattr(options, name).split(","))))
+    if min(found) < 1:
+        raise UsageError(f"--{name} {getattr(options, name)}: every number must be at least 1")
+    return found
+
+
 def lora_settings(options: Options) -> dict[str, dict[str, Any]]:
     """The LoRA settings to compare, by label."""
     found = {}
     for variant in options.variants or (options.lora_variant,):
         for targets in options.targets or (options.lora_targets,):
-            for rank in map(int, options.ranks.split(",")):
+            for rank in numbers(options, "ranks"):
                 parts = [variant if options.variants else "lora", f"r{rank}", *([targets] if options.targets else [])]
                 values = {"lora_rank": rank, "lora_targets": targets, "lora_variant": variant}
                 found[" ".join(parts)] = values | {"use_lora": True}
@@ -141,6 +160,16 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def save_picture(file: Path, draw: str, *what: Any) -> None:
+    """Draw with a function of `jobs.plots`, where matplotlib is installed."""
+    try:
+        from jobs import plots
+    except ImportError:
+        say("No picture: matplotlib is not installed; get it with: pip install -r requirements-plots.txt")
+    else:
+        storage.write_file(file, getattr(plots, draw)(*what))
+
+
 def save(given: Resolved, rows: list[dict[str, Any]], base: Run) -> Path:
     """results.json and, where matplotlib is installed, results.png, in a folder of their own."""
     root, name = Path(given.settings.checkpoints_dir), f"compare-{base.name}"
@@ -148,21 +177,29 @@ def save(given: Resolved, rows: list[dict[str, Any]], base: Run) -> Path:
     about = {"base": base.name, "settings": given.settings.as_dict(), "machine": machine_name()}
     about |= {"date": time.strftime("%Y-%m-%d"), "verdict": verdict(rows), "methods": rows}
     storage.write_file(folder / "results.json", (json.dumps(about, indent=1) + "\n").encode())
-    try:
-        from jobs.plots import draw_comparison
-
-        storage.write_file(folder / "results.png", draw_comparison(rows, verdict(rows)))
-    except ImportError:
-        say("No picture: matplotlib is not installed; get it with: pip install -r requirements-plots.txt")
+    save_picture(folder / "results.png", "draw_comparison", rows, verdict(rows))
     return folder
 
 
-def main() -> None:
-    """Run the command."""
-    given = from_command_line(Options, __doc__)
-    machine = pick_machine(given.settings.device, given.settings.dtype)
-    for note in machine.notes:
-        say(note)
+def run_sweep(options: Options, machine: Machine) -> None:
+    """Time every cell that this machine has no figure for yet, and show all of them."""
+    widths, batches, ranks = (numbers(options, name) for name in ("widths", "batches", "ranks"))
+    if odd := [width for width in widths if width % options.n_head]:
+        raise UsageError(f"--widths {options.widths}: {odd[0]} is not a multiple of N_HEAD={options.n_head}")
+    read = ("n_layer", "n_head", "block_size", "bias", "dropout", "test_mode")
+    read += tuple(row.name for row in settings_of(Settings) if row.rule.group == LORA and row.name != "lora_rank")
+    same = {name: getattr(options, name) for name in read} | {"machine": machine_name(), "on": str(machine)}
+    folder = Path(options.checkpoints_dir) / f"sweep-{identity_of(same)[:8]}"
+    say(f"Timing steps on {machine}; what is measured stays in {folder}")
+    cells = sweep(options, machine, widths, batches, ranks, folder / "cells.json")
+    print(sweep_table(cells))
+    print(sweep_verdict(cells))
+    save_picture(folder / "sweep.png", "draw_sweep", cells, sweep_verdict(cells))
+    print(f"Files: {folder}")
+
+
+def run_comparison(given: Resolved, machine: Machine) -> None:
+    """Adapt the base with every method and show what each came to."""
     if not (base := find_base(given.settings)):
         raise UserError("there is no trained base to compare on yet; train one with: python training.py")
     methods = make_methods(given, machine, base)
@@ -171,6 +208,18 @@ def main() -> None:
     print(table(rows))
     print(verdict(rows))
     print(f"Files: {save(given, rows, base)}")
+
+
+def main() -> None:
+    """Run the command."""
+    given = from_command_line(Options, __doc__)
+    machine = pick_machine(given.settings.device, given.settings.dtype)
+    for note in machine.notes:
+        say(note)
+    if given.settings.sweep:
+        run_sweep(given.settings, machine)
+    else:
+        run_comparison(given, machine)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from lora.optim import make_optimizer
 from lora.variants import LoRAConfig
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
-from runtime.checkpoint import Run, fingerprint, identity_of
+from runtime.checkpoint import Run, fingerprint, identity_of, say
 from runtime.config import SHAPE, Settings
-from runtime.device import Machine
+from runtime.device import Machine, check_compiler
 from runtime.errors import UserError
 from runtime.sources import Resolved
 from runtime.steps import Batch, Schedule, Stepper, evaluate
@@ -79,6 +79,7 @@ class Job:
             seed=s.seed,
             accumulation=s.gradient_accumulation_steps,
             grad_clip=s.grad_clip,
+            compile=s.compile,
         )
 
     def evaluate(self, limit: int | None = None) -> float:
@@ -134,6 +135,9 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
     Raises UserError or UsageError for a text, a tokenizer or a shape that does not work out.
     """
     settings, data_dir = given.settings, Path(given.settings.data_dir)
+    if settings.compile:
+        check_compiler(machine.device)
+        say("Compiling, which takes the first step a minute or so")
     corpus = load_corpus(settings.dataset, data_dir)
     if settings.test_mode:
         corpus = corpus.head(*TEST_CHARACTERS)

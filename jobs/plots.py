@@ -73,3 +73,29 @@ def draw_comparison(rows: list[dict[str, Any]], title: str) -> bytes:
     else:
         _bars(memory, rows, [row["file_bytes"] / 1e6 for row in rows], "size of what is saved, MB", "{:.2f}")
     return _png(figure)
+
+
+def draw_sweep(cells: list[dict[str, Any]], title: str) -> bytes:
+    """LoRA's part of a full step's time over width and rank, a panel for each batch, as the bytes of a PNG.
+
+    Blue is where LoRA's step is the faster one, red where the full step is.
+    """
+    batches, ranks, widths = (sorted({cell[key] for cell in cells}) for key in ("batch", "rank", "width"))
+    by = {(cell["batch"], cell["width"], cell["rank"]): cell["ratio"] for cell in cells}
+    size = (2.2 + 0.75 * len(ranks) * len(batches) + 0.6 * len(batches), 1.9 + 0.55 * len(widths))
+    figure, panels = pyplot.subplots(1, len(batches), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    figure.suptitle(textwrap.fill(title, int(11 * size[0])), fontsize=10)
+    for axes, batch in zip(panels[0], batches, strict=True):
+        values = [[by[batch, width, rank] for rank in ranks] for width in widths]
+        image = axes.imshow(values, cmap="RdBu_r", vmin=0.7, vmax=1.3, aspect="auto", origin="lower")
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                colour = "white" if abs(value - 1) > 0.2 else "black"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color=colour)
+        axes.set_title(f"batch {batch}", fontsize=10)
+        axes.set_xticks(range(len(ranks)), ranks)
+        axes.set_yticks(range(len(widths)), widths)
+        axes.set_xlabel("rank")
+    panels[0][0].set_ylabel("width")
+    figure.colorbar(image, ax=panels[0].tolist(), label="LoRA step / full step", extend="both")
+    return _png(figure)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora.functional import compute_dtype, concatenated, lora_linear, stacked
+from lora.functional import compute_dtype, concatenated, lora_linear
 from lora.variants import AdapterTensors, LoRA
 
 
@@ -151,7 +151,7 @@ def side_by_side(layers: tuple[LoRALinear, ...], x: Tensor) -> Tensor:
         alone = [layer.alone() for layer in layers]
         if torch.is_grad_enabled() and all(v is not None and not v.dropout for v in alone):
             parts = [v.low_rank(layer.weight, bias) for v, layer, bias in zip(alone, layers, biases, strict=True)]
-            return lora_linear(x.to(dtype), stacked(parts)).unflatten(-1, (len(layers), -1))
+            return lora_linear(x.to(dtype), *parts).unflatten(-1, (len(layers), -1))
     return torch.stack([layer(x) for layer in layers], -2)
 
 

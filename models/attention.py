@@ -6,7 +6,6 @@ Shapes: B batch, T positions, H heads, D head width, N = B H.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,7 +34,6 @@ def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, dropout: fl
         return AttentionByBlocks.apply(q, k, v, dropout).view(q_BHTD.shape)
 
 
-@lru_cache
 def _mask(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """(rows, columns) that hides from the last `rows` of so many positions what comes after each."""
     return torch.full((rows, columns), -math.inf, dtype=dtype).triu_(columns - rows + 1)

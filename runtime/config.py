@@ -67,6 +67,9 @@ class Settings(Machine):
     """Everything that decides what a training run does."""
 
     use_lora: bool = setting(False, "Adapt a trained base with LoRA instead of training every weight", group=RUN)
+    compile: bool = setting(
+        False, "Compile the step with torch.compile first; pays on GPUs, hardly on CPUs, and takes a minute", group=RUN
+    )
     test_mode: bool = setting(False, "A tiny run that shows in seconds that everything works", group=RUN)
     base: str = setting(
         "",
@@ -210,6 +213,8 @@ class Settings(Machine):
             unread |= {row.name for row in settings_of(Settings) if row.rule.group == LORA}
         if self.tokenizer != "bpe":
             unread.add("vocab_size")
+        if not self.compile:
+            unread.add("compile")
         return {name: value for name, value in super().identity().items() if name not in unread}
 
 

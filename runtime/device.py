@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import os
 import platform
 import re
+import shutil
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from runtime.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -88,6 +93,15 @@ def cpu_has_bf16() -> bool:
     """Whether bf16 products are fast on this CPU: 4 to 6 times fp32 with AVX512_BF16 or AMX, slower without."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where torch.compile would find nothing to compile with, before a run has started."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise UserError("COMPILE=True on a GPU needs Triton: pip install triton, or set COMPILE=False")
+    elif not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "cl")))):
+        raise UserError("COMPILE=True needs a C++ compiler, and there is none: install g++ or clang, or COMPILE=False")
 
 
 def _pick_device(wanted: str) -> tuple[torch.device, list[str]]:

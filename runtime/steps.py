@@ -67,11 +67,14 @@ class Stepper:
         seed: int,
         accumulation: int = 1,
         grad_clip: float = 1.0,
+        compile: bool = False,
     ) -> None:
         if not optimizer.defaults.get("fused"):
             raise ValueError(f"{type(optimizer).__name__} must be fused, or it would update with what is not finite")
         self.model, self.optimizer, self.schedule, self.batch, self.machine = model, optimizer, schedule, batch, machine
         self.seed, self.accumulation, self.grad_clip = seed, accumulation, grad_clip
+        # A compiled model is a wrapper around the model, which keeps its names: only steps go through the wrapper.
+        self.forward = torch.compile(model) if compile else model
         self.scaler = machine.scaler()
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.loss = torch.zeros((), device=machine.device)
@@ -95,7 +98,7 @@ class Stepper:
         for part, wanted in zip(x.chunk(self.accumulation), targets.chunk(self.accumulation), strict=True):
             part, wanted = (t.to(self.machine.device, non_blocking=True) for t in (part, wanted))
             with self.machine.autocast():
-                part_loss = self.model(part, wanted)[1] * (len(part) / len(x))
+                part_loss = self.forward(part, wanted)[1] * (len(part) / len(x))
             self.lap("forward")
             self.scaler.scale(part_loss).backward()
             loss += part_loss.detach()

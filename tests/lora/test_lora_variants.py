@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from lora import functional
 from lora.attach import activate, attach, detach, merged
-from lora.functional import LowRank, lora_linear, lora_linear_as_written
+from lora.functional import LowRank, lora_linear, lora_linear_as_written, thin_products_pay
 from lora.layers import LoRALinear
 from lora.variants import VARIANTS, LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
@@ -27,6 +28,13 @@ CONFIGS = [
         ("none", "all", "lora_only"), (False, True),
     )
 ]  # fmt: skip
+
+
+@pytest.fixture(params=["from the weight", "from the tokens"])
+def gradients_come(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of computing the gradients of A and B, whatever pays at the sizes of a test."""
+    monkeypatch.setattr(functional, "ENOUGH", math.inf if request.param == "from the weight" else -math.inf)
+    return request.param
 
 
 def name_of(config: LoRAConfig) -> str:
@@ -57,6 +65,7 @@ def check_equation(model: BigramLanguageModelLoRA, config: LoRAConfig) -> Tensor
     return expected[0].detach()
 
 
+@pytest.mark.usefixtures("gradients_come")
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 def test_an_adapted_model_is_the_model_with_its_effective_weights(config: LoRAConfig) -> None:
     model = adapted(config, bias=config.bias != "none")
@@ -100,6 +109,7 @@ def test_the_fast_forward_is_a_linear_with_the_effective_weight(variant: str, bi
             assert near(y, expected, tolerance)
 
 
+@pytest.mark.usefixtures("gradients_come")
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("trains", list(itertools.product((False, True), (False, True), (None, False, True))))
 def test_the_fused_gradients_are_those_of_the_formula(trains: tuple[bool, bool, bool | None], dropout: float) -> None:
@@ -132,13 +142,34 @@ def test_the_fused_gradients_are_those_of_the_formula(trains: tuple[bool, bool, 
     torch.autograd.gradcheck(fused, leaves)
 
 
-def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "pay"),
+    [
+        ([(128, 128)], 4096, False),
+        ([(512, 128)], 512, False),
+        ([(512, 128)], 4096, True),
+        ([(384, 384)] * 3, 4096, True),
+    ],
+)
+def test_thin_products_are_taken_where_they_pay(sizes: list[tuple[int, int]], tokens: int, pay: bool) -> None:
+    parts = [
+        LowRank(torch.empty(o, i), None, torch.ones(8, i, requires_grad=True), torch.ones(o, 8), 1.0) for o, i in sizes
+    ]
+    assert thin_products_pay(tokens, parts) == pay
+    y = lora_linear(torch.ones(tokens, sizes[0][1]), *parts)
+    assert y.shape == (tokens, sum(out for out, _ in sizes))
+    assert ("EffectiveLinear" in str([y.grad_fn, y.grad_fn.next_functions])) == pay
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "ENOUGH", -math.inf)
     x, W, A, B = (torch.randn(3, 3, requires_grad=True) for _ in range(4))
     (slope,) = torch.autograd.grad(lora_linear(x, LowRank(W, None, A, B, 1.0)).square().sum(), A, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
 
 
+@pytest.mark.usefixtures("gradients_come")
 def test_the_fused_product_in_bf16_keeps_the_dtypes_of_what_trains() -> None:
     generator = torch.Generator().manual_seed(0)
     x, W, A, B = (torch.randn(8, 8, generator=generator).requires_grad_() for _ in range(4))

@@ -1,0 +1,118 @@
+"""Where a LoRA step starts to be the faster one: width x batch x rank, each cell timed against a full step in turns.
+
+Weights and tokens are random, as a step's time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs.job import lora_config
+from lora.attach import attach
+from lora.optim import make_optimizer
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
+from runtime import storage
+from runtime.checkpoint import read_json
+from runtime.config import Settings
+from runtime.device import Machine
+from runtime.metrics import Progress
+from runtime.steps import Schedule, Stepper
+
+VOCABULARY = 96  # of the character tokenizer
+ROUNDS, TEST_ROUNDS = 7, 3
+
+
+def make_stepper(settings: Settings, machine: Machine, width: int, batch: int, rank: int | None) -> Stepper:
+    """Steps of a model of this width on `batch` rows; LoRA of this rank, or all weights where it is None."""
+    s, T = settings, settings.block_size
+    torch.manual_seed(s.seed)
+    shape = ModelShape(VOCABULARY, width, T, s.n_head, s.n_layer, s.bias)
+    model = BigramLanguageModelLoRA.from_shape(shape, s.dropout, machine.device)
+    if rank:
+        attach(model, dataclasses.replace(lora_config(s), rank=rank))
+    tokens = torch.randint(VOCABULARY, (batch, T + 1))
+    optimizer = make_optimizer(model, (s.beta1, s.beta2), s.weight_decay, s.lora_plus_ratio)
+    still = Schedule(1e-4, 1e-4, 0, 1)
+    return Stepper(model, optimizer, still, lambda step: (tokens[:, :-1], tokens[:, 1:]), machine, seed=s.seed)
+
+
+def time_in_turns(steppers: dict[str, Stepper], rounds: int, machine: Machine) -> dict[str, list[float]]:
+    """Seconds of a step of each, by label, a step each a round; the first round warms up and does not count."""
+    seconds: dict[str, list[float]] = {label: [] for label in steppers}
+    for round_ in range(rounds + 1):
+        for label, stepper in steppers.items():
+            machine.synchronize()
+            start = time.perf_counter()
+            stepper.step(round_)
+            machine.synchronize()
+            if round_:
+                seconds[label].append(time.perf_counter() - start)
+    return seconds
+
+
+def measure(settings: Settings, machine: Machine, width: int, batch: int, ranks: Iterable[int]) -> list[dict[str, Any]]:
+    """The cells of one width and batch: milliseconds of a step, and LoRA's part of the full step's time."""
+    steppers = {"full": make_stepper(settings, machine, width, batch, None)}
+    steppers |= {str(rank): make_stepper(settings, machine, width, batch, rank) for rank in ranks}
+    seconds = time_in_turns(steppers, TEST_ROUNDS if settings.test_mode else ROUNDS, machine)
+    full = seconds.pop("full")
+    return [
+        {
+            "width": width,
+            "batch": batch,
+            "rank": int(rank),
+            "full_ms": 1e3 * statistics.median(full),
+            "lora_ms": 1e3 * statistics.median(times),
+            "ratio": statistics.median(a / b for a, b in zip(times, full, strict=True)),
+        }
+        for rank, times in seconds.items()
+    ]
+
+
+def sweep(
+    settings: Settings, machine: Machine, widths: list[int], batches: list[int], ranks: list[int], file: Path
+) -> list[dict[str, Any]]:
+    """All cells; those in the file are not measured again, and each new one is written there at once."""
+    cells = read_json(file.read_bytes(), str(file))["cells"] if file.exists() else []
+    rows = [(width, batch) for width in widths for batch in batches]
+    progress = Progress("sweep", len(rows), 0)
+    for i, (width, batch) in enumerate(rows):
+        there = {cell["rank"] for cell in cells if (cell["width"], cell["batch"]) == (width, batch)}
+        if missing := [rank for rank in ranks if rank not in there]:
+            cells += measure(settings, machine, width, batch, missing)
+            storage.write_file(file, (json.dumps({"cells": cells}, indent=1) + "\n").encode())
+        progress.update(i + 1, width=width, batch=batch)
+    progress.close()
+    wanted = {(width, batch, rank) for width, batch in rows for rank in ranks}
+    return [cell for cell in cells if (cell["width"], cell["batch"], cell["rank"]) in wanted]
+
+
+def sweep_verdict(cells: list[dict[str, Any]]) -> str:
+    """From which width on a LoRA step is the faster one, for each batch, at the rank nearest to 8."""
+    rank = min({cell["rank"] for cell in cells}, key=lambda rank: abs(rank - 8))
+    found = []
+    for batch in sorted({cell["batch"] for cell in cells}):
+        row = {c["width"]: c["ratio"] for c in cells if (c["batch"], c["rank"]) == (batch, rank)}
+        slower = [width for width, ratio in row.items() if ratio >= 1]
+        pays = [width for width in sorted(row) if width > max(slower, default=0)]
+        found.append(f"{f'from width {pays[0]} on' if pays else 'at no width'} at batch {batch}")
+    return f"On this machine a LoRA step of rank {rank} is faster than a full step {', '.join(found)}."
+
+
+def sweep_table(cells: list[dict[str, Any]]) -> str:
+    """LoRA's part of the full step's time: a line for each width and batch, a column for each rank."""
+    ranks = sorted({cell["rank"] for cell in cells})
+    by = {(cell["width"], cell["batch"], cell["rank"]): cell for cell in cells}
+    lines = [f"{'width':>6} {'batch':>6} {'full ms':>9} " + " ".join(f"{f'r={rank}':>6}" for rank in ranks)]
+    for width, batch in sorted({key[:2] for key in by}):
+        row = [by[width, batch, rank] for rank in ranks]
+        lines.append(f"{width:>6} {batch:>6} {row[0]['full_ms']:>9.1f} " + " ".join(f"{c['ratio']:>6.2f}" for c in row))
+    return "\n".join(lines)

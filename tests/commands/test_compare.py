@@ -1,0 +1,55 @@
+"""compare.py as a process: full fine-tuning against LoRA, and the sweep of where LoRA starts to pay."""
+
+from __future__ import annotations
+
+import json
+
+from command_line import run
+
+
+def test_compare_measures_both_and_says_what_lora_buys(tmp_path, data_dir):
+    trained = run(tmp_path, data_dir, "training.py", TEST_MODE="1", MAX_ITERS="30")
+    assert trained.returncode == 0, trained.stderr
+    done = run(tmp_path, data_dir, "compare.py", "--max-iters", "20", TEST_MODE="1")
+    assert done.returncode == 0, done.stderr
+    assert "full fine-tuning's time a step" in done.stdout
+    (saved,) = tmp_path.glob("checkpoints/compare-*/results.json")
+    full, lora = json.loads(saved.read_bytes())["methods"]
+    assert (full["method"], lora["method"]) == ("full", "lora r8")
+    assert full["trainable_percent"] == 100 and lora["trainable"] == lora["adapter"] + lora["embeddings"]
+    assert full["loss_before"] == lora["loss_before"] > max(full["loss_at_equal_steps"], lora["loss_at_equal_steps"])
+    assert full["base_text_loss_before"] == lora["base_text_loss_before"] > 0
+    for row in (full, lora):
+        phases = sum(row["milliseconds"][phase] for phase in ("forward", "backward", "optimizer"))
+        assert 0.5 < phases / row["milliseconds"]["step"] < 1.5 and row["peak_memory"] > 0
+        assert [point[0] for point in row["curve"]] == [0, 20] and row["file_bytes"] > 1000
+    assert lora["file_bytes"] < full["file_bytes"]
+    assert saved.with_name("results.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_a_sweep_keeps_its_cells_and_measures_only_what_is_missing(tmp_path, data_dir):
+    def sweep(*flags: str) -> tuple[str, dict]:
+        sizes = ("--widths", "32,64", "--batches", "2", "--n-layer", "1", "--block-size", "16")
+        done = run(tmp_path, data_dir, "compare.py", "--sweep", *sizes, *flags, TEST_MODE="1")
+        assert done.returncode == 0, done.stderr
+        (file,) = tmp_path.glob("checkpoints/sweep-*/cells.json")
+        assert file.with_name("sweep.png").read_bytes()[1:4] == b"PNG"
+        cells = json.loads(file.read_bytes())["cells"]
+        return done.stdout, {(c["width"], c["batch"], c["rank"]): c["lora_ms"] for c in cells}
+
+    out, first = sweep("--ranks", "4")
+    assert list(first) == [(32, 2, 4), (64, 2, 4)] and "On this machine a LoRA step of rank 4" in out
+    out, second = sweep("--ranks", "4,8")
+    assert set(second) == {(width, 2, rank) for width in (32, 64) for rank in (4, 8)}
+    assert {key: second[key] for key in first} == first and "r=4" in out and "r=8" in out
+
+
+def test_lists_of_numbers_that_make_no_sense_are_refused(tmp_path, data_dir):
+    for flags, message in (
+        (("--sweep", "--widths", "30"), "--widths 30: 30 is not a multiple of N_HEAD=4"),
+        (("--sweep", "--batches", "0"), "--batches 0: every number must be at least 1"),
+        (("--ranks", "4,x"), "RANKS"),
+    ):
+        done = run(tmp_path, data_dir, "compare.py", *flags)
+        assert done.returncode == 2 and message in done.stderr.upper() or message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
