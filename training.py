@@ -52,7 +52,7 @@ class Training:
             say(f"\nStopped at step {self.state.step}; the same command goes on {where}")
             raise
         finally:
-            self.log.flush()
+            self.log.close()
             self.progress.close()
         return self.state
 

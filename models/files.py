@@ -9,7 +9,7 @@ from torch import nn
 
 from lora.attach import base_tensors
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
-from runtime.checkpoint import pack, read_json, to_json, unpack
+from runtime.encoding import pack, read_json, to_json, unpack
 from runtime.errors import UserError
 from runtime.storage import DamagedError
 

@@ -11,20 +11,20 @@ checkpoints/<run>/
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
-import torch
-from safetensors.torch import load as read_safetensors
-from safetensors.torch import save as safetensors_bytes
-from torch import Tensor
-
 from runtime import storage
+from runtime.encoding import fingerprint as fingerprint
+from runtime.encoding import pack as pack
+from runtime.encoding import read_json as read_json
+from runtime.encoding import read_sealed_json, to_sealed_json
+from runtime.encoding import to_json as to_json
+from runtime.encoding import unpack as unpack
 from runtime.errors import UsageError, UserError
 from runtime.lock import RunLock
 
@@ -34,45 +34,6 @@ PRODUCTS = {"base": "model", "full": "model", "lora": "adapter"}
 def say(message: str) -> None:
     """A message to the person at the terminal: stderr, so that stdout holds results only."""
     print(message, file=sys.stderr, flush=True)
-
-
-def pack(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """Tensors as the bytes of a safetensors file."""
-    return safetensors_bytes({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, metadata)
-
-
-def unpack(data: bytes, name: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises DamagedError, naming the file, where it is none."""
-    try:
-        return read_safetensors(data)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        why = str(error).partition("\n")[0]  # torch adds a stack to some
-        raise storage.DamagedError(f"{name} is not a whole safetensors file: {why}") from None
-
-
-def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values, whatever order or device they are in."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # numpy has no bf16
-    return digest.hexdigest()
-
-
-def read_json(data: bytes, name: str) -> dict:
-    """A JSON object. Raises DamagedError, naming the file, where it is none."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise storage.DamagedError(f"{name} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise storage.DamagedError(f"{name} is damaged: not a JSON object")
-    return value
-
-
-def to_json(value: dict) -> bytes:
-    """A JSON object as readable bytes."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 @dataclass(frozen=True)
@@ -106,11 +67,13 @@ class Run:
     def result(self) -> dict:
         """What `result.json` says; empty before the run has finished."""
         path = self.folder / "result.json"
-        return read_json(path.read_bytes(), str(path)) if path.exists() else {}
+        with storage.plain_errors(path, "read"):
+            return read_sealed_json(path.read_bytes(), str(path)) if path.exists() else {}
 
     def saved(self, prefix: str) -> list[tuple[int, Path]]:
         """The committed folders `<prefix>-<step>`, oldest first."""
-        found = [(re.fullmatch(rf"{prefix}-(\d+)", path.name), path) for path in self.folder.iterdir()]
+        with storage.plain_errors(self.folder, "read"):
+            found = [(re.fullmatch(rf"{prefix}-(\d{{1,18}})", path.name), path) for path in self.folder.iterdir()]
         return sorted((int(match[1]), path) for match, path in found if match)
 
     def save(self, prefix: str, step: int, files: dict[str, bytes], keep: int) -> None:
@@ -131,31 +94,47 @@ class Run:
 
     def newest(self, prefix: str) -> tuple[int, dict[str, bytes]] | None:
         """The newest good `<prefix>-<step>`; what is damaged is named on stderr and left where it is."""
-        saved = self.saved(prefix)
-        for i, (step, folder) in reversed(list(enumerate(saved))):
-            files = _read(folder, "falling back to the one before" if i else "there is none before it")
-            if files is not None:
-                return step, files
-        return None
+        while True:
+            saved = self.saved(prefix)
+            for i, (step, folder) in reversed(list(enumerate(saved))):
+                files = _read(folder, "falling back to the one before" if i else "there is none before it")
+                if files is not None:
+                    return step, files
+                if not folder.exists():  # the run goes on, and has removed it since it was listed
+                    break
+            else:
+                return None
 
     def read(self) -> dict[str, bytes]:
         """The files of what the run is for: its finished product, else its best weights so far.
 
         Raises UserError where it has neither yet, DamagedError where they are damaged.
         """
-        if self.finished:
-            return storage.read_folder(self.product)
-        if best := self.newest("best"):
+        if not self.finished and (best := self.newest("best")):
             return best[1]
+        if self.finished:  # perhaps only now
+            return storage.read_folder(self.product)
         if self.saved("best"):
             raise storage.DamagedError(f"the best weights of run {self.name} are damaged; FRESH=True trains it again")
         raise UserError(f"run {self.name} has not saved anything yet; start it again to go on with it")
 
     def publish(self, result: dict) -> None:
-        """Finish: write down what the run came to, give its best weights their final name, drop what resumes it."""
-        storage.write_file(self.folder / "result.json", to_json(result))
-        best, _ = self.newest("best")
-        storage.publish_folder(dict(self.saved("best"))[best], self.product)
+        """Finish: write down what the run came to, give its best weights their final name, drop what resumes it.
+
+        Raises DamagedError where no best weights can be read.
+        """
+        storage.write_file(self.folder / "result.json", to_sealed_json(result))
+        if not (best := self.newest("best")):
+            raise storage.DamagedError(f"the best weights of run {self.name} cannot be read; start it again")
+        storage.publish_folder(dict(self.saved("best"))[best[0]], self.product)
+        self._drop_saves()
+
+    def tidy(self) -> None:
+        """Drop what is left in a finished run whose process was killed, or failed, in its last moments."""
+        with suppress(UserError), RunLock(self):
+            self._drop_saves()
+
+    def _drop_saves(self) -> None:
         for prefix in ("step", "best"):
             for _, folder in self.saved(prefix):
                 storage.remove_folder(folder)
@@ -165,7 +144,8 @@ def _read(folder: Path, otherwise: str = "saving it again") -> dict[str, bytes] 
     try:
         return storage.read_folder(folder)
     except storage.DamagedError as error:
-        say(f"{error}; {otherwise}")
+        if folder.exists():
+            say(f"{error}; {otherwise}")
         return None
 
 
@@ -175,9 +155,9 @@ def open_run(folder: Path) -> Run | None:
     with storage.plain_errors(path, "read"):
         if not path.is_file():
             return None
-        about = read_json(path.read_bytes(), str(path))
-    for key in ("kind", "identity"):
-        if not isinstance(about.get(key), str) or key == "kind" and about[key] not in PRODUCTS:
+        about = read_sealed_json(path.read_bytes(), str(path))
+    for key, kind in (("kind", str), ("identity", str), ("settings", dict)):
+        if not isinstance(about.get(key), kind) or key == "kind" and about[key] not in PRODUCTS:
             raise storage.DamagedError(f"{path} is damaged: {key} is {about.get(key)!r}")
     return Run(folder, about)
 
@@ -185,7 +165,9 @@ def open_run(folder: Path) -> Run | None:
 def all_runs(root: Path) -> list[Run]:
     """Every run below `root`, by when it finished or else began, the newest last."""
     runs = []
-    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+    with storage.plain_errors(root, "read"):
+        folders = sorted(root.iterdir()) if root.is_dir() else []
+    for folder in folders:
         try:
             runs += [run] if (run := open_run(folder)) else []
         except UserError as error:
@@ -194,8 +176,10 @@ def all_runs(root: Path) -> list[Run]:
 
 
 def _last_written(run: Run) -> int:
-    ends = (run.folder / "result.json", run.folder / "run.json")
-    return next(path for path in ends if path.exists()).stat().st_mtime_ns
+    for path in (run.folder / "result.json", run.folder / "run.json"):
+        with suppress(OSError):
+            return path.stat().st_mtime_ns
+    return 0  # moved away since it was listed
 
 
 def find_run(root: Path, name: str) -> Run:
@@ -233,7 +217,9 @@ def claim(root: Path, plain_name: str, chosen_name: str, about: dict, fresh: boo
         _move_aside(there)
         there = None
     if there is None:
-        storage.write_file(folder / "run.json", to_json(about))
+        storage.write_file(folder / "run.json", to_sealed_json(about))
+    elif there.finished:
+        there.tidy()
     return there or Run(folder, about)
 
 

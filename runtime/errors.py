@@ -48,7 +48,8 @@ def _outcome(main: Callable[[], None]) -> tuple[int, str]:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         return 141, ""
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EIO):  # a disk that is full or failing is no bug
             raise
-        return 1, f"error: could not write {error.filename or 'the results'}: {error.strerror}\n"
+        verb = "write" if error.errno == errno.ENOSPC else "read or write"
+        return 1, f"error: could not {verb} {error.filename or 'the results'}: {error.strerror}\n"
     return 0, ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import filelock
@@ -25,17 +26,27 @@ class RunLock:
         with storage.plain_errors(self.holder, "write"):
             try:
                 self.lock.acquire()
-                self.holder.write_text(f"process {os.getpid()}")
             except filelock.Timeout:
-                holder = self.holder.read_text() if self.holder.exists() else "another process"
                 raise UserError(
-                    f"run {self.run.name} is being trained by {holder}; wait for it, or choose another RUN_NAME"
+                    f"run {self.run.name} is being trained by {self._holder()}; wait for it, or choose another RUN_NAME"
                 ) from None
-            except OSError:
-                self.lock.release()
-                raise
+        try:
+            storage.write_file(self.holder, f"process {os.getpid()}".encode())
             storage.remove_leftovers(self.run.folder)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _holder(self) -> str:
+        """Who has the lock, as far as that can be told: the note is written right after the lock was taken."""
+        with suppress(OSError):
+            if self.holder.is_file():
+                return self.holder.read_bytes()[:100].decode("utf-8", "replace")
+        return "another process"
 
     def __exit__(self, *_: object) -> None:
-        self.holder.unlink(missing_ok=True)
-        self.lock.release()
+        try:
+            storage.remove_file(self.holder)
+            storage.remove_leftovers(self.run.folder)  # of removals that failed
+        finally:
+            self.lock.release()

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from runtime import storage
+from runtime.errors import UserError
 
 
 class MetricsLog:
@@ -31,11 +32,23 @@ class MetricsLog:
             storage.append_lines(self.path, "\n".join(self.pending) + "\n")
             self.pending.clear()
 
+    def close(self) -> None:
+        """Append what is pending, however the run ended; where that fails it is said, and is no reason to stop."""
+        try:
+            self.flush()
+        except UserError as error:
+            print(f"The last lines of the log are lost: {error}", file=sys.stderr)
+
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl that are whole; others are counted on stderr."""
+    """The lines of a metrics.jsonl that are whole; others are counted on stderr.
+
+    Raises UserError where it cannot be read.
+    """
     lines, damaged = [], 0
-    for line in path.read_bytes().split(b"\n"):
+    with storage.plain_errors(path, "read"):
+        data = path.read_bytes()
+    for line in data.split(b"\n"):
         try:
             value = json.loads(line)
             if type(value["step"]) is not int:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from runtime.checkpoint import pack, read_json, to_json, unpack
+from runtime.encoding import pack, read_json, to_json, unpack
 from runtime.steps import Stepper
 from runtime.storage import DamagedError
 

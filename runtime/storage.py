@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.errors import UserError
@@ -31,14 +32,18 @@ def sha256(data: bytes) -> str:
 
 
 @contextmanager
-def plain_errors(path: Path, verb: str) -> Iterator[None]:
-    """Turn an OSError into one line that names the file and, for a full disk, the way out."""
+def plain_errors(path: Path, verb: str, size: int = 0) -> Iterator[None]:
+    """Turn an OSError into one line that names the file and, for a full disk, the way out.
+
+    size: how many bytes are to be written, where that is known.
+    """
     try:
         yield
     except OSError as error:
         fix = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            fix = "; free some space and start again, what was saved before is intact"
+            need = f"; {max(size, 1e5) / 1e6:,.1f} MB are needed there" if size else ""
+            fix = f"{need}; free some space and start again, what was saved before is intact"
         raise UserError(f"could not {verb} {path}: {error.strerror or error}{fix}") from error
 
 
@@ -78,7 +83,7 @@ def write_file(path: Path, data: bytes) -> None:
     Raises UserError where the disk is full or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with plain_errors(path, "write"):
+    with plain_errors(path, "write", len(data)):
         _make_folder(path.parent)
         try:
             _write_synced(temporary, data)
@@ -90,9 +95,11 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def append_lines(path: Path, text: str) -> None:
-    """Append whole lines to a log; used for metrics, where a torn last line costs only itself."""
-    with plain_errors(path, "write"), open(path, "a", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+    """Append whole lines to a log, durably; used for metrics, where a torn last line costs only itself."""
+    with plain_errors(path, "write"), open(path, "ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _manifest(files: dict[str, bytes]) -> bytes:
@@ -107,7 +114,7 @@ def commit_folder(folder: Path, files: dict[str, bytes]) -> None:
     Raises UserError where the disk is full or the place cannot be written; the temporary folder is then removed.
     """
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    with plain_errors(folder, "save"):
+    with plain_errors(folder, "save", sum(map(len, files.values()))):
         if folder.exists():  # a rename would take the place of an empty one
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         _make_folder(folder.parent)
@@ -125,17 +132,29 @@ def commit_folder(folder: Path, files: dict[str, bytes]) -> None:
         sync_folder(folder.parent)
 
 
-def _read_manifest(folder: Path) -> dict[str, dict]:
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Name of each file -> its length and SHA-256."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads(_read_file(folder / MANIFEST))
         table = manifest["files"]
         if sha256(json.dumps(table, sort_keys=True).encode()) != manifest["sha256"]:
             raise ValueError("its own digest does not match")
-        return {str(name): {"sha256": str(entry["sha256"])} for name, entry in table.items()}
+        return {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in table.items()}
     except FileNotFoundError:
         raise DamagedError(f"{folder}: no {MANIFEST}, so this is not a finished save") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{folder / MANIFEST} is damaged: {error}") from None
+
+
+def _read_file(path: Path, length: int | None = None) -> bytes:
+    """The bytes of a plain file of this length. Raises OSError for a link, which may lead anywhere, and for a device
+    or a pipe, which may never end; ValueError for another length."""
+    about = path.lstat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "not a plain file")
+    if length is not None and about.st_size != length:
+        raise ValueError(f"{about.st_size:,} bytes long, and {length:,} were saved")
+    return path.read_bytes()
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
@@ -144,15 +163,17 @@ def read_folder(folder: Path) -> dict[str, bytes]:
     Raises DamagedError that names the first file that is missing or has other bytes than were written.
     """
     files = {}
-    for name, entry in _read_manifest(folder).items():
+    for name, (length, digest) in _read_manifest(folder).items():
         path = folder / name
         if name in ("", "..") or Path(name).name != name or not name.isprintable():
             raise DamagedError(f"{folder / MANIFEST} names {name!r}, which is no file of this folder")
         try:
-            files[name] = path.read_bytes()
+            files[name] = _read_file(path, length)
         except OSError as error:
             raise DamagedError(f"{path}: {error.strerror or error}") from None
-        if sha256(files[name]) != entry["sha256"]:
+        except ValueError as error:
+            raise DamagedError(f"{path} is damaged: {error}") from None
+        if sha256(files[name]) != digest:
             raise DamagedError(f"{path} is damaged: its checksum is not the one that was saved")
     return files
 
@@ -166,12 +187,28 @@ def publish_folder(folder: Path, target: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a process that was killed while it wrote into `folder` left there; nobody may be writing now."""
-    for path in folder.glob(".tmp-*"):
-        remove_folder(path)
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    with plain_errors(folder, "read"):
+        paths = list(folder.iterdir())
+    for path in paths:
+        if path.name.startswith(".tmp-") and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.startswith(".tmp-") or path.name.startswith(".") and path.name.endswith(".tmp"):
+            remove_file(path)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder that is no longer needed; one that cannot be removed is no reason to stop."""
+    """Remove a folder that is no longer needed; one that cannot be removed is no reason to stop.
+
+    It is moved out of sight first, so that nobody who reads meanwhile, or after a crash, finds half of it.
+    """
+    doomed = folder.with_name(f".tmp-removed-{folder.name}-{os.getpid()}")
+    with suppress(OSError):
+        os.rename(folder, doomed)
+        folder = doomed
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file that is no longer needed; one that cannot be removed is no reason to stop."""
+    with suppress(OSError):
+        path.unlink()

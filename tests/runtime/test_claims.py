@@ -286,7 +286,7 @@ def test_a_folder_that_cannot_be_locked_is_one_line_and_stays_unlocked(tmp_path,
 
     failed = RunLock(run)
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", full)
+        patched.setattr(os, "replace", full)
         with pytest.raises(UserError, match="base-x.*free some space"):
             failed.__enter__()
     with RunLock(run):

@@ -304,6 +304,9 @@ def test_a_missing_file_is_refused(saved, name):
 
 def test_a_checksum_refusal_names_the_file(saved):
     (saved / "weights.bin").write_bytes(b"other")
+    with pytest.raises(DamagedError, match=r"weights\.bin is damaged: 5 bytes long, and 40 were saved"):
+        read_folder(saved)
+    (saved / "weights.bin").write_bytes(b"other" * 8)
     with pytest.raises(DamagedError, match=r"weights\.bin is damaged.*checksum"):
         read_folder(saved)
     (saved / MANIFEST).unlink()

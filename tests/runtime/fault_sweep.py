@@ -1,0 +1,209 @@
+"""A fault at every file-system operation of real training runs; after each, the next start must lose nothing.
+
+PYTHONPATH=. python tests/runtime/fault_sweep.py FOLDER [--kinds base lora] [--modes kill] [--most 10] [--skip 3]
+
+For each kind of run, its operations are counted (N) in a run without faults. Then for each k <= N the command runs with
+a fault at operation k, and runs again without: weights, optimizer, losses and files must be those of the uninterrupted
+run. Prints points counted and struck for each kind and mode, and exits 1 where they differ or anything was lost.
+Children are forked from this process, which has imported torch and computed nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch._dynamo  # what the first optimizer would import, in every child anew
+from faulty_disk import MODES, FaultyDisk, applies
+
+import jobs.result
+import training
+from lora.files import load_adapter, save_adapter
+from runtime.errors import run_command
+from runtime.resume import OPTIMIZER, WEIGHTS, to_files
+from runtime.storage import read_folder
+
+CHANGES = ("fsync", "rename", "replace", "unlink", "rmdir")
+KINDS = ("base", "full", "lora", "adapter")
+TINY = ("--test-mode", "--n-layer=1", "--n-embd=8", "--n-head=1", "--block-size=8")
+SHORT = ("--test-mode", "--max-iters=4", "--save-interval=2", "--eval-interval=2", "--eval-iters=1", "--dtype=fp32")
+SHORT += ("--batch-size=2", "--gradient-accumulation-steps=2", "--dropout=0.1", "--keep-checkpoints=1", "--patience=9")
+TEXT = "To be, or not to be, that is the question:\n" * 20
+
+
+@dataclass
+class Ended:
+    """How a child ended. status: as waitpid tells it; struck: whether the fault happened; log: its operations."""
+
+    status: int
+    struck: bool
+    told: str
+    log: list[tuple[str, str, str]]
+
+
+def in_child(folder: Path, work: Callable[[], None], k: int = 0, mode: str = "kill") -> Ended:
+    """Run a command in a child, in `folder`/case, with a fault at operation k; what it prints goes beside the case."""
+    struck, log = mmap.mmap(-1, 1), folder / "log.json"
+    log.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.chdir(folder / "case")
+            told = os.open(folder / "told", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(told, 1), os.dup2(told, 2)
+            sys.stdout, sys.stderr = (os.fdopen(fd, "w", encoding="utf-8") for fd in (1, 2))
+            disk = FaultyDisk(folder / "case", k, mode, lambda: struck.write_byte(1))
+            disk.install()
+            try:
+                run_command(work)
+            except SystemExit as end:
+                log.write_text(json.dumps(disk.log))
+                os._exit(end.code or 0)
+        except BaseException as error:
+            os.write(2, f"Traceback: {type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(99)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    operations = json.loads(log.read_text()) if log.exists() else []
+    return Ended(status, struck[0] == 1, (folder / "told").read_text("utf-8", "replace"), operations)
+
+
+class Sweep:
+    """One kind of run in a folder of its own: its command, and what an uninterrupted run leaves."""
+
+    def __init__(self, folder: Path, kind: str, base: Path, adapter: Path | None) -> None:
+        self.folder, self.kind, self.adapter, self.trained = folder, kind, adapter, folder / "trained"
+        own = {"base": TINY, "full": (f"--base={base}",), "lora": (f"--base={base}", "--use-lora", "--lora-rank=2")}
+        self.flags = (*SHORT, f"--dataset={folder.parent / 'text.txt'}", "--data-dir=data", *own.get(kind, ()))
+        done = self.start()
+        assert done.status == 0, done.told
+        self.log, self.whole = done.log, self.left()
+
+    def start(self, k: int = 0, mode: str = "kill") -> Ended:
+        """Start the command where nothing has run yet."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        (self.folder / "case").mkdir(parents=True)
+        return self.again(k, mode)
+
+    def again(self, k: int = 0, mode: str = "kill") -> Ended:
+        """Start the command on what the last start left."""
+        return in_child(self.folder, self.copy if self.kind == "adapter" else self.train, k, mode)
+
+    def train(self) -> None:
+        """training.py itself; when its steps are done, their weights and optimizer are noted beside the case."""
+        all_steps = training.Training.all_steps
+
+        def noted(this):
+            state = all_steps(this)
+            files = to_files(this.stepper, state)
+            self.trained.write_text(hashlib.sha256(files[WEIGHTS] + files[OPTIMIZER]).hexdigest())
+            return state
+
+        training.Training.all_steps = noted
+        jobs.result.TEST_SAMPLE_CHARACTERS = 4
+        sys.argv = ["training.py", *self.flags]
+        training.main()
+
+    def copy(self) -> None:
+        """What a command does that reads an adapter and saves one, unless it has been done."""
+        if not Path("exported/mine").exists():
+            save_adapter(Path("exported/mine").absolute(), load_adapter(self.adapter))
+
+    def left(self) -> dict:
+        """Everything that must be equal whether or not a run was interrupted."""
+        if self.kind == "adapter":
+            return {"mine": read_folder(self.folder / "case" / "exported" / "mine")}
+        (run,) = (path.parent for path in (self.folder / "case" / "checkpoints").glob("*/run.json"))
+        product = next(path for path in (run / "model", run / "adapter") if path.exists())
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        kept = ("step", "loss", "lr", "val_loss", "best", "best_step", "stale")
+        result = json.loads((run / "result.json").read_bytes())
+        return {
+            "product": read_folder(product),
+            "trained": self.trained.read_text(),
+            "metrics": [{key: line[key] for key in kept if key in line} for line in lines],
+            "result": {key: result[key] for key in kept if key in result},
+            "files": sorted(path.name for path in run.iterdir() if path.name != ".lock"),
+        }
+
+    def problem(self, k: int, mode: str) -> tuple[bool, str]:
+        """Whether a fault at k struck, and what was lost or told badly; empty where all is well."""
+        first = self.start(k, mode)
+        if not first.struck:
+            return False, "the fault was not reached"
+        if "Traceback" in first.told or first.status not in ((-9,) if mode in ("kill", "torn") else (0, 1)):
+            return True, f"it ended with {first.status}: {first.told[-600:]}"
+        second = self.again()
+        if second.status or "Traceback" in second.told:
+            return True, f"the next start ended with {second.status}: {second.told[-600:]}"
+        now = self.left()
+        return True, " and ".join(key for key, value in self.whole.items() if now.get(key) != value)
+
+    def unsafe_commits(self) -> list[str]:
+        """Renames before whatever was written had been synced, or without a sync of the folder after it."""
+        unsynced, found = set(), []
+        for i, (name, path, target) in enumerate(self.log):
+            if name in ("open", "write", "mkdir") and not path.endswith(".lock"):
+                unsynced.add(path)
+            elif name == "fsync":
+                unsynced.discard(path)
+            elif name in ("rename", "replace") and "/.tmp-removed-" not in target:
+                found += [f"{path} not synced: {p}" for p in unsynced if p == path or p.startswith(f"{path}/")]
+                unsynced = {p for p in unsynced if p != path and not p.startswith(f"{path}/")}
+                after = [tuple(step[:2]) for step in self.log[i + 1 :] if step[0] in CHANGES]
+                if after[:1] != [("fsync", str(Path(target).parent))]:
+                    found.append(f"{target}: its folder is not synced next")
+        return found
+
+
+def sweep(folder: Path, kinds: list[str], modes: list[str], most: int | None, skip: int) -> int:
+    """All kinds and modes; returns how many problems there were. most: points of each kind and mode, evenly spread."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "text.txt").write_text(TEXT)
+    problems, began = 0, time.perf_counter()
+    base = Sweep(folder / "start", "base", Path(), None).folder / "case/checkpoints/test-base-text"
+    adapter = Sweep(folder / "adapted", "lora", base, None).folder / "case/checkpoints/test-lora-text-r2/adapter"
+    for kind in kinds:
+        one = Sweep(folder / kind, kind, base, adapter)
+        for line in (unsafe := one.unsafe_commits()):
+            print(f"{kind}: {line}")
+        problems += len(unsafe)
+        for mode in modes:
+            points = [k for k, (name, *_) in enumerate(one.log, 1) if applies(mode, name)]
+            if most and len(points) > most:
+                points = [points[(i * len(points) + skip) // most % len(points)] for i in range(most)]
+            struck, bad = 0, 0
+            for k in points:
+                hit, lost = one.problem(k, mode)
+                struck, bad = struck + hit, bad + bool(lost)
+                if lost:
+                    print(f"{kind}, {mode} at {k}, {' '.join(one.log[k - 1][:2])}: {lost}", flush=True)
+            problems += bad + (struck != len(points))
+            print(
+                f"{kind}, {mode}: {len(one.log)} operations, {len(points)} points counted, {struck} struck, {bad} bad"
+            )
+    print(f"{problems} problems in {time.perf_counter() - began:.0f} s", flush=True)
+    return problems
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--most", type=int)
+    parser.add_argument("--skip", type=int, default=0)
+    given = parser.parse_args()
+    sys.exit(bool(sweep(given.folder.absolute(), given.kinds, given.modes, given.most, given.skip)))
