@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -15,11 +16,21 @@ from runtime import storage
 from runtime.device import Machine, machine_name
 
 SIZES = {  # name: vocab_size, n_embd, n_head, n_layer, block_size
+    "tiny": (96, 32, 2, 1, 16),  # measures nothing; shows that a benchmark runs
     "0.8M": (96, 128, 4, 4, 128),
     "3.2M": (96, 256, 4, 4, 128),
     "10.7M": (96, 384, 6, 6, 256),
     "124M": (50304, 768, 12, 12, 1024),
 }
+
+
+def parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """The flags that every benchmark has."""
+    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--rounds", type=int, default=rounds)
+    flags.add_argument("--device", default="auto")
+    flags.add_argument("--record", action="store_true", help="keep the rows in benchmarks/results")
+    return flags
 
 
 def take_turns(contestants: dict[str, Callable[[], object]], rounds: int, where: Machine) -> dict[str, list[float]]:
@@ -50,9 +61,11 @@ def tell(rows: list[dict]) -> None:
         print(f"{row['what']:<72} {row['median']:6.2f}  ({row['min']:.2f} to {row['max']:.2f}){goal}", flush=True)
 
 
-def record(name: str, rows: list[dict]) -> None:
-    """Write the rows with machine and versions to `benchmarks/results/<name>.json`."""
-    path = Path(__file__).with_name("results") / f"{name}.json"
-    about = {"machine": machine_name(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
-    storage.write_file(path, (json.dumps(about, indent=1) + "\n").encode())
-    print(f"{machine_name()}\nWritten to {path}")
+def close(name: str, rows: list[dict], keep: bool) -> None:
+    """Say on which machine the rows were measured, and keep them in `benchmarks/results/<name>.json` where asked."""
+    print(machine_name())
+    if keep:
+        path = Path(__file__).with_name("results") / f"{name}.json"
+        about = {"machine": machine_name(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
+        storage.write_file(path, (json.dumps(about, indent=1) + "\n").encode())
+        print(f"Written to {path}")

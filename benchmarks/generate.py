@@ -6,20 +6,18 @@ python -m benchmarks.generate --sizes 0.8M --rounds 3
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 
 from benchmarks import peers
-from benchmarks.contest import SIZES, ratio, record, take_turns, tell
+from benchmarks.contest import SIZES, close, parser, ratio, take_turns, tell
 from models.sampling import Sampling, generate
 from runtime.device import pick_machine
 from runtime.errors import run_command
 
-CASES = (("0.8M", 1, 4.0), ("10.7M", 1, 2.0), ("0.8M", 32, None), ("10.7M", 32, 2.0))  # size, prompts, goal
+GOALS = {("0.8M", 1): 4.0, ("10.7M", 1): 2.0, ("10.7M", 32): 2.0}  # by size and prompts
 
 
-def measure(size: str, prompts: int, goal: float | None, rounds: int, device: str) -> list[dict]:
+def measure(size: str, prompts: int, rounds: int, device: str) -> list[dict]:
     """How many times as fast as transformers we sample, without an adapter and with one."""
     auto, count = pick_machine(device, "auto"), SIZES[size][-1] // 2
     start = torch.randint(SIZES[size][0], (prompts, 4), generator=torch.Generator().manual_seed(0)).tolist()
@@ -39,24 +37,25 @@ def measure(size: str, prompts: int, goal: float | None, rounds: int, device: st
     return [
         {"what": f"{size}, {prompts} prompts: transformers' time / {label}", "size": size, "prompts": prompts}
         | ratio(seconds, "transformers", kind)
-        | {"tokens_per_second": prompts * count / min(seconds[kind]), "goal": goal if kind == "plain" else None}
+        | {
+            "tokens_per_second": prompts * count / min(seconds[kind]),
+            "goal": GOALS.get((size, prompts)) if kind == "plain" else None,
+        }
         for kind, label in (("plain", "ours"), ("lora", "ours with an adapter"))
     ]
 
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.8M", "10.7M"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
+    flags = parser(__doc__, rounds=7)
+    flags.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.8M", "10.7M"])
+    options = flags.parse_args()
     rows = []
-    for size, prompts, goal in CASES:
-        if size in options.sizes:
-            rows += (found := measure(size, prompts, goal, options.rounds, options.device))
+    for size in options.sizes:
+        for prompts in (1, 32):
+            rows += (found := measure(size, prompts, options.rounds, options.device))
             tell(found)
-    record("generate", rows)
+    close("generate", rows, options.record)
 
 
 if __name__ == "__main__":

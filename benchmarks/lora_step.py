@@ -6,14 +6,13 @@ python -m benchmarks.lora_step --sizes 0.8M --rounds 3
 
 from __future__ import annotations
 
-import argparse
 import gc
 from collections.abc import Callable
 
 import torch
 
 from benchmarks import peers
-from benchmarks.contest import SIZES, ratio, record, take_turns, tell
+from benchmarks.contest import SIZES, close, parser, ratio, take_turns, tell
 from lora.optim import make_optimizer
 from runtime.device import Machine, pick_machine
 from runtime.errors import run_command
@@ -73,18 +72,16 @@ def measure(size: str, tokens: int, rounds: int, device: str) -> list[dict]:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.8M", "3.2M", "10.7M"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 1024])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
+    flags = parser(__doc__, rounds=9)
+    flags.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.8M", "3.2M", "10.7M"])
+    flags.add_argument("--tokens", nargs="+", type=int, default=[4096, 1024])
+    options = flags.parse_args()
     rows = []
     for size in options.sizes:
         for tokens in options.tokens:
             rows += (found := measure(size, tokens, options.rounds, options.device))
             tell(found)
-    record("lora_step", rows)
+    close("lora_step", rows, options.record)
 
 
 if __name__ == "__main__":
