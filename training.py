@@ -17,12 +17,14 @@ from pathlib import Path
 from jobs.base import base_settings, find_base
 from jobs.job import Job, prepare
 from jobs.result import sample, tell_next, tell_result, tell_samples
-from lora.attach import activate, base_tensors
+from jobs.selfcheck import Names, digests, self_check
+from lora.adapter import Adapter
+from lora.attach import using
 from runtime import report, resume
-from runtime.checkpoint import Run, RunLock, claim, fingerprint, say
+from runtime.checkpoint import Run, RunLock, claim, say
 from runtime.config import Settings, from_command_line
 from runtime.device import pick_machine
-from runtime.errors import UserError, run_command
+from runtime.errors import run_command
 from runtime.metrics import MetricsLog, Progress
 from runtime.sources import Resolved, describe
 from runtime.steps import Stepper
@@ -106,19 +108,20 @@ class Training:
         )
 
 
-def finish(job: Job, run: Run, state: resume.State) -> None:
-    """Score and sample the best weights, publish them, and tell what the run came to."""
+def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
+    """Check what was trained, score and sample the best weights, publish them, and tell what the run came to."""
+    peak_memory = job.machine.peak_memory()
+    if job.kind == "lora":
+        self_check(job, run, state, start)
     say("Scoring the whole held-out text, and sampling ...")
     job.load_product(run.read(), str(run.folder))
-    result = asdict(state) | {"val_loss": job.evaluate(), "peak_memory": job.machine.peak_memory()}
+    result = asdict(state) | {"val_loss": job.evaluate(), "peak_memory": peak_memory}
     result["tokens_per_second"] = state.step * job.tokens_per_step / state.seconds
     samples = {"Sample": sample(job)}
     if job.kind == "lora":
-        if fingerprint(base_tensors(job.model)) != job.base_sha256:
-            raise UserError("the base's weights changed during a LoRA run, which must never be; nothing is published")
-        activate(job.model)
-        result["base_val_loss"] = job.evaluate()
-        samples = {"Sample with the adapter": samples["Sample"], "Sample without it": sample(job)}
+        with using(job.model):
+            result["base_val_loss"] = job.evaluate()
+            samples = {"Sample with the adapter": samples["Sample"], "Sample without it": sample(job)}
     run.publish(result)
     tell_result(job, run, result)
     tell_samples(job, samples)
@@ -136,6 +139,7 @@ def train(given: Resolved) -> Run:
         say(f"There is no trained base in {settings.checkpoints_dir} yet, and LoRA adapts one: training it first")
         base = train(base_settings(given))
     job = prepare(given, machine, base)
+    start = digests(Adapter.of(job.model)) if job.kind == "lora" else {}
     stepper = job.stepper()
     run = claim(Path(settings.checkpoints_dir), job.plain_name, settings.run_name, job.about(), settings.fresh)
     if run.finished:
@@ -146,7 +150,7 @@ def train(given: Resolved) -> Run:
         print(f"   Base: {base.name}, text: {job.corpus.name}")
     print(report.statistics(job.model.get_parameter_info(), settings.use_lora), flush=True)
     with RunLock(run):
-        finish(job, run, Training(job, run, stepper).all_steps())
+        finish(job, run, Training(job, run, stepper).all_steps(), start)
     return run
 
 

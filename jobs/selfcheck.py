@@ -1,0 +1,132 @@
+"""What must hold when a LoRA run ends, before it is said to have succeeded: else nothing is published.
+
+The base is what it was, in memory and on disk. Every tensor of the adapter moved, as far as it had to. Everything is
+finite. What was saved is what was trained, and computes the same when it is read back: a fresh base from disk has the
+loss of the run's own model without the adapter, and with the adapter from disk it has the loss with it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from jobs.job import Job, load_trained
+from lora import files as adapter_files
+from lora.adapter import Adapter
+from lora.attach import base_tensors, hosts, using
+from lora.variants import LoRA
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from runtime import storage
+from runtime.checkpoint import Run, fingerprint
+from runtime.errors import UserError
+from runtime.resume import State
+from runtime.steps import evaluate
+
+FEW = 1  # batches of held-out text
+SAME = 1e-4  # relative difference of losses; products may be summed in another order where memory lies elsewhere
+
+Names = dict[tuple[str, str], str]  # (module path, tensor) -> fingerprint
+
+
+def digests(adapter: Adapter) -> Names:
+    """A fingerprint of each tensor. Of the adapter as a job is prepared it is the start of the run, also where the run
+    goes on from a saved step: the A matrices come from the seed, the copies from the base."""
+    return {(path, key): fingerprint({key: t}) for path, group in adapter.tensors.items() for key, t in group.items()}
+
+
+def self_check(job: Job, run: Run, state: State, start: Names) -> None:
+    """Check a LoRA run that has taken its last step; `start` are the digests of its adapter before the first.
+
+    Raises UserError that says in one line which check failed.
+    """
+    try:
+        check_memory(job)
+        fresh, adapter = read_back(job, run)
+        if still := must_have_moved(job.model, state.best_step) & unmoved(start, digests(adapter)):
+            names = ", ".join(sorted(".".join(name) for name in still)[:4])
+            more = f" and {len(still) - 4} more" if len(still) > 4 else ""
+            raise UserError(f"training has not moved {names}{more}")
+        check_saved(job, adapter, state)
+        check_losses(job, fresh, adapter)
+    except UserError as error:
+        raise UserError(f"the self-check of {run.name} failed, and nothing is published: {error}") from None
+
+
+def check_memory(job: Job) -> None:
+    """Raises UserError where the model in memory has another base than the run began with, or is not finite."""
+    if fingerprint(base_tensors(job.model)) != job.base_sha256:
+        raise UserError("the base's weights changed, which must never be")
+    for name, p in job.model.named_parameters():
+        if not p.isfinite().all():
+            raise UserError(f"{name} has values that are not finite")
+
+
+def read_back(job: Job, run: Run) -> tuple[BigramLanguageModelLoRA, Adapter]:
+    """The base and the run's best adapter, both from disk. Raises UserError where either is not what it should be."""
+    if not (saved := run.saved("best")):
+        raise UserError("no evaluation had a finite loss")
+    fresh, _ = load_trained(job.base)
+    if fingerprint(base_tensors(fresh)) != job.base_sha256:
+        raise UserError(f"the base in {job.base.product} is no longer the one that this run began with")
+    folder = saved[-1][1]
+    return fresh.to(job.machine.device), adapter_files.from_files(storage.read_folder(folder), str(folder))
+
+
+def unmoved(start: Names, now: Names) -> set[tuple[str, str]]:
+    """The tensors that are what they were."""
+    return {name for name, digest in now.items() if start.get(name) == digest}
+
+
+def must_have_moved(model: nn.Module, steps: int) -> set[tuple[str, str]]:
+    """The tensors that so many steps cannot have left as they were: all that have a gradient.
+
+    While B is zero, A has none, so after one step only B and the copies of embeddings and biases must have moved. Two
+    tensors never have one: what is added to all scores of a query changes no attention, as the bias of k_proj is, and
+    with one position there is nothing to weigh, so with BLOCK_SIZE=1 q_proj and k_proj have no effect.
+    """
+    idle = ("q_proj", "k_proj") if model.shape.block_size == 1 else ()
+    found = set()
+    for path, host in hosts(model).items():
+        layer = path.rpartition(".")[2]
+        for entry in host.entries():
+            late = set(entry.parameters(recurse=False)) - set(
+                entry.fast_parameters() if isinstance(entry, LoRA) else ()
+            )
+            late -= {entry.copy_of(name) for name in ("weight", "bias")}
+            for key, p in entry.named_parameters():
+                effect = layer not in idle and (layer, key) != ("k_proj", "bias")
+                if p.requires_grad and effect and (steps > 1 or p not in late):
+                    found.add((path, key))
+    return found
+
+
+def check_saved(job: Job, adapter: Adapter, state: State) -> None:
+    """Raises UserError where the adapter on disk is not of the kind in memory, or not that one where no step came
+    after it."""
+    mine, saved = Adapter.of(job.model), digests(adapter)
+    if digests(mine).keys() != saved.keys():
+        raise UserError(f"the adapter on disk has {len(saved)} tensors, and the one in memory {len(digests(mine))}")
+    for path, key in saved:
+        there, here = adapter.tensors[path][key], mine.tensors[path][key]
+        if there.shape != here.shape or (state.best_step == state.step and not torch.equal(there, here)):
+            raise UserError(f"{path}.{key} on disk is not what was trained")
+
+
+def check_losses(job: Job, fresh: BigramLanguageModelLoRA, adapter: Adapter) -> None:
+    """Raises UserError where a fresh base, without and with the adapter from disk, computes something else than the
+    run's own model with the same values in the adapter that it trained; these stay in it."""
+    few = job.windows(FEW)
+    with using(job.model):
+        without = evaluate(job.model, few, job.machine)
+    if not math.isclose(without, expected := evaluate(fresh, few, job.machine), rel_tol=SAME):
+        raise UserError(f"without its adapter the model has loss {without:.6f}, and its base {expected:.6f}")
+    with torch.no_grad():
+        for path, tensors in adapter.tensors.items():
+            for key, t in tensors.items():
+                job.model.get_submodule(path).lora["default"].get_parameter(key).copy_(t)
+    adapter.put_on(fresh)
+    loss, expected = (evaluate(model, few, job.machine) for model in (fresh, job.model))
+    if not math.isclose(loss, expected, rel_tol=SAME):
+        raise UserError(f"read back from disk, the adapter has loss {loss:.6f}, and in the run itself {expected:.6f}")
