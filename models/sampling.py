@@ -1,4 +1,4 @@
-"""Sampling text: logits filters, the key-value cache, and the loop that streams tokens.
+"""Sampling text: the key-value cache, and the loop that streams tokens.
 
 The model sees at most block_size positions. Past that the window moves on by half a block, re-reading its newer
 half from position 0: `window_start` says where the window of the n-th token begins, for every prompt and row alike.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora.attach import unchanging
+from models.choosing import Sampling, choose
 
 if TYPE_CHECKING:
     from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
@@ -25,73 +25,10 @@ if TYPE_CHECKING:
 NARROW = 256  # see `_products`
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen from its logits.
-
-    temperature: above 0, divides the logits. top_k: keep the k likeliest. top_p: keep the likeliest that together
-    reach this probability (Holtzman et al. 2019, arXiv 1904.09751). repetition_penalty: above 0; logits of tokens in
-    the window are divided (where positive) or multiplied by it (Keskar et al. 2019, arXiv 1909.05858).
-    greedy: the likeliest token, always.
-
-    Raises ValueError for a value that makes no sense, by name.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    greedy: bool = False
-
-    def __post_init__(self) -> None:
-        rules = {
-            f"temperature={self.temperature}: must be above 0; greedy=True is its limit": self.temperature > 0,
-            f"top_k={self.top_k}: must be at least 1": self.top_k is None or self.top_k >= 1,
-            f"top_p={self.top_p}: must be above 0": self.top_p is None or self.top_p > 0,
-            f"repetition_penalty={self.repetition_penalty}: must be above 0": self.repetition_penalty > 0,
-        }
-        for message, holds in rules.items():
-            if not holds:
-                raise ValueError(message)
-
-
 def window_start(n: int, block_size: int) -> int:
     """Where the window begins that the token after the first n is predicted from; it is at most block_size long."""
     half = max(1, block_size // 2)
     return math.ceil(max(0, n - block_size) / half) * half
-
-
-def _penalise(logits_BV: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> None:
-    for row, tokens in zip(logits_BV, seen, strict=True):
-        index = torch.tensor(sorted(set(tokens)), dtype=torch.long)
-        row[index] = torch.where(row[index] > 0, row[index] / penalty, row[index] * penalty)
-
-
-def _keep_nucleus(logits_BV: Tensor, top_p: float) -> None:
-    ordered, index = logits_BV.sort(descending=True)
-    chances = ordered.softmax(-1)
-    reached_before = chances.cumsum(-1) - chances  # the likeliest token always stays: nothing comes before it
-    logits_BV.scatter_(-1, index, ordered.masked_fill(reached_before >= top_p, -math.inf))
-
-
-def choose(logits_BV: Tensor, seen: Sequence[Sequence[int]], how: Sampling, generator: torch.Generator) -> list[int]:
-    """The next token of each row, from its logits (B, V); `seen` is each row's window.
-
-    Sampling happens on the CPU in fp32: one seed draws alike on every device, and MPS draws wrongly (nanoGPT 273).
-    """
-    logits_BV = logits_BV.float().cpu().clone()
-    if how.repetition_penalty != 1:
-        _penalise(logits_BV, seen, how.repetition_penalty)
-    if how.greedy:
-        return logits_BV.argmax(-1).tolist()
-    logits_BV /= how.temperature
-    if how.top_k is not None and how.top_k < logits_BV.shape[-1]:
-        logits_BV[logits_BV < logits_BV.topk(how.top_k).values[:, -1:]] = -math.inf
-    if how.top_p is not None and how.top_p < 1:
-        _keep_nucleus(logits_BV, how.top_p)
-    # What torch.multinomial does for one draw, without its checks, which take longer than all the rest.
-    chances_BV = logits_BV.softmax(-1)
-    return (chances_BV / torch.empty_like(chances_BV).exponential_(generator=generator)).argmax(-1).tolist()
 
 
 class LayerCache:
@@ -220,17 +157,22 @@ def _read(cache: KVCache, rows: list[list[int]]) -> Tensor:
     return logits
 
 
+Seed = int | Sequence[int]
+
+
 def stream(
-    model: BigramLanguageModelLoRA, prompts: Sequence[Sequence[int]], max_new_tokens: int, how: Sampling, seed: int
+    model: BigramLanguageModelLoRA, prompts: Sequence[Sequence[int]], max_new_tokens: int, how: Sampling, seed: Seed
 ) -> Iterator[list[int]]:
     """Continue a batch of prompts (token ids, at least one each, of any lengths): yields one new token a row.
 
-    The model is in evaluation mode while this runs. Raises ValueError for an empty prompt.
+    seed: one for all rows together, or one a row, whose text is then what it would be alone with that seed. The model
+    is in evaluation mode while this runs. Raises ValueError for an empty prompt.
     """
     if not all(prompts):
         raise ValueError("a prompt needs at least one token")
     rows, cache, training = [list(prompt) for prompt in prompts], KVCache(model), model.training
-    generator = torch.Generator().manual_seed(seed)
+    seeded = [torch.Generator().manual_seed(each) for each in ([seed] if isinstance(seed, int) else seed)]
+    generators = seeded[0] if isinstance(seed, int) else seeded
     model.eval()
     try:
         with unchanging(model):
@@ -238,7 +180,7 @@ def stream(
                 with _products(model):
                     logits_BV = _read(cache, rows)
                 seen = [row[window_start(len(row), cache.block_size) :] for row in rows]
-                tokens = choose(logits_BV, seen, how, generator)
+                tokens = choose(logits_BV, seen, how, generators)
                 for row, token in zip(rows, tokens, strict=True):
                     row.append(token)
                 yield tokens
@@ -247,7 +189,7 @@ def stream(
 
 
 def generate(
-    model: BigramLanguageModelLoRA, prompts: Sequence[Sequence[int]], max_new_tokens: int, how: Sampling, seed: int
+    model: BigramLanguageModelLoRA, prompts: Sequence[Sequence[int]], max_new_tokens: int, how: Sampling, seed: Seed
 ) -> list[list[int]]:
     """The prompts with their continuations, as token ids."""
     rows = [list(prompt) for prompt in prompts]

@@ -10,11 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora.attach import activate, attach
+from lora.attach import activate, active_adapters, attach
 from lora.variants import LoRAConfig
-from models import sampling
+from models import per_row, sampling
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from models.sampling import Sampling, choose, generate, stream, window_start
+from models.choosing import Sampling, choose
+from models.per_row import generate_per_row, logits_per_row
+from models.sampling import generate, stream, window_start
+from runtime.errors import UsageError
 
 WILD = Sampling(temperature=1.5, top_k=20, top_p=0.95, repetition_penalty=1.2)
 
@@ -293,3 +296,62 @@ def test_narrow_models_generate_in_fp32_on_the_cpu_and_wide_ones_in_the_callers_
         with torch.autocast("cpu"):
             generate(model, prompts_of([5]), 2, WILD, 5)
     assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
+
+
+def test_with_a_seed_a_row_the_text_of_a_row_is_what_it_is_alone() -> None:
+    model, prompts, seeds = tiny(), prompts_of([2, 9, 16, 30, 9]), [5, 6, 5, 7, 5]
+    together = generate(model, prompts, 30, WILD, seeds)
+    for prompt, seed, row in zip(prompts, seeds, together, strict=True):
+        assert generate(model, [prompt], 30, WILD, seed) == generate(model, [prompt], 30, WILD, [seed]) == [row]
+    assert generate(model, prompts[:1] * 2, 30, WILD, 5)[1] != together[0]  # one seed for all rows draws on
+    with pytest.raises(ValueError, match="shorter"):
+        generate(model, prompts, 2, WILD, seeds[:2])
+
+
+def with_two_adapters() -> BigramLanguageModelLoRA:
+    """Adapters `one`, on all linears with embeddings and biases, and `two`, on some linears; none is active."""
+    model = tiny(bias=True)
+    for seed, (name, config) in enumerate(TWO.items()):
+        attach(model, config, name)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p += 0.15 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+    activate(model)
+    return model
+
+
+TWO = {"one": LoRAConfig(rank=4, bias="all"), "two": LoRAConfig(rank=2, targets="minimal", train_embeddings=False)}
+MIXED = [{"one": 1.0}, {}, {"two": 1.0}, {"one": 1.0}, {"one": 0.5, "two": 2.0}, {}]
+
+
+def test_rows_with_adapters_of_their_own_have_the_logits_that_each_has_alone() -> None:
+    model = with_two_adapters()
+    idx = torch.tensor(prompts_of([12] * len(MIXED)))
+    found, alone = logits_per_row(model, idx, MIXED), []
+    for row, strengths in zip(idx, MIXED, strict=True):
+        activate(model, strengths)
+        with torch.no_grad():
+            alone.append(model(row[None])[0][0])
+    assert found.shape == (len(MIXED), 12, 50)
+    assert torch.allclose(found, torch.stack(alone), rtol=0, atol=1e-5)
+    assert min((alone[0] - alone[i]).abs().max() for i in (1, 2, 4)) > 0.1
+    assert not found.requires_grad
+    with pytest.raises(UsageError, match="no adapter 'three'"):
+        logits_per_row(model, idx[:1], [{"three": 1.0}])
+
+
+def test_rows_with_adapters_of_their_own_have_the_texts_that_each_has_alone(monkeypatch) -> None:
+    model, told = with_two_adapters(), []
+    monkeypatch.setattr(per_row, "AT_ONCE", 2)
+    prompts, seeds = prompts_of([3, 16, 9, 3, 20, 5]), [1, 2, 1, 2, 1, 2]
+    mixed = MIXED[:5] + [{"one": 1.0}]
+    activate(model, "two")
+    training = {name for name, p in model.named_parameters() if p.requires_grad}
+    found = generate_per_row(model, prompts, mixed, 25, WILD, seeds, lambda *done: told.append(done))
+    assert told == [(i, 5 * 25) for i in range(1, 126)]  # `one` on two rows and on one more, and three others
+    assert active_adapters(model) == {"two": 1.0}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == training
+    for prompt, strengths, seed, row in zip(prompts, mixed, seeds, found, strict=True):
+        activate(model, strengths)
+        assert generate(model, [prompt], 25, WILD, seed)[0][len(prompt) :] == row

@@ -1,0 +1,66 @@
+"""Batches whose rows each go through adapters of their own, for inference; rows with the same are taken together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lora.attach import using
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.choosing import Sampling
+from models.sampling import stream
+
+AT_ONCE = 64  # rows, so that the cache of a long list of prompts fits into memory
+Strengths = Mapping[str, float]  # of the adapters of a row, by name; empty for the plain base
+
+
+def grouped(adapters: Sequence[Strengths], most: int) -> Iterator[tuple[Strengths, list[int]]]:
+    """Adapters, and rows that want them: at most so many at once."""
+    groups: dict[tuple, list[int]] = {}
+    for row, strengths in enumerate(adapters):
+        groups.setdefault(tuple(strengths.items()), []).append(row)
+    for strengths, rows in groups.items():
+        for i in range(0, len(rows), most):
+            yield dict(strengths), rows[i : i + most]
+
+
+@torch.no_grad()
+def logits_per_row(model: BigramLanguageModelLoRA, idx_BT: Tensor, adapters: Sequence[Strengths]) -> Tensor:
+    """Logits (B, T, V) of token ids (B, T) whose rows go through these adapters, without gradients.
+
+    Raises UsageError for an adapter that is not attached. What is active, and what trains, stays as it was.
+    """
+    parts, order = [], []
+    for strengths, rows in grouped(adapters, len(adapters)):
+        with using(model, strengths):
+            parts.append(model(idx_BT[rows])[0])
+        order += rows
+    return torch.cat(parts)[torch.tensor(order, device=idx_BT.device).argsort()]
+
+
+def generate_per_row(
+    model: BigramLanguageModelLoRA,
+    prompts: Sequence[Sequence[int]],
+    adapters: Sequence[Strengths],
+    max_new_tokens: int,
+    how: Sampling,
+    seeds: Sequence[int],
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[int]]:
+    """The continuations of prompts (token ids), each with its own adapters and seed, as if each were alone.
+
+    tell(done, total) is called as the work goes on. Raises UsageError for an adapter that is not attached.
+    """
+    groups = list(grouped(adapters, AT_ONCE))
+    found: list[list[int]] = [[] for _ in prompts]
+    done, total = 0, len(groups) * max_new_tokens
+    for strengths, rows in groups:
+        with using(model, strengths):
+            for tokens in stream(model, [prompts[i] for i in rows], max_new_tokens, how, [seeds[i] for i in rows]):
+                for row, token in zip(rows, tokens, strict=True):
+                    found[row].append(token)
+                done += 1
+                tell(done, total)
+    return found
