@@ -96,14 +96,18 @@ def cosine(one: Change | None, other: Change | None) -> float | None:
     return one.inner(other) / product**0.5
 
 
-def _paths(adapters: Sequence[Adapter]) -> list[str]:
-    return list(dict.fromkeys(path for adapter in adapters for path in adapter.targets()))
+def target_paths(adapters: Sequence[Adapter], base: Base) -> list[str]:
+    """The linears that any of the adapters changes, in the base's order."""
+    changed = {path for adapter in adapters for path in adapter.targets()}
+    return [path for name in base if (path := name.removesuffix(".weight")) in changed]
 
 
 @torch.no_grad()
 def diff(one: Adapter, other: Adapter, base: Base) -> dict[str, float | None]:
     """The cosine of two adapters' ΔWs at each linear that either changes."""
-    return {path: cosine(change(one, path, base), change(other, path, base)) for path in _paths((one, other))}
+    return {
+        path: cosine(change(one, path, base), change(other, path, base)) for path in target_paths((one, other), base)
+    }
 
 
 def _sum(adapters: Sequence[Adapter], weights: Sequence[float], path: str, base: Base, method: str) -> Change:
@@ -136,7 +140,7 @@ def _refactored(whole: Change, rank: int | None) -> tuple[Change, float, float, 
 
 def _copies(adapters: Sequence[Adapter], weights: Sequence[float], base: Base, bias: str) -> dict[str, Tensor]:
     """Embeddings and biases by name: base + Σ w (copy - base). A bias that `bias` asks for is there in any case."""
-    targets = _paths(adapters)
+    targets = target_paths(adapters, base)
     biases = [name for name in base if name.endswith(".bias")]
     wanted = {"none": [], "all": biases, "lora_only": [name for name in biases if name[:-5] in targets]}[bias]
     sums = {name: base[name].double() for name in wanted}
@@ -184,7 +188,7 @@ def combine(
     _check(adapters, weights, base, method, rank)
     tensors: dict[str, dict[str, Tensor]] = {}
     lost, norms, most = {}, {}, 0
-    for path in _paths(adapters):
+    for path in target_paths(adapters, base):
         part, lost[path], norms[path] = _sum(adapters, weights, path, base, method), 0.0, 0.0
         if method != "cat":
             part, lost[path], norms[path], there = _refactored(part, rank)

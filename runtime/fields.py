@@ -44,8 +44,8 @@ class Rule:
     """What a field's metadata says of a setting beyond name, type and default.
 
     `pattern` is a regular expression for text, put into words by `allowed`; `env=False` makes a setting a flag only,
-    and `place="NAME"` words without a flag, shown as NAME; `identity=False` marks what does not change a run's result;
-    `defaults` holds other defaults by mode.
+    `required=True` one that must be given, and `place="NAME"` words without a flag, shown as NAME; `identity=False`
+    marks what does not change a run's result; `defaults` holds other defaults by mode.
     """
 
     help: str
@@ -59,6 +59,7 @@ class Rule:
     allowed: str = ""
     env: bool = True
     place: str = ""
+    required: bool = False
     identity: bool = True
     defaults: dict[str, Any] = field(default_factory=dict)
 

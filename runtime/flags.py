@@ -58,7 +58,7 @@ def _add_flag(group: argparse._ArgumentGroup, row: Setting) -> None:
         many = {"nargs": "+"} if row.kind is tuple else {}
         group.add_argument(row.name, metavar=row.flag, help=explained(row).replace("%", "%%"), **many)
         return
-    options: dict[str, Any] = {"action": "append" if row.kind is tuple else "store"}
+    options: dict[str, Any] = {"action": "append" if row.kind is tuple else "store", "required": row.rule.required}
     if row.kind is bool:  # `--use-lora`, `--use-lora False` and `--no-use-lora`, all as text
         options |= {"nargs": "?", "const": "true"}
         off = "--no-" + row.flag.removeprefix("--")
@@ -68,6 +68,8 @@ def _add_flag(group: argparse._ArgumentGroup, row: Setting) -> None:
 
 
 def _default(row: Setting) -> str:
+    if row.rule.required:
+        return "[required]"
     others = other_defaults(row)
     name = row.variable if row.rule.env else "Default"
     return f"[{name}={in_words(row.default)}{f'; {others}' if others else ''}]"
@@ -113,7 +115,8 @@ def subcommand(words: Sequence[str], commands: Collection[str], description: str
     if word not in commands:
         close = difflib.get_close_matches(word, commands, n=1)
         meant = f"did you mean {close[0]}? " if close else ""
-        raise UsageError(f"{in_words(word) or 'no command'}: {meant}There are {', '.join(commands)}; --help tells more")
+        asked = f"there is no command {in_words(word)!r}; {meant}" if word else "which command? "
+        raise UsageError(f"{asked}There are: {', '.join(commands)}; --help tells of each")
     return word
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from runtime.config import Settings
 
@@ -46,3 +46,16 @@ def indented(text: str, most: int = 400) -> str:
     """The beginning of a text, set off from what is around it."""
     text = text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " ..."
     return "\n".join(f"   | {line}" for line in text.strip("\n").split("\n"))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells in columns, the first row being the heads: words to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numeric = [any(cell[:1] in "0123456789+-" for cell in column[1:] if cell) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,104 @@
+"""Runs out of adapters: merged into a base, combined with each other, brought in from PEFT's folders and out again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from data.corpora import CORPORA
+from data.text import Batch
+from jobs.adapters import Adapted, Base, about_made, check_free, publish, texts_of
+from jobs.job import TOKENIZER
+from lora import files as adapter_files
+from lora.adapter import Adapter, cut_short
+from lora.attach import merge
+from lora.combine import Combined, combine
+from models import files as model_files
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from runtime import storage
+from runtime.checkpoint import Run, fingerprint
+from runtime.errors import UserError
+
+TOLERANCE = 1e-4  # of the largest logit: sums in another order differ by less than a tenth of it in fp32
+
+
+@torch.no_grad()
+def _logits(model: BigramLanguageModelLoRA, windows: list[Batch]) -> torch.Tensor:
+    """Logits on some held-out text in fp32, (windows, T, V)."""
+    return torch.cat([model.eval()(x)[0].float() for x, _ in windows])
+
+
+def merge_run(adapted: Adapted, folder: Path, windows: list[Batch]) -> tuple[Run, float]:
+    """A run that needs no adapter, and how far its logits are from base and adapter, as a share of the largest.
+
+    The weights that were written are read back and compared on the windows. Raises UserError where they differ by
+    more than TOLERANCE; there is then no new run.
+    """
+    check_free(folder)
+    model, adapter, base = adapted.base.model, adapted.adapter, adapted.base
+    texts, origin = texts_of(adapted.run), {"how": "merge", "adapter": adapted.run.name, "sha256": adapter.sha256}
+    about = about_made("full", base, texts, origin)
+    adapter.put_on(model)
+    expected = _logits(model, windows)
+    merge(model)
+    files = model_files.to_files(model) | {TOKENIZER: base.tokenizer.dumps()}
+    difference = 0.0
+
+    def verify(run: Run) -> None:
+        nonlocal difference
+        read_back = _logits(model_files.from_files(run.read(), str(run.product)), windows)
+        difference = ((read_back - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"the merged weights differ from base and adapter by {difference:.1e} of the largest logit, more than "
+                f"{TOLERANCE:g}; nothing was saved"
+            )
+
+    result = {key: adapted.run.result[key] for key in ("val_loss",) if key in adapted.run.result}
+    return publish(folder, about, files, result, verify), difference
+
+
+def combine_runs(parts: list[Adapted], weights: list[float], method: str, rank: int | None, folder: Path) -> Combined:
+    """A new LoRA run whose adapter is the weighted sum of others. Raises as `lora.combine.combine` does."""
+    check_free(folder)
+    base, adapters = parts[0].base, [part.adapter for part in parts]
+    made = combine(adapters, weights, base.tensors, method, rank)
+    terms = [(weight, part.run.name) for weight, part in zip(weights, parts, strict=True)]
+    told = " + ".join(f"{weight:g} x {name}" for weight, name in terms)
+    origin = {"how": "combine", "method": method, "rank": rank, "sum": terms}
+    origin["sha256"] = [adapter.sha256 for adapter in adapters]
+    texts = list(dict.fromkeys(text for part in parts for text in texts_of(part.run)))
+    notes = {"combined": f"{told}, by {method}", "trained on": ", ".join(texts) or "not known"}
+    if method == "svd":
+        notes["relative error of svd"] = f"{made.error:.3g}"
+    facts = made.adapter.facts | {"base": base.run.name, "base_sha256": fingerprint(base.tensors)}
+    files = adapter_files.to_files(replace(made.adapter, facts=facts), notes)
+    publish(folder, about_made("lora", base, texts, origin), files, {})
+    return made
+
+
+def import_folder(source: Path, base: Base, folder: Path) -> Adapter:
+    """A new LoRA run from an adapter folder, PEFT's or ours.
+
+    The base is taken on trust where the folder does not tell its fingerprint. Raises UserError that names whatever is
+    not understood or does not fit.
+    """
+    check_free(folder)
+    adapter = adapter_files.load_adapter(source)
+    if problems := base.problems(adapter):
+        raise UserError(f"{source} does not fit {base.run.name}: {cut_short(problems)}")
+    facts = {"base": base.run.name, "base_sha256": fingerprint(base.tensors)}
+    adapter = replace(adapter, facts=adapter.facts | facts | {"tokenizer_sha256": base.tokenizer.sha256})
+    texts = [text for text in (adapter.facts.get("dataset"),) if text in CORPORA]
+    origin = {"how": "import", "sha256": adapter.sha256}
+    files = adapter_files.to_files(adapter, {"imported": "from an adapter folder"})
+    publish(folder, about_made("lora", base, texts, origin), files, {})
+    return adapter
+
+
+def export_folder(adapted: Adapted, target: Path) -> None:
+    """An adapter's files as a folder that PEFT reads, wherever it is wanted. Raises UsageError where one stands."""
+    check_free(target)
+    storage.commit_folder(target, adapted.run.read())

@@ -1,0 +1,172 @@
+"""Adapters by name: a LoRA run opened with its base, and new runs made out of old ones."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.corpora import Corpus, load_corpus
+from data.text import Batch, tokens_of, validation_windows
+from data.tokenizers import Tokenizer
+from jobs.job import TEST_CHARACTERS, load_trained
+from lora import files as adapter_files
+from lora.adapter import Adapter, cut_short
+from lora.attach import base_tensors
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from runtime import storage
+from runtime.checkpoint import PRODUCTS, Run, all_runs, find_run, fingerprint, identity_of, open_run, to_json
+from runtime.errors import UsageError, UserError
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base run with its model, on the CPU and without adapters, and its tokenizer."""
+
+    run: Run
+    model: BigramLanguageModelLoRA
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, root: Path, name: str) -> Base:
+        """The base of that name. Raises UsageError where there is none, UserError where it is damaged."""
+        run = find_run(root, name)
+        if run.kind == "lora":
+            raise UsageError(f"{name} is a LoRA run; name the base it was trained on: {base_name(run)}")
+        return cls(run, *load_trained(run))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights by name."""
+        return {name: tensor.detach() for name, tensor in base_tensors(self.model).items()}
+
+    def problems(self, adapter: Adapter) -> list[str]:
+        """Every way in which an adapter does not fit this base, its tokenizer included."""
+        told, own = adapter.facts.get("tokenizer_sha256", self.tokenizer.sha256), self.tokenizer.sha256
+        wrong = [] if told == own else [f"its tokenizer is {told[:12]}, and that of {self.run.name} is {own[:12]}"]
+        return wrong + adapter.problems(self.model)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A LoRA run with its adapter and its base."""
+
+    run: Run
+    adapter: Adapter
+    base: Base
+
+
+def base_name(run: Run) -> str:
+    """The base that a LoRA run names. Raises DamagedError where it names none."""
+    base = run.about.get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("run"), str):
+        raise storage.DamagedError(f"{run.folder / 'run.json'} is damaged: it names no base")
+    return base["run"]
+
+
+def find_adapter(root: Path, name: str) -> Run:
+    """The LoRA run of that name. Raises UsageError with those there are."""
+    run = open_run(root / name)
+    if run is None or run.kind != "lora":
+        known = ", ".join(run.name for run in all_runs(root) if run.kind == "lora") or "none yet"
+        what = f"{name} is no LoRA run" if run else f"there is no adapter {name!r} in {root}"
+        raise UsageError(f"{what}; adapters there: {known}")
+    return run
+
+
+def read_adapter(run: Run) -> Adapter:
+    """A LoRA run's adapter, its files verified."""
+    return adapter_files.from_files(run.read(), str(run.product if run.finished else run.folder))
+
+
+def open_adapters(root: Path, names: tuple[str, ...]) -> list[Adapted]:
+    """LoRA runs with their adapters, all on one base.
+
+    Raises UsageError for a name that is none, UserError that tells everything that does not fit.
+    """
+    runs = [find_adapter(root, name) for name in names]
+    if len(bases := {base_name(run) for run in runs}) > 1:
+        told = ", ".join(f"{run.name} of {base_name(run)}" for run in runs)
+        raise UserError(f"adapters of {len(bases)} bases do not go together: {told}")
+    adapters, base = [read_adapter(run) for run in runs], Base.open(root, bases.pop())
+    problems = [
+        f"{run.name}: {problem}"
+        for run, adapter in zip(runs, adapters, strict=True)
+        for problem in base.problems(adapter)
+    ]
+    if problems:
+        raise UserError(f"no adapter for {base.run.name}: {cut_short(problems)}")
+    return [Adapted(run, adapter, base) for run, adapter in zip(runs, adapters, strict=True)]
+
+
+# --- texts --------------------------------------------------------------------------------------------------------
+
+
+def texts_of(run: Run) -> list[str]:
+    """The DATASET settings of the texts that a run was trained on; none where that is not known."""
+    texts = run.about.get("texts", [run.about["settings"].get("dataset")])
+    return [text for text in texts if text]
+
+
+def load_text(name: str, run: Run, data_dir: Path) -> Corpus:
+    """A text as a run saw it: cut short where that was a TEST_MODE run."""
+    corpus = load_corpus(name, data_dir)
+    return corpus.head(*TEST_CHARACTERS) if run.about["settings"].get("test_mode") else corpus
+
+
+def held_out(name: str, base: Base, data_dir: Path, batches: int) -> list[Batch]:
+    """At most so many batches of 16 windows of a text's held-out part."""
+    tokens = tokens_of(load_text(name, base.run, data_dir).validation, base.tokenizer, data_dir)
+    return validation_windows(tokens, base.model.shape.block_size, 16, batches)
+
+
+# --- new runs -----------------------------------------------------------------------------------------------------
+
+
+def about_made(kind: str, base: Base, texts: list[str], made: dict) -> dict:
+    """What `run.json` says of a run that was made, not trained: `made` tells out of what, and how."""
+    old = base.run.about
+    about = {
+        "kind": kind,
+        "settings": old["settings"] | {"use_lora": kind == "lora", "base": base.run.name, "run_name": ""},
+        "shape": old.get("shape"),
+        "base": {"run": base.run.name, "sha256": fingerprint(base.tensors)},
+        "tokenizer_sha256": base.tokenizer.sha256,
+        "texts": texts,
+        "made": made,
+    }
+    if texts:
+        about["settings"]["dataset"] = texts[0]
+    return about | {
+        "identity": identity_of(about),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
+def check_free(folder: Path) -> None:
+    """Raises UsageError where there is something already."""
+    if os.path.lexists(folder):
+        raise UsageError(f"{folder} is there already, and nothing is overwritten; choose another --out")
+
+
+def publish(
+    folder: Path, about: dict, files: dict[str, bytes], result: dict, verify: Callable[[Run], None] = lambda run: None
+) -> Run:
+    """A finished run, whole or not at all. `verify` gets the written run before it has its name, and may raise."""
+    check_free(folder)
+    draft = Run(folder.with_name(f".tmp-{folder.name}-{os.getpid()}"), about)
+    try:
+        storage.commit_folder(draft.folder / PRODUCTS[about["kind"]], files)
+        storage.write_file(draft.folder / "result.json", to_json(result))
+        verify(draft)
+        storage.write_file(draft.folder / "run.json", to_json(about))
+        storage.publish_folder(draft.folder, folder)
+    except BaseException:
+        storage.remove_folder(draft.folder)
+        raise
+    return Run(folder, about)

@@ -1,0 +1,163 @@
+"""Everything that can be wrong with saved files, found without putting them to use, and all of it named at once."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from data.tokenizers import load_tokenizer
+from jobs.adapters import Base
+from jobs.job import TOKENIZER
+from lora import files as adapter_files
+from lora.adapter import Adapter
+from models import files as model_files
+from runtime import storage
+from runtime.checkpoint import open_run, unpack
+from runtime.config import NAME
+from runtime.errors import UserError
+
+UNREADABLE = ("adapter_model.bin", "pytorch_model.bin")
+
+
+class Checkup:
+    """The problems found so far, and notes on what could not be compared."""
+
+    def __init__(self, root: Path, base: str = "") -> None:
+        self.root, self.base = root, base
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.checked: list[str] = []
+
+    def path(self, path: Path) -> Checkup:
+        """Check a run, an adapter's or a model's folder, or a file of one. Raises UserError where it is neither."""
+        if path.is_file():
+            known = (adapter_files.CONFIG, adapter_files.TENSORS, model_files.CONFIG, model_files.WEIGHTS)
+            if path.name in known and (path.parent / storage.MANIFEST).exists():
+                return self.path(path.parent)
+            return self.loose_file(path)
+        if (path / "run.json").is_file():
+            return self.run(path)
+        there = {name.name for name in path.iterdir()} if path.is_dir() else set()
+        if there & {adapter_files.CONFIG, adapter_files.TENSORS, *UNREADABLE[:1]}:
+            self.adapter(path, self.base)
+        elif there & {model_files.CONFIG, model_files.WEIGHTS}:
+            self.model(path)
+        else:
+            raise UserError(f"{path} is no run, adapter or model: there is no such file, or none of theirs in it")
+        return self
+
+    def run(self, folder: Path) -> Checkup:
+        """A run: what it says of itself, and each folder of weights in it."""
+        run = self.attempt(lambda: open_run(folder))
+        if run and self.attempt(lambda: run.result) is not None:
+            self.checked.append(f"{folder.name}: run.json, result.json")
+        for name in sorted(path.name for path in folder.iterdir() if path.is_dir()):
+            if name == "adapter" or (name.startswith("best-") and run and run.kind == "lora"):
+                about = run.about.get("base") if run else None
+                self.adapter(folder / name, self.base or (about or {}).get("run", ""))
+            elif name == "model" or name.startswith("best-"):
+                self.model(folder / name)
+        return self
+
+    def attempt(self, read):
+        """What `read` returns, or None where it raises, which is then a problem."""
+        try:
+            return read()
+        except UserError as error:
+            self.problems.append(str(error))
+            return None
+
+    def files(self, folder: Path) -> dict[str, bytes]:
+        """A folder's files, whatever their state; each that is not as its manifest says is a problem."""
+        self.problems += damage(folder)
+        if not (folder / storage.MANIFEST).exists():
+            self.notes.append(f"{folder} has no manifest: whether its bytes are those that were saved is not known")
+        pickled = [name for name in UNREADABLE if (folder / name).exists()]
+        self.problems += [
+            f"{folder / name} is a pickle, which is never read here; save safetensors" for name in pickled
+        ]
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    def adapter(self, folder: Path, base_name: str) -> None:
+        """An adapter's files, and how they fit the base that is named, or that they name."""
+        files = self.files(folder)
+        adapter = self.attempt(lambda: adapter_files.from_files(files, str(folder)))
+        if adapter is None:
+            return
+        base_name = base_name or adapter.facts.get("base", "")
+        named = isinstance(base_name, str) and re.fullmatch(NAME, base_name)
+        there = named and (self.root / base_name / "run.json").exists()
+        base = self.attempt(lambda: Base.open(self.root, base_name)) if there else None
+        if base is None:
+            self.notes.append(f"{folder}: its base is not here, so its tensors are compared with its config alone")
+        found = base.problems(adapter) if base else flaws(adapter)
+        self.problems += [f"{folder}: {problem}" for problem in found]
+        self.checked.append(f"{folder}: {sum(map(len, adapter.tensors.values()))} tensors")
+
+    def model(self, folder: Path) -> None:
+        """A model's files: shapes, values, tokenizer."""
+        files = self.files(folder)
+        model = self.attempt(lambda: model_files.from_files(files, str(folder)))
+        if TOKENIZER in files:
+            tokenizer = self.attempt(lambda: load_tokenizer(files[TOKENIZER]))
+            if model and tokenizer and tokenizer.vocab_size != model.shape.vocab_size:
+                sizes = f"{tokenizer.vocab_size} tokens, and its model {model.shape.vocab_size}"
+                self.problems.append(f"{folder}: its tokenizer has {sizes}")
+        else:
+            self.problems.append(f"{folder}: {TOKENIZER} is missing")
+        if model:
+            tensors = dict(model.named_parameters())
+            self.problems += [f"{folder}: {problem}" for problem in not_finite(tensors)]
+            self.checked.append(f"{folder}: {len(tensors)} tensors")
+
+    def loose_file(self, path: Path) -> Checkup:
+        """A safetensors file by itself: whether it is whole and its values are finite."""
+        with storage.plain_errors(path, "read"):
+            data = path.read_bytes()
+        if (tensors := self.attempt(lambda: unpack(data, str(path)))) is not None:
+            self.problems += [f"{path}: {problem}" for problem in not_finite(tensors)]
+            self.checked.append(f"{path}: {len(tensors)} tensors")
+            self.notes.append(f"{path} is checked by itself: its folder would tell more")
+        return self
+
+
+def damage(folder: Path) -> list[str]:
+    """Every file that is not as the folder's manifest says; none for a folder without a manifest."""
+    if not (folder / storage.MANIFEST).exists():
+        return []
+    try:
+        storage.read_folder(folder)
+        return []
+    except storage.DamagedError as error:
+        first = str(error)
+    try:
+        table = json.loads((folder / storage.MANIFEST).read_bytes())["files"]
+        found = {folder / name: entry["sha256"] for name, entry in table.items() if Path(name).name == name}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return [first]
+    problems = [f"{path} is missing" for path in found if not path.is_file()]
+    wrong = [path for path, digest in found.items() if path.is_file() and storage.sha256(path.read_bytes()) != digest]
+    return problems + [f"{path} is damaged: its checksum is not the one that was saved" for path in wrong] or [first]
+
+
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """Which tensors have values that are not finite."""
+    return [f"{name} has values that are not finite" for name, t in tensors.items() if not t.isfinite().all()]
+
+
+def flaws(adapter: Adapter) -> list[str]:
+    """What is wrong with an adapter by itself: factors that do not go together, values that are not finite."""
+    problems = []
+    for path in adapter.targets():
+        group, rank = adapter.tensors[path], adapter.config.rank_at(path)
+        shapes = {name: tuple(group[name].shape) for name in ("A", "B") if name in group}
+        problems += [f"{path}.{name} is missing" for name in ("A", "B") if name not in group]
+        if "A" in shapes and (len(shapes["A"]) != 2 or shapes["A"][0] != rank):
+            problems.append(f"{path}.A is {shapes['A']}, not ({rank}, in)")
+        if "B" in shapes and (len(shapes["B"]) != 2 or shapes["B"][1] != rank):
+            problems.append(f"{path}.B is {shapes['B']}, not (out, {rank})")
+    flat = {f"{path}.{name}": t for path, group in adapter.tensors.items() for name, t in group.items()}
+    return problems + not_finite(flat)
