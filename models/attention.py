@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lora.functional import kept_by_dropout
+
 # Queries that are taken at once on the CPU. Of the keys, those after the last of them are never looked at, which
 # saves 1/4 of all work with two blocks and 3/8 with four; smaller blocks lose it again to more and smaller products.
 BLOCK = 128
@@ -34,7 +36,7 @@ def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, dropout: fl
         return AttentionByBlocks.apply(q, k, v, dropout).view(q_BHTD.shape)
 
 
-def _mask(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _hidden(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """(rows, columns) that hides from the last `rows` of so many positions what comes after each."""
     return torch.full((rows, columns), -math.inf, dtype=dtype).triu_(columns - rows + 1)
 
@@ -44,30 +46,32 @@ class AttentionByBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, dropout):
-        y, kept = torch.empty_like(q), []
+        y, saved = torch.empty_like(q), []
         for a in range(0, q.shape[1], BLOCK):
             q_block = q[:, a : a + BLOCK]
             b = a + q_block.shape[1]
-            mask = _mask(b - a, b, q.dtype).expand(len(q), -1, -1)
-            P = torch.baddbmm(mask, q_block, k[:, :b].transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)
-            P_dropped, drop = torch.native_dropout(P, dropout, True) if dropout else (P, None)
-            y[:, a:b] = P_dropped @ v[:, :b]
-            kept += P, P_dropped, drop
-        ctx.save_for_backward(q, k, v, *kept)
-        ctx.dropout = dropout
+            hidden = _hidden(b - a, b, q.dtype).expand(len(q), -1, -1)
+            P = torch.baddbmm(hidden, q_block, k[:, :b].transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)
+            if dropout:
+                mask, ctx.scale = kept_by_dropout(P, dropout)
+                saved += P, P * mask * ctx.scale, mask
+            else:
+                saved += P, P, None
+            y[:, a:b] = saved[-2] @ v[:, :b]
+        ctx.save_for_backward(q, k, v, *saved)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        q, k, v, *kept = ctx.saved_tensors
+        q, k, v, *saved = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for i, a in enumerate(range(0, q.shape[1], BLOCK)):
-            P, P_dropped, drop = kept[3 * i : 3 * i + 3]
+            P, P_dropped, mask = saved[3 * i : 3 * i + 3]
             b = a + P.shape[1]
             dP = g[:, a:b] @ v[:, :b].transpose(1, 2)
-            if drop is not None:
-                dP = torch.ops.aten.native_dropout_backward(dP, drop, 1 / (1 - ctx.dropout))
+            if mask is not None:
+                dP = dP * mask * ctx.scale
             dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype).mul_(q.shape[-1] ** -0.5)
             dq[:, a:b] = dS @ k[:, :b]
             dk[:, :b] += dS.transpose(1, 2) @ q[:, a:b]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora.attach import adapter_parameters, attach
-from lora.functional import compute_dtype
+from lora.functional import compute_dtype, dropout
 from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, side_by_side
 from lora.variants import LoRAConfig
 from models import sampling
@@ -86,9 +86,9 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C). The stream stays in its own dtype, the products run in the compute dtype."""
-        dtype, dropout = compute_dtype(x_BTC), self.dropout if self.training else 0.0
-        x_BTC = x_BTC + F.dropout(self.attention(self.norm_1(x_BTC).to(dtype), cache), dropout)
-        return x_BTC + F.dropout(self.mlp(self.norm_2(x_BTC).to(dtype)), dropout)
+        dtype, p = compute_dtype(x_BTC), self.dropout if self.training else 0.0
+        x_BTC = x_BTC + dropout(self.attention(self.norm_1(x_BTC).to(dtype), cache), p)
+        return x_BTC + dropout(self.mlp(self.norm_2(x_BTC).to(dtype)), p)
 
 
 class BigramLanguageModelLoRA(nn.Module):
@@ -124,11 +124,11 @@ class BigramLanguageModelLoRA(nn.Module):
         super().__init__()
         if n_embd % n_head:
             raise ValueError(f"n_embd={n_embd} is not a multiple of n_head={n_head}")
+        self.dropout = dropout
         self.shape = shape = ModelShape(vocab_size, n_embd, block_size, n_head, n_layer, bias)
         with torch.device(device):
             self.token_embedding = LoRAEmbedding(vocab_size, n_embd)
             self.position_embedding = LoRAEmbedding(block_size, n_embd)
-            self.dropout = nn.Dropout(dropout)
             self.blocks = nn.ModuleList(Block(shape, dropout) for _ in range(n_layer))
             self.norm = LoRALayerNorm(n_embd, bias=bias)
             self.lm_head = LoRALinear(n_embd, vocab_size, bias=bias)
@@ -170,7 +170,8 @@ class BigramLanguageModelLoRA(nn.Module):
         if T > self.shape.block_size:
             raise ValueError(f"{T} positions, but block_size is {self.shape.block_size}")
         positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
-        x_BTC = self.dropout(self.token_embedding(idx) + self.position_embedding(positions))
+        x_BTC = self.token_embedding(idx) + self.position_embedding(positions)
+        x_BTC = dropout(x_BTC, self.dropout if self.training else 0.0)
         for i, block in enumerate(self.blocks):
             x_BTC = block(x_BTC, None if cache is None else cache.layers[i])
         if cache is not None:

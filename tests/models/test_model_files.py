@@ -32,7 +32,7 @@ def test_a_base_comes_back_bit_for_bit(changes: dict) -> None:
     assert list(loaded.state_dict()) == list(model.state_dict())
     assert all(torch.equal(t, model.state_dict()[key]) for key, t in loaded.state_dict().items())
     assert torch.equal(loaded.eval()(IDX)[0], model(IDX)[0])
-    assert loaded.blocks[0].dropout == loaded.dropout.p == loaded.blocks[0].attention.dropout == 0.25
+    assert loaded.blocks[0].dropout == loaded.dropout == loaded.blocks[0].attention.dropout == 0.25
     assert all(p.requires_grad for p in loaded.parameters())
 
 
