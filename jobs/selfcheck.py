@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jobs.job import Job, load_trained
 from lora import files as adapter_files
-from lora.adapter import Adapter
+from lora.adapter import Adapter, cut_short
 from lora.attach import base_tensors, hosts, using
 from lora.variants import LoRA
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
@@ -27,13 +27,18 @@ from runtime.steps import evaluate
 FEW = 1  # batches of held-out text
 SAME = 1e-4  # relative difference of losses; products may be summed in another order where memory lies elsewhere
 
-Names = dict[tuple[str, str], str]  # (module path, tensor) -> fingerprint
+Names = dict[str, str]  # <module path>.<tensor> -> fingerprint
+
+
+def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
+    """Its tensors as <module path>.<tensor>."""
+    return {f"{path}.{key}": t for path, group in adapter.tensors.items() for key, t in group.items()}
 
 
 def digests(adapter: Adapter) -> Names:
     """A fingerprint of each tensor. Of the adapter as a job is prepared it is the start of the run, also where the run
     goes on from a saved step: the A matrices come from the seed, the copies from the base."""
-    return {(path, key): fingerprint({key: t}) for path, group in adapter.tensors.items() for key, t in group.items()}
+    return {name: fingerprint({name: t}) for name, t in tensors_of(adapter).items()}
 
 
 def self_check(job: Job, run: Run, state: State, start: Names) -> None:
@@ -45,9 +50,7 @@ def self_check(job: Job, run: Run, state: State, start: Names) -> None:
         check_memory(job)
         fresh, adapter = read_back(job, run)
         if still := must_have_moved(job.model, state.best_step) & unmoved(start, digests(adapter)):
-            names = ", ".join(sorted(".".join(name) for name in still)[:4])
-            more = f" and {len(still) - 4} more" if len(still) > 4 else ""
-            raise UserError(f"training has not moved {names}{more}")
+            raise UserError(f"training has not moved {cut_short(sorted(still))}")
         check_saved(job, adapter, state)
         check_losses(job, fresh, adapter)
     except UserError as error:
@@ -74,12 +77,12 @@ def read_back(job: Job, run: Run) -> tuple[BigramLanguageModelLoRA, Adapter]:
     return fresh.to(job.machine.device), adapter_files.from_files(storage.read_folder(folder), str(folder))
 
 
-def unmoved(start: Names, now: Names) -> set[tuple[str, str]]:
+def unmoved(start: Names, now: Names) -> set[str]:
     """The tensors that are what they were."""
     return {name for name, digest in now.items() if start.get(name) == digest}
 
 
-def must_have_moved(model: nn.Module, steps: int) -> set[tuple[str, str]]:
+def must_have_moved(model: nn.Module, steps: int) -> set[str]:
     """The tensors that so many steps cannot have left as they were: all that have a gradient.
 
     While B is zero, A has none, so after one step only B and the copies of embeddings and biases must have moved. Two
@@ -91,27 +94,26 @@ def must_have_moved(model: nn.Module, steps: int) -> set[tuple[str, str]]:
     for path, host in hosts(model).items():
         layer = path.rpartition(".")[2]
         for entry in host.entries():
-            late = set(entry.parameters(recurse=False)) - set(
-                entry.fast_parameters() if isinstance(entry, LoRA) else ()
-            )
-            late -= {entry.copy_of(name) for name in ("weight", "bias")}
+            soon = {entry.copy_of("weight"), entry.copy_of("bias")}
+            soon |= set(entry.fast_parameters()) if isinstance(entry, LoRA) else set()
             for key, p in entry.named_parameters():
                 effect = layer not in idle and (layer, key) != ("k_proj", "bias")
-                if p.requires_grad and effect and (steps > 1 or p not in late):
-                    found.add((path, key))
+                if p.requires_grad and effect and (steps > 1 or p in soon):
+                    found.add(f"{path}.{key}")
     return found
 
 
 def check_saved(job: Job, adapter: Adapter, state: State) -> None:
-    """Raises UserError where the adapter on disk is not of the kind in memory, or not that one where no step came
-    after it."""
-    mine, saved = Adapter.of(job.model), digests(adapter)
-    if digests(mine).keys() != saved.keys():
-        raise UserError(f"the adapter on disk has {len(saved)} tensors, and the one in memory {len(digests(mine))}")
-    for path, key in saved:
-        there, here = adapter.tensors[path][key], mine.tensors[path][key]
-        if there.shape != here.shape or (state.best_step == state.step and not torch.equal(there, here)):
-            raise UserError(f"{path}.{key} on disk is not what was trained")
+    """Raises UserError where the adapter on disk has other tensors than the one in memory or, where no step came after
+    it, other values. (A GPU that passes a step again after a stop may differ in last bits from what it saved then.)"""
+    exact = state.best_step == state.step and job.machine.device.type == "cpu"
+    here, there = tensors_of(Adapter.of(job.model)), tensors_of(adapter)
+    if wrong := sorted(here.keys() ^ there.keys()):
+        side = "on disk" if wrong[0] in here else "in memory"
+        raise UserError(f"{wrong[0]} is missing {side}")
+    for name, tensor in there.items():
+        if tensor.shape != here[name].shape or (exact and not torch.equal(tensor, here[name])):
+            raise UserError(f"{name} on disk is not what was trained")
 
 
 def check_losses(job: Job, fresh: BigramLanguageModelLoRA, adapter: Adapter) -> None:
