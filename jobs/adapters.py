@@ -20,7 +20,8 @@ from lora.adapter import Adapter, cut_short
 from lora.attach import base_tensors
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime import storage
-from runtime.checkpoint import PRODUCTS, Run, all_runs, find_run, fingerprint, identity_of, open_run, to_json
+from runtime.checkpoint import PRODUCTS, Run, all_runs, find_run, identity_of, open_run
+from runtime.encoding import fingerprint, to_sealed_json
 from runtime.errors import UsageError, UserError
 
 
@@ -162,9 +163,9 @@ def publish(
     draft = Run(folder.with_name(f".tmp-{folder.name}-{os.getpid()}"), about)
     try:
         storage.commit_folder(draft.folder / PRODUCTS[about["kind"]], files)
-        storage.write_file(draft.folder / "result.json", to_json(result))
+        storage.write_file(draft.folder / "result.json", to_sealed_json(result))
         verify(draft)
-        storage.write_file(draft.folder / "run.json", to_json(about))
+        storage.write_file(draft.folder / "run.json", to_sealed_json(about))
         storage.publish_folder(draft.folder, folder)
     except BaseException:
         storage.remove_folder(draft.folder)

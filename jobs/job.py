@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from runtime.checkpoint import Run, fingerprint, identity_of, say
 from runtime.config import SHAPE, Settings
 from runtime.device import Machine, check_compiler
 from runtime.errors import UserError
+from runtime.fields import settings_of
 from runtime.sources import Resolved
 from runtime.steps import Batch, Schedule, Stepper, evaluate
 
@@ -103,13 +105,18 @@ class Job:
             "machine": f"{platform.machine()}, {self.machine}, {torch.get_num_threads()} threads",
         }
 
-    def product_files(self) -> dict[str, bytes]:
-        """What the run is for, as it stands now: the adapter, or the model with its tokenizer."""
+    def product_files(self, **notes: str) -> dict[str, bytes]:
+        """What the run is for, as it stands now: the adapter, or the model with its tokenizer.
+
+        notes: what an adapter's card tells beside what is known here, such as `steps` and `validation_loss`.
+        """
         if self.kind != "lora":
             return model_files.to_files(self.model) | {TOKENIZER: self.tokenizer.dumps()}
         facts = {"base": self.base.name, "base_sha256": self.base_sha256, "dataset": self.corpus.name}
         facts |= {"dataset_sha256": self.corpus.sha256, "tokenizer_sha256": self.tokenizer.sha256}
-        return adapter_files.to_files(Adapter.of(self.model, **facts))
+        versions = f"python {platform.python_version()}, torch {torch.__version__}"
+        known = {"command": command_of(self.settings, self.base), "versions": versions}
+        return adapter_files.to_files(Adapter.of(self.model, **facts), notes | known)
 
     def load_product(self, files: dict[str, bytes], where: str) -> None:
         """Put a saved product back into the model, which then has done with training."""
@@ -160,3 +167,18 @@ def lora_config(settings: Settings) -> LoRAConfig:
     """The LoRA settings as an adapter's config."""
     names = ("rank", "alpha", "dropout", "targets", "variant", "bias", "train_embeddings")
     return LoRAConfig(**{name: getattr(settings, f"lora_{name}") for name in names})
+
+
+def command_of(settings: Settings, base: Run) -> str:
+    """The command that trains an adapter with these settings, given no .env and no variables."""
+    asked = {"use_lora": True, "test_mode": settings.test_mode, "base": base.name}
+    plain, words = Settings.from_dict(asked), ["python", "training.py"]
+    for row in settings_of(Settings):
+        value = asked.get(row.name, getattr(settings, row.name))
+        if not row.rule.identity or (value == getattr(plain, row.name) and not (row.name in asked and value)):
+            continue
+        if row.kind is bool:
+            words.append(row.flag if value else f"--no-{row.flag[2:]}")
+        else:
+            words += [row.flag, "none" if value is None else str(value)]
+    return shlex.join(words)
