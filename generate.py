@@ -1,26 +1,35 @@
-"""Print text from a trained run, with or without its adapter.
+"""Print text from a trained run, with or without its adapter, or with several.
 
 python generate.py                                        the newest run, from an empty line
 python generate.py --run lora-folio-r8 --prompt "O Romeo"
 python generate.py --run lora-folio-r8 --adapter none     the same base without its adapter
+python generate.py --adapter lora-folio-r8=0.5            half of what the adapter adds
+python generate.py --adapter lora-folio-r8 --adapter lora-milton-r8       the sum of what both add
+python generate.py --prompts prompts.jsonl                lines {"prompt": "O Romeo", "adapter": "lora-folio-r8"}
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.tokenizers import Tokenizer
-from jobs.job import load_trained
-from lora import files as adapter_files
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from models.sampling import Sampling, stream
-from runtime.checkpoint import Run, all_runs, find_run, say
+from jobs.choice import Choice, choose, in_words, parse_adapters
+from jobs.prompts import Request, read_requests
+from lora.attach import using
+from models.choosing import Sampling
+from models.per_row import generate_per_row
+from models.sampling import stream
+from runtime.checkpoint import say
 from runtime.config import Machine, from_command_line
 from runtime.device import pick_machine
 from runtime.errors import UsageError, UserError, run_command
 from runtime.fields import setting
+from runtime.metrics import Progress
+from runtime.sources import Resolved
 
 WHAT, HOW = "What to continue", "How to sample"
 
@@ -30,8 +39,19 @@ class Options(Machine):
     """The flags of generate.py."""
 
     run: str = setting("", "The run to sample from; empty takes the newest", group=WHAT, env=False)
-    adapter: str = setting("", "A LoRA run's name, or none; empty takes the run's own", group=WHAT, env=False)
+    adapter: tuple[str, ...] = setting(
+        (),
+        "A LoRA run's name, name=STRENGTH, or none; may be given several times; without it, the run's own",
+        group=WHAT,
+        env=False,
+    )
     prompt: tuple[str, ...] = setting(("\n",), "Text to continue; may be given several times", group=WHAT, env=False)
+    prompts: str = setting(
+        "",
+        'A file of lines {"prompt": "...", "adapter": "..."}, of which the adapter may be left out; prints such lines',
+        group=WHAT,
+        env=False,
+    )
     num_samples: int = setting(1, "Continuations of each prompt", group=WHAT, low=1, high=10_000, env=False)
     max_new_tokens: int = setting(500, "Tokens to add", group=WHAT, low=1, env=False)
     temperature: float = setting(
@@ -53,34 +73,28 @@ class Options(Machine):
     greedy: bool = setting(False, "Always take the likeliest token", group=HOW, env=False)
 
 
-def choose_runs(options: Options) -> tuple[Run, Run | None]:
-    """The run with the base's weights, and the LoRA run on top of it or None."""
-    root = Path(options.checkpoints_dir)
-    if not options.run and not (runs := all_runs(root)):
-        raise UserError(f"there is no run in {root} yet; train one with: python training.py")
-    run = find_run(root, options.run) if options.run else runs[-1]
-    lora = run if run.kind == "lora" else None
-    if options.adapter == "none":
-        lora = None
-    elif options.adapter:
-        lora = find_run(root, options.adapter)
-        if lora.kind != "lora":
-            raise UsageError(f"--adapter {options.adapter} is not a LoRA run; use --run for it")
-    base = find_run(root, run.about["base"]["run"]) if run.kind == "lora" else run
-    return base, lora
+class Patience:
+    """Progress on stderr, but only of what takes longer than two seconds."""
+
+    def __init__(self) -> None:
+        self.began, self.progress = time.perf_counter(), None
+
+    def __call__(self, done: int, total: int) -> None:
+        """So much is done."""
+        if self.progress is None and time.perf_counter() - self.began > 2:
+            self.progress = Progress("generate", total, done, every_seconds=2)
+        if self.progress:
+            self.progress.update(done)
+            if done == total:
+                self.progress.close()
 
 
-def load(base: Run, lora: Run | None) -> tuple[BigramLanguageModelLoRA, Tokenizer]:
-    """The base's model, with the adapter of the LoRA run attached, and the base's tokenizer."""
-    model, tokenizer = load_trained(base)
-    if lora:
-        adapter_files.from_files(lora.read(), str(lora.folder)).put_on(model)
-    return model.requires_grad_(False), tokenizer
-
-
-def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A prompt as token ids, at least one."""
-    return tokenizer.encode(prompt or "\n").tolist()
+def encode(tokenizer: Tokenizer, request: Request) -> list[int]:
+    """A prompt as token ids, at least one. Raises UserError for characters that the tokenizer does not know."""
+    try:
+        return tokenizer.encode(request.prompt or "\n").tolist()
+    except UserError as error:
+        raise UserError(f"{request.where}: {error}" if request.where else str(error)) from None
 
 
 def print_streaming(tokenizer: Tokenizer, prompt: str, tokens: Sequence[Sequence[int]]) -> None:
@@ -92,29 +106,55 @@ def print_streaming(tokenizer: Tokenizer, prompt: str, tokens: Sequence[Sequence
     print(decoder.flush())
 
 
-def print_batch(tokenizer: Tokenizer, prompts: list[str], tokens: Sequence[Sequence[int]]) -> None:
-    """Print several continuations, each whole when all are done."""
-    columns = list(tokens)
-    for row, prompt in enumerate(prompts):
-        print(f"{'' if row == 0 else '-' * 40 + chr(10)}{prompt}{tokenizer.decode([step[row] for step in columns])}")
+def print_batch(requests: Sequence[Request], texts: Sequence[str]) -> None:
+    """Print several continuations for people."""
+    print(("-" * 40 + "\n").join(f"{r.prompt}{text}\n" for r, text in zip(requests, texts, strict=True)), end="")
+
+
+def print_lines(choice: Choice, requests: Sequence[Request], texts: Sequence[str]) -> None:
+    """Print several continuations as JSON lines."""
+    for request, text in zip(requests, texts, strict=True):
+        adapter = in_words(choice.default if request.adapters is None else request.adapters)
+        print(json.dumps({"prompt": request.prompt, "adapter": adapter, "text": text}, ensure_ascii=False))
+
+
+def what_to_continue(given: Resolved) -> list[Request]:
+    """The prompts, each as often as it is to be continued. Raises UsageError where there are two sources of them."""
+    options = given.settings
+    if options.prompts and given.explicit("prompt"):
+        raise UsageError("--prompt and --prompts are both given; put all prompts into the file")
+    found = read_requests(Path(options.prompts)) if options.prompts else [Request(text) for text in options.prompt]
+    return [request for request in found for _ in range(options.num_samples)]
 
 
 def main() -> None:
     """Run the command."""
-    options = from_command_line(Options, __doc__).settings
-    machine = pick_machine(options.device, options.dtype)
-    base, lora = choose_runs(options)
-    model, tokenizer = load(base, lora)
-    say(f"From {base.name}{f' with the adapter of {lora.name}' if lora else ''}, on {machine}, seed {options.seed}")
-    prompts = [prompt for prompt in options.prompt for _ in range(options.num_samples)]
+    given = from_command_line(Options, __doc__)
+    options, machine = given.settings, pick_machine(given.settings.device, given.settings.dtype)
+    requests = what_to_continue(given)
+    wanted = parse_adapters(options.adapter) if options.adapter else None
+    named = [name for request in requests for name in request.adapters or ()]
+    choice = choose(Path(options.checkpoints_dir), options.run, wanted, named)
+    model, tokenizer = choice.base.model.requires_grad_(False).to(machine.device), choice.base.tokenizer
+    adapters = f" with {in_words(choice.default)}" if choice.default else ""
+    say(f"From {choice.base.run.name}{adapters}, on {machine}, seed {options.seed}")
+    prompts = [encode(tokenizer, request) for request in requests]
     how = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty, options.greedy)
+    # Samples of a prompt differ in their seed, and no text depends on what is beside it.
+    rows = [choice.on_model(request.adapters) for request in requests]
+    seeds = [options.seed + i % options.num_samples for i in range(len(requests))]
     with machine.autocast():
-        model.to(machine.device)
-        tokens = stream(model, [encode(tokenizer, p) for p in prompts], options.max_new_tokens, how, options.seed)
-        if len(prompts) == 1:
-            print_streaming(tokenizer, prompts[0], tokens)
-        else:
-            print_batch(tokenizer, prompts, tokens)
+        if len(requests) == 1 and not options.prompts:
+            with using(model, rows[0]):
+                tokens = stream(model, prompts, options.max_new_tokens, how, seeds)
+                print_streaming(tokenizer, requests[0].prompt, tokens)
+            return
+        found = generate_per_row(model, prompts, rows, options.max_new_tokens, how, seeds, Patience())
+    texts = [tokenizer.decode(tokens) for tokens in found]
+    if options.prompts:
+        print_lines(choice, requests, texts)
+    else:
+        print_batch(requests, texts)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""Which base and which of its adapters text is sampled from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.adapters import Base, base_name, open_adapters
+from jobs.job import load_trained
+from runtime.checkpoint import Run, all_runs, find_run
+from runtime.errors import UsageError, UserError
+from runtime.fields import DECIMAL
+
+NONE = "none"
+Strengths = dict[str, float]  # of adapters that count together, by the names of their runs
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A base whose model carries every adapter that was named, and what counts where nothing else is said.
+
+    attached: what each adapter is called on the model, which takes fewer names than a run may have.
+    """
+
+    base: Base
+    attached: dict[str, str]
+    default: Strengths
+
+    def on_model(self, strengths: Strengths | None) -> Strengths:
+        """The strengths as `lora.attach.activate` takes them; None stands for the default."""
+        chosen = self.default if strengths is None else strengths
+        return {self.attached[name]: strength for name, strength in chosen.items()}
+
+
+def parse_adapters(texts: Sequence[str]) -> Strengths:
+    """Adapters out of `folio`, `folio=0.5` (at that strength; a run's name has no '='), or `none` by itself.
+
+    Raises UsageError for a strength that is no number, and for what contradicts itself.
+    """
+    strengths: Strengths = {}
+    for text in texts:
+        name, equals, number = text.rpartition("=")
+        name, number = (name, number) if equals else (text, "1")
+        if not DECIMAL.fullmatch(number) or not math.isfinite(float(number)):
+            raise UsageError(f"adapter {text}: what follows '=' must be a number, the adapter's strength")
+        if name in strengths:
+            raise UsageError(f"adapter {name} is given twice")
+        strengths[name] = float(number)
+    if NONE in strengths and list(texts) != [NONE]:
+        raise UsageError(f"adapter {NONE} stands for the plain base, so it goes with no strength and no other adapter")
+    return {} if NONE in strengths else strengths
+
+
+def in_words(strengths: Strengths) -> str:
+    """Adapters as `parse_adapters` takes them, with commas between them."""
+    return ", ".join(name if s == 1 else f"{name}={s:g}" for name, s in strengths.items()) or NONE
+
+
+def choose(root: Path, run_name: str, wanted: Strengths | None, others: Iterable[str]) -> Choice:
+    """The base, with the wanted adapters and others on it; without a run's name, the base that they were trained on.
+
+    wanted: None for the run's own adapter; where no run is named but others are, for the plain base. Without any name
+    it is the newest run that counts.
+
+    Raises UsageError for a name that there is not, UserError for adapters of another base, and for damaged files.
+    """
+    others, run = list(others), find_run(root, run_name) if run_name else None
+    if run is None and not wanted and not others:
+        run = _newest(root)
+    if wanted is None:
+        wanted = {_name_in(root, run): 1.0} if run and run.kind == "lora" else {}
+    names = tuple(dict.fromkeys([*wanted, *others]))
+    if not names:
+        base = find_run(root, base_name(run)) if run.kind == "lora" else run
+        return Choice(Base(base, *load_trained(base)), {}, {})
+    adapted = open_adapters(root, names)
+    base = adapted[0].base
+    if run and (other := base_name(run) if run.kind == "lora" else run.name) != base.run.name:
+        on = f"{run.name} is on {other}" if run.kind == "lora" else f"{other} is another model"
+        raise UserError(f"{names[-1]}: it was trained on {base.run.name}, and {on}")
+    attached = {name: f"adapter_{i}" for i, name in enumerate(names)}
+    for name, item in zip(names, adapted, strict=True):
+        item.adapter.put_on(base.model, attached[name])
+    return Choice(base, attached, wanted)
+
+
+def _newest(root: Path) -> Run:
+    if not (runs := all_runs(root)):
+        raise UserError(f"there is no run in {root} yet; train one with: python training.py")
+    return runs[-1]
+
+
+def _name_in(root: Path, run: Run) -> str:
+    return run.name if run.folder == root / run.name else str(run.folder.absolute())

@@ -1,0 +1,65 @@
+"""Prompts to continue: a file of JSON lines, one prompt a line, each with adapters of its own if it names any."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.choice import Strengths, parse_adapters
+from runtime.errors import UserError
+from runtime.storage import plain_errors
+
+KEYS = {"prompt", "adapter"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to continue, and the adapters for it; None leaves them to the command line. where: for messages."""
+
+    prompt: str
+    adapters: Strengths | None = None
+    where: str = ""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) != len(dict(pairs)):
+        raise ValueError("a key is given twice")
+    return dict(pairs)
+
+
+def _read_line(line: bytes, where: str) -> Request:
+    try:
+        value = json.loads(line.decode(), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: no JSON in UTF-8: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: must be an object like {{"prompt": "O Romeo", "adapter": "lora-folio-r8"}}')
+    if unknown := sorted(value.keys() - KEYS):
+        raise UserError(f"{where}: {', '.join(map(repr, unknown))} is not a key here; there are prompt and adapter")
+    if not isinstance(value.get("prompt"), str):
+        raise UserError(f"{where}: {'prompt must be text' if 'prompt' in value else 'prompt is missing'}")
+    if "adapter" not in value:
+        return Request(value["prompt"], None, where)
+    if not isinstance(value["adapter"], str):
+        raise UserError(f"{where}: adapter must be text, a name or none")
+    try:
+        return Request(value["prompt"], parse_adapters([value["adapter"]]), where)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def read_requests(path: Path) -> list[Request]:
+    """The prompts of a file of JSON lines: {"prompt": text, "adapter": a LoRA run's name or none, optional}.
+
+    Only a newline ends a line: within JSON's strings other signs may stand that `str.splitlines` splits at. Empty
+    lines are passed over. Raises UserError that names the line for anything else.
+    """
+    with plain_errors(path, "read"):
+        data = path.read_bytes()
+    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    requests = [_read_line(line, f"{path} line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not requests:
+        raise UserError(f"{path} holds no prompts")
+    return requests
