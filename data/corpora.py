@@ -12,14 +12,15 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from data.cache import cached
 from data.cleaning import CLEANING, SOURCES, read_works, split
 from runtime.errors import UsageError, UserError
-from runtime.storage import DamagedError, commit_folder, plain_errors, read_folder, remove_folder, sha256, write_file
+from runtime.storage import plain_errors, sha256, write_file
 
 CORPORA = {
     "shakespeare": "Shakespeare's works in modern spelling, 5.1 M characters; what a base trains on by default",
@@ -63,31 +64,20 @@ class Corpus:
 
 def words(text: str) -> list[str]:
     """The words of a text in their order, in lower case: letters, with apostrophes only inside (o'er, but tis)."""
-    return re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower())
+    return [match[0] for match in _each_word(text)]
+
+
+def distinct_words(text: str) -> set[str]:
+    """The words of a text, each once; a long text has far more words than different ones."""
+    return {match[0] for match in _each_word(text)}
+
+
+def _each_word(text: str) -> Iterator[re.Match]:
+    return re.finditer(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower())
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def cached(folder: Path, build: Callable[[], dict[str, bytes]]) -> dict[str, bytes]:
-    """The files (name to bytes) of a committed folder: read where it exists and is sound, else built and saved there.
-
-    A damaged folder is built again, and a cache that cannot be written is done without; both are said on stderr.
-    """
-    if folder.exists():
-        try:
-            return read_folder(folder)
-        except DamagedError as error:
-            _say(f"{error}; making it again")
-            remove_folder(folder)
-    files = build()
-    try:
-        commit_folder(folder, files)
-    except UserError as error:
-        if not folder.exists():  # else another process was faster, with the same bytes
-            _say(f"{error}; going on without this cache")
-    return files
 
 
 def _read_verified(path: Path, digest: str) -> bytes | None:
@@ -178,8 +168,10 @@ def _clean(name: str, data_dir: Path) -> dict[str, bytes]:
 
 
 def _load_cleaned(name: str, data_dir: Path) -> Corpus:
-    files = cached(data_dir / f"{name}-v{CLEANING}", lambda: _clean(name, data_dir))
-    return Corpus(name, files["train.txt"].decode(), files["validation.txt"].decode())
+    def parse(files: dict[str, bytes]) -> Corpus:
+        return Corpus(name, files["train.txt"].decode(), files["validation.txt"].decode())
+
+    return cached(data_dir / f"{name}-v{CLEANING}", lambda: _clean(name, data_dir), parse)
 
 
 def _in_order(name: str, text: str) -> Corpus:
@@ -207,15 +199,14 @@ def _read_text(path: Path) -> str:
         raise UserError(
             f"DATASET={path}: there is no such text file; check the path, or use one of {', '.join(CORPORA)}"
         )
-    with plain_errors(path, "read"):
-        data = path.read_bytes()
     try:
-        text = data.decode().removeprefix("\ufeff").replace("\r\n", "\n")
+        with plain_errors(path, "read"):
+            text = path.read_bytes().decode().removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UserError(
             f"DATASET={path} is not UTF-8 (byte {error.start:,} does not fit); save it again as UTF-8"
         ) from None
-    if not text.strip():
+    if not text or text.isspace():
         raise UserError(f"DATASET={path} is empty; give a file with some text in it")
     return text
 

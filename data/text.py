@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.corpora import cached
+from data.cache import cached
 from data.tokenizers import Tokenizer
 from runtime.errors import UserError
 from runtime.storage import sha256
 
+TOKENS = "tokens.bin"  # little-endian ids and nothing else
+
 # Shapes: B sequences in a batch, T tokens in a sequence (BLOCK_SIZE), N windows in a text.
 Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-def _npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
-    return file.getvalue()
 
 
 def tokens_of(text: str, tokenizer: Tokenizer, data_dir: Path) -> np.ndarray:
@@ -29,8 +24,15 @@ def tokens_of(text: str, tokenizer: Tokenizer, data_dir: Path) -> np.ndarray:
     Raises UserError where the tokenizer does not know a character of the text.
     """
     name = f"{sha256(text.encode('utf-8', 'surrogatepass'))[:16]}-{tokenizer.sha256[:16]}"
-    files = cached(data_dir / "tokens" / name, lambda: {"tokens.npy": _npy(tokenizer.encode(text))})
-    return np.load(io.BytesIO(files["tokens.npy"]), allow_pickle=False)
+    stored = np.dtype(tokenizer.dtype).newbyteorder("<")
+
+    def parse(files: dict[str, bytes]) -> np.ndarray:
+        tokens = np.frombuffer(files[TOKENS], stored)
+        if not len(tokens) or tokens.max() >= tokenizer.vocab_size:
+            raise ValueError("there are no such tokens")
+        return tokens.astype(tokenizer.dtype, copy=False)
+
+    return cached(data_dir / "tokens" / name, lambda: {TOKENS: tokenizer.encode(text).astype(stored).tobytes()}, parse)
 
 
 def _require_length(tokens: np.ndarray, block_size: int) -> None:

@@ -19,6 +19,7 @@ from runtime.storage import DamagedError, sha256
 KINDS = ("char", "bpe", "gpt2")
 END = "<|endoftext|>"
 ASCII = "\n" + "".join(map(chr, range(32, 127)))
+PART = 2**20  # characters that are looked up at a time
 NO_ID = np.uint32(0xFFFFFFFF)
 
 
@@ -116,17 +117,27 @@ class CharTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, shape (characters,). Raises UserError that lists the characters it does not know."""
-        ids = self._ids[self._code_points(text)]
-        if ids.size and ids.max() == NO_ID:
-            raise UserError(
-                f"the tokenizer has no {_listed(self.unknown(text))}; choose a DATASET that the base's tokenizer"
-                " covers, or train a base on this text or with TOKENIZER=bpe"
-            )
-        return ids.astype(self.dtype)
+        tokens = np.empty(len(text), self.dtype)
+        for start, codes in self._parts(text):
+            ids = self._ids[codes]
+            if ids.max() == NO_ID:
+                raise UserError(
+                    f"the tokenizer has no {_listed(self.unknown(text))}; choose a DATASET that the base's tokenizer"
+                    " covers, or train a base on this text or with TOKENIZER=bpe"
+                )
+            tokens[start : start + len(ids)] = ids
+        return tokens
 
     def unknown(self, text: str) -> dict[str, int]:
-        codes = self._code_points(text)
-        return dict(Counter(map(chr, codes[self._ids[codes] == NO_ID].tolist())))
+        found: Counter[str] = Counter()
+        for _, codes in self._parts(text):
+            found.update(map(chr, codes[self._ids[codes] == NO_ID].tolist()))
+        return dict(found)
+
+    def _parts(self, text: str) -> Iterator[tuple[int, np.ndarray]]:
+        """Code points with where they begin, a part at a time, as they take several times the text's memory."""
+        for start in range(0, len(text), PART):
+            yield start, self._code_points(text[start : start + PART])
 
     def dumps(self) -> bytes:
         return json.dumps({"kind": self.kind, "vocabulary": self.vocabulary}).encode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data.corpora import load_corpus, words
+from data.corpora import distinct_words, load_corpus, words
 from jobs.job import Job
 from models.sampling import Sampling, generate
 from runtime import report
@@ -39,7 +39,7 @@ def tell_result(job: Job, run: Run, result: dict) -> None:
 def tell_samples(job: Job, samples: dict[str, str]) -> None:
     """Samples of text by title, and how many of their words the text has; from a base, those only the text has."""
     foreign = base_words(job) if job.base else set()
-    counted = set(words(job.corpus.text)) - foreign
+    counted = distinct_words(job.corpus.text) - foreign
     which = f"that only {job.corpus.name} has" if foreign else f"of {job.corpus.name}"
     for title, text in samples.items():
         found, count = [word for word in words(text) if word in counted], max(1, len(words(text)))
@@ -52,7 +52,7 @@ def base_words(job: Job) -> set[str]:
     """The words of the text that the base was trained on; none where that text is gone."""
     dataset = job.base.about["settings"]["dataset"]
     try:
-        return set(words(load_corpus(dataset, Path(job.settings.data_dir)).text))
+        return distinct_words(load_corpus(dataset, Path(job.settings.data_dir)).text)
     except UserError as error:
         say(f"Counting words without the base's own text: {error}")
         return set()

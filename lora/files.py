@@ -167,7 +167,11 @@ def from_files(files: dict[str, bytes], where: str) -> Adapter:
     tensors = _tensors(files, where)
     header = json.loads(files[TENSORS][8 : 8 + int.from_bytes(files[TENSORS][:8], "little")])
     facts = {key: value for key, value in header.get("__metadata__", {}).items() if key != "format"}
-    return Adapter(_config(about, f"{where}/{CONFIG}"), tensors, facts)
+    config = _config(about, f"{where}/{CONFIG}")
+    largest = max((size for group in tensors.values() for t in group.values() for size in t.shape), default=0)
+    if (rank := max(config.rank, *config.rank_pattern.values(), 0)) > largest:  # before anybody makes room for it
+        raise UserError(f"{where}: a rank of {rank:,} is more than any tensor in {TENSORS} has")
+    return Adapter(config, tensors, facts)
 
 
 def save_adapter(folder: Path, adapter: Adapter) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora.attach import base_tensors
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
@@ -35,12 +35,23 @@ def shape_from(files: dict[str, bytes], where: str) -> ModelShape:
     return shape
 
 
+def _check_size(shape: ModelShape, tensors: dict[str, Tensor], where: str) -> None:
+    """Raises DamagedError for a shape that needs more weights than there are, before anybody makes room for them."""
+    least = (shape.vocab_size + shape.block_size) * shape.n_embd
+    if least > sum(tensor.numel() for tensor in tensors.values()) or shape.n_layer > len(tensors):
+        raise DamagedError(f"{where}/{WEIGHTS} holds fewer weights than the shape in {CONFIG} needs")
+
+
 def load_weights(model: nn.Module, files: dict[str, bytes], where: str) -> None:
     """Copy a base's weights into a model without adapters.
 
     Raises UserError that names what is missing, unexpected or misshapen, all together, before the model is touched.
     """
-    tensors, wanted = unpack(files[WEIGHTS], f"{where}/{WEIGHTS}"), dict(model.named_parameters())
+    _copy(model, unpack(files[WEIGHTS], f"{where}/{WEIGHTS}"), where)
+
+
+def _copy(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    wanted = dict(model.named_parameters())
     problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
     problems += [f"{name} is unexpected" for name in tensors.keys() - wanted.keys()]
     for name in wanted.keys() & tensors.keys():
@@ -56,6 +67,8 @@ def load_weights(model: nn.Module, files: dict[str, bytes], where: str) -> None:
 
 def from_files(files: dict[str, bytes], where: str, dropout: float = 0.0) -> BigramLanguageModelLoRA:
     """The model that these files hold, on the CPU, with no adapter."""
-    model = BigramLanguageModelLoRA.from_shape(shape_from(files, where), dropout)
-    load_weights(model, files, where)
+    shape, tensors = shape_from(files, where), unpack(files[WEIGHTS], f"{where}/{WEIGHTS}")
+    _check_size(shape, tensors, where)
+    model = BigramLanguageModelLoRA.from_shape(shape, dropout)
+    _copy(model, tensors, where)
     return model

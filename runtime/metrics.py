@@ -20,6 +20,9 @@ class MetricsLog:
         """Go on with the log of a run that resumes after `resumed_at` steps: later lines will be written anew."""
         self.path, self.pending = path, []
         kept = [line for line in read_metrics(path) if line["step"] <= resumed_at] if path.exists() else []
+        last = max((line["step"] for line in kept), default=0)
+        if last < resumed_at:
+            print(f"{path} ends at step {last}, before step {resumed_at} where the run goes on", file=sys.stderr)
         storage.write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def add(self, step: int, **values: float) -> None:

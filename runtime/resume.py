@@ -73,13 +73,18 @@ def _described(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
     return {name: (t.dtype, t.shape) for name, t in tensors.items()}
 
 
+def _is_size(value: float) -> bool:
+    """Whether this is a number from 0 that arithmetic with floats can take; a loss that was never read is inf."""
+    return 0 <= value < 2**63 or isinstance(value, float) and value >= 0
+
+
 def _read_state(stepper: Stepper, about: dict, where: str) -> tuple[State, dict]:
     wanted, scaler = stepper.scaler.state_dict(), about.pop("scaler", None)
     if not isinstance(scaler, dict) or (wanted and scaler and scaler.keys() != wanted.keys()):
         raise DamagedError(f"{where} is damaged: scaler is {scaler!r}")
     for field in fields(State):
         value = about.get(field.name)
-        if not (type(value) is int or type(value) is float and field.type == "float") or not value >= 0:
+        if not (type(value) is int or type(value) is float and field.type == "float") or not _is_size(value):
             raise DamagedError(f"{where} is damaged: {field.name} is {value!r}")
     if unknown := about.keys() - asdict(State()).keys():
         raise DamagedError(f"{where} is damaged: it holds {', '.join(map(repr, unknown))}")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from data import corpora
+from data import cache, corpora
 from data.cleaning import CLEANING, SOURCES, read_works, tidy
 from data.corpora import ARCHIVE, CORPORA, Corpus, fetch, load_corpus, words
 from runtime.errors import UsageError, UserError
@@ -165,7 +165,7 @@ def test_cache_that_cannot_be_written_is_done_without(
     def full(folder: Path, files: dict[str, bytes]) -> None:
         raise UserError("could not save: No space left on device")
 
-    monkeypatch.setattr(corpora, "commit_folder", full)
+    monkeypatch.setattr(cache, "commit_folder", full)
     assert load_corpus("milton", own_dir) == milton
     assert "going on without this cache" in capsys.readouterr().err
 

@@ -23,7 +23,7 @@ def test_tokens_are_cached_and_checked(tmp_path: Path, capsys: pytest.CaptureFix
     tokenizer = build_tokenizer("char", text, 0)
     first = tokens_of(text, tokenizer, tmp_path)
     assert first.tolist() == tokenizer.encode(text).tolist()
-    (path,) = tmp_path.glob("tokens/*/tokens.npy")
+    (path,) = tmp_path.glob("tokens/*/tokens.bin")
     again = tokens_of(text, tokenizer, tmp_path)
     assert (again.tolist(), again.dtype) == (first.tolist(), np.uint16)
     assert capsys.readouterr().err == ""
@@ -47,7 +47,7 @@ def test_tokens_of_other_texts_and_tokenizers_are_kept_apart(tmp_path: Path) -> 
 def test_unknown_characters_leave_no_cache(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the tokenizer has no"):
         tokens_of("ß", build_tokenizer("char", "a", 0), tmp_path)
-    assert not list(tmp_path.rglob("*.npy"))
+    assert not list(tmp_path.rglob("*.bin"))
 
 
 def test_batches_are_functions_of_seed_and_step() -> None:
