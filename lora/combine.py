@@ -182,8 +182,9 @@ def combine(
     method: `cat` keeps all factors, stacked; `linear` has the same ΔW in as few ranks as it needs; `svd` keeps the
     largest `rank` singular values, which no other matrix of that rank comes closer to (Eckart and Young 1936).
 
-    Raises UserError for adapters of other bases; UsageError for an unknown method, as many weights as there are not
-    adapters, a rank without `svd` or above what there is, and full-rank changes where the method is not `svd`.
+    Raises UserError for adapters of other bases and for a sum that is not finite; UsageError for an unknown method, as
+    many weights as there are not adapters, a rank without `svd` or above what there is, and changes of full rank where
+    the method is not `svd`.
     """
     _check(adapters, weights, base, method, rank)
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -200,6 +201,8 @@ def combine(
     for name, copy in _copies(adapters, weights, base, config.bias).items():
         path, _, key = name.rpartition(".")
         tensors.setdefault(path, {})[key] = copy.float()
+    if not all(tensor.isfinite().all() for group in tensors.values() for tensor in group.values()):
+        raise UserError("the sum has values that are not finite in fp32; take smaller weights")
     facts = {key: text for key, text in adapters[0].facts.items() if all(a.facts.get(key) == text for a in adapters)}
     error = sum(x**2 for x in lost.values()) ** 0.5 / (sum(x**2 for x in norms.values()) ** 0.5 or 1.0)
     return Combined(Adapter(config, tensors, facts), {p: lost[p] / (norms[p] or 1.0) for p in lost}, error)

@@ -242,6 +242,9 @@ def test_what_cannot_be_combined_is_refused_by_name():
     third = Adapter(two.config, two.tensors, {"base": "base-z", "base_sha256": "e" * 64})
     with pytest.raises(UserError, match=r"base-y \(f{12}\), base-z \(e{12}\), and the base is"):
         combine([one, other, third], (1, 1, 1), base())
+    for method in ("cat", "linear"):
+        with pytest.raises(UserError, match="not finite"):
+            combine([one], (1e45,), base(), method)
     for arguments, told in (
         (([one, two], (1.0,), base()), "1 weights for 2 adapters"),
         (([one], (1.0,), base(), "ties"), "must be one of linear, cat, svd"),
