@@ -96,7 +96,8 @@ class Training:
         self.progress.update(state.step, val=f"{value:.3f}")
         if value < state.best:
             state.best, state.best_step, state.stale = value, state.step, 0
-            self.run.save("best", state.step, self.job.product_files(), keep=1)
+            files = self.job.product_files(steps=f"{state.step:,}", validation_loss=f"{value:.4f}")
+            self.run.save("best", state.step, files, keep=1)
         else:
             state.stale += 1
 

@@ -104,7 +104,9 @@ GOOD += [{"lora_variant": "rslora", "lora_train_embeddings": False, "lora_target
 def test_an_honest_run_passes(root: Path, changes: dict) -> None:
     run = adapt(root, **changes)
     assert run.finished
-    assert run.result["best_step"] <= run.about["settings"]["max_iters"]
+    card = (run.product / "README.md").read_text("utf-8")
+    assert f"| steps | {run.result['best_step']} |" in card
+    assert f"| validation loss | {run.result['best']:.4f} |" in card
 
 
 FORGOTTEN = [("blocks.0.attention.q_proj", "A"), ("blocks.0.mlp.down_proj", "B"), ("token_embedding", "weight")]
