@@ -19,6 +19,7 @@ from runtime.checkpoint import open_run, unpack
 from runtime.config import NAME
 from runtime.errors import UserError
 
+READ = (adapter_files.CONFIG, adapter_files.TENSORS, model_files.CONFIG, model_files.WEIGHTS, TOKENIZER)
 UNREADABLE = ("adapter_model.bin", "pytorch_model.bin")
 
 
@@ -34,8 +35,7 @@ class Checkup:
     def path(self, path: Path) -> Checkup:
         """Check a run, an adapter's or a model's folder, or a file of one. Raises UserError where it is neither."""
         if path.is_file():
-            known = (adapter_files.CONFIG, adapter_files.TENSORS, model_files.CONFIG, model_files.WEIGHTS)
-            if path.name in known and (path.parent / storage.MANIFEST).exists():
+            if path.name in READ and (path.parent / storage.MANIFEST).exists():
                 return self.path(path.parent)
             return self.loose_file(path)
         if (path / "run.json").is_file():
@@ -79,7 +79,8 @@ class Checkup:
         self.problems += [
             f"{folder / name} is a pickle, which is never read here; save safetensors" for name in pickled
         ]
-        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        with storage.plain_errors(folder, "read"):
+            return {name: path.read_bytes() for name in READ if (path := folder / name).is_file()}
 
     def adapter(self, folder: Path, base_name: str) -> None:
         """An adapter's files, and how they fit the base that is named, or that they name."""

@@ -213,6 +213,9 @@ def test_a_trained_adapter_has_a_card(here):
         "--lora-targets standard |", f"torch {torch.__version__}",
     ):  # fmt: skip
         assert told in card
+    result = json.loads((here / "checkpoints/milton/result.json").read_bytes())
+    assert re.search(rf"^\| steps? \| {result['best_step']}\b", card, re.M), card
+    assert f"{result['best']:.4f}" in card
     assert "README.md" in json.loads((here / "checkpoints/milton/adapter/MANIFEST.json").read_bytes())["files"]
 
 
@@ -290,6 +293,10 @@ def test_check_of_files_models_and_runs(here, monkeypatch, capsys, tmp_path):
     for good in ("base", "folio", "checkpoints/poet/model", "checkpoints/folio/adapter/adapter_model.safetensors"):
         status, out, err = call(monkeypatch, capsys, "check", good)
         assert status == 0 and f"{good}: good" in out and "tensors" in out, (out, err)
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled/adapter_model.bin").write_bytes(b"")
+    status, out, _ = call(monkeypatch, capsys, "check", str(tmp_path / "pickled"))
+    assert status == 1 and "adapter_model.bin is a pickle, which is never read here" in out
     lone = tmp_path / "lone.safetensors"
     safetensors.torch.save_file({"a": torch.tensor([1.0, torch.inf])}, lone)
     assert "a has values that are not finite" in call(monkeypatch, capsys, "check", str(lone))[1]
