@@ -24,6 +24,7 @@ from runtime.errors import UsageError, UserError
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 EMBEDDINGS = ["token_embedding", "position_embedding"]
+PEFT_NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 # What PEFT may write into a config that changes what the tensors mean, and that nothing here understands.
 FOREIGN = ("exclude_modules", "layers_to_transform", "layer_replication")
 FOREIGN += ("fan_in_fan_out", "lora_bias", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora")
@@ -34,16 +35,18 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def _peft_key(path: str, name: str, targeted: bool) -> str:
     """PEFT's name of a tensor; the bias of a linear it wraps stands under the layer inside the wrapper."""
-    if name in ("A", "B"):
-        return f"{PREFIX}{path}.lora_{name}.weight"
+    if name in PEFT_NAMES:
+        return f"{PREFIX}{path}.{PEFT_NAMES[name]}"
     return f"{PREFIX}{path}.base_layer.{name}" if targeted else f"{PREFIX}{path}.{name}"
 
 
 def _our_key(key: str) -> tuple[str, str]:
     """Module path and tensor name for PEFT's name of a tensor, with or without an adapter's name in it."""
     key = key.removeprefix(PREFIX)
-    if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight", key):
-        return match[1], match[2]
+    for name, theirs in PEFT_NAMES.items():
+        stem, _, weight = theirs.partition(".")
+        if match := re.fullmatch(rf"(.+)\.{stem}(\.[^.]+)?" + (rf"\.{weight}" if weight else ""), key):
+            return match[1], name
     path, _, name = key.rpartition(".")
     return re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)$", "", path), name
 

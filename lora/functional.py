@@ -49,10 +49,16 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return x * kept * scale
 
 
-class LowRank(NamedTuple):
-    """A linear with a low-rank update, x (W + scale B A)^T + bias.
+def lengths(V: Tensor) -> Tensor:
+    """The norm of each row (out,), without a gradient; a row of zeros counts as short, so that it can be divided by."""
+    return torch.linalg.vector_norm(V.detach(), dim=1).clamp_min(torch.finfo(V.dtype).tiny)
 
-    W: (out, in). bias: (out,) or None. A: (rank, in). B: (out, rank).
+
+class LowRank(NamedTuple):
+    """A linear with a low-rank update, x V^T + bias where V = W + scale B A; with a magnitude, each row of V is brought
+    to that length, and no gradient flows through the length that it had.
+
+    W: (out, in). bias: (out,) or None. A: (rank, in). B: (out, rank). magnitude: (out,) or None.
     """
 
     W: Tensor
@@ -60,49 +66,71 @@ class LowRank(NamedTuple):
     A: Tensor
     B: Tensor
     scale: float
+    magnitude: Tensor | None = None
+
+    def stretch(self, V: Tensor) -> Tensor | None:
+        """What each row of V is multiplied by, (out, 1); None where there is no magnitude."""
+        if self.magnitude is None:
+            return None
+        return (self.magnitude / lengths(V).to(self.magnitude.dtype))[:, None]
+
+    def effective_weight(self) -> Tensor:
+        """The weight that all this stands for, in W's dtype; differentiable."""
+        W, _, A, B, scale, _ = self
+        V = torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=scale)
+        stretch = self.stretch(V)
+        return V if stretch is None else V * stretch.to(V.dtype)
 
 
-def concatenated(biases: Sequence[Tensor | None]) -> Tensor | None:
-    """The biases of linears of one kind, one after the other; None where they have none."""
-    return biases[0] if len(biases) == 1 or biases[0] is None else torch.cat(biases)
+def concatenated(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """The biases, or magnitudes, of linears of one kind, one after the other; None where they have none."""
+    return tensors[0] if len(tensors) == 1 or tensors[0] is None else torch.cat(tensors)
 
 
 def stacked(parts: Sequence[LowRank]) -> LowRank:
     """Linears that share their input as one, whose output is theirs one after the other: the As stand under each
     other, the scaled Bs are the blocks of a diagonal."""
-    Ws, biases, As, Bs, scales = zip(*parts, strict=True)
+    if len(parts) == 1:
+        return parts[0]
+    Ws, biases, As, Bs, scales, magnitudes = zip(*parts, strict=True)
     B = torch.block_diag(*(B if scale == 1 else B * scale for B, scale in zip(Bs, scales, strict=True)))
-    return LowRank(torch.cat(Ws), concatenated(biases), torch.cat(As), B, 1.0)
+    return LowRank(torch.cat(Ws), concatenated(biases), torch.cat(As), B, 1.0, concatenated(magnitudes))
 
 
 class EffectiveLinear(torch.autograd.Function):
-    """y = x (W + scale B A)^T + bias, for x (tokens, in), W (out, in), A (rank, in), B (out, rank).
+    """y of a `LowRank` for x (tokens, in); called with x and its fields.
 
     x comes in the compute dtype; the weight is summed in W's own, so that no small change is rounded away twice.
     """
 
     @staticmethod
-    def forward(ctx, x, W, bias, A, B, scale):
+    def forward(ctx, x, W, bias, A, B, scale, magnitude):
+        V = torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=scale)
+        stretch = LowRank(W, bias, A, B, scale, magnitude).stretch(V)
+        if stretch is not None:
+            V, B = V * stretch.to(V.dtype), B * stretch
         A_c, Bt_c = A.to(x.dtype), (B * scale).to(x.dtype).t().contiguous()  # (rank, out): the rows backward reads
-        W_c = torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=scale).to(x.dtype)
-        ctx.save_for_backward(x, W_c, A_c, Bt_c)
+        W_c = V.to(x.dtype)
+        y = F.linear(x, W_c, bias)
+        ctx.save_for_backward(x, W_c, A_c, Bt_c, *(() if stretch is None else (stretch, magnitude, y, bias)))
         ctx.scale, ctx.dtypes = scale, (A.dtype, W.dtype)
-        return F.linear(x, W_c, bias)
+        return y
 
     @staticmethod
     @once_differentiable  # a second derivative would miss what flows through the copies
     def backward(ctx, g):
-        x, W_c, A_c, Bt_c = ctx.saved_tensors
+        x, W_c, A_c, Bt_c, *stretched = ctx.saved_tensors
         need_x, need_W, need_bias, *_ = ctx.needs_input_grad
         low, g_low = x @ A_c.t(), g @ Bt_c.t()  # (tokens, rank): this way round both read rows
-        return (
-            g @ W_c if need_x else None,
-            (g.t() @ x).to(ctx.dtypes[1]) if need_W else None,
-            g.sum(0) if need_bias else None,
-            (g_low.t() @ x).to(ctx.dtypes[0]),
-            (low.t() @ g).t().to(ctx.dtypes[0]) * ctx.scale,
-            None,
-        )
+        dW = (g.t() @ x).to(ctx.dtypes[1]) if need_W else None
+        dB, dm = (low.t() @ g).t().to(ctx.dtypes[0]) * ctx.scale, None
+        if stretched:
+            stretch, magnitude, y, bias = stretched
+            dB, dW = dB * stretch, None if dW is None else dW * stretch.to(dW.dtype)
+            dm = (g * (y if bias is None else y - bias)).sum(0, dtype=magnitude.dtype)  # y is linear in it
+            dm = torch.where(magnitude == 0, 0, dm / magnitude)
+        dx, dA = g @ W_c if need_x else None, (g_low.t() @ x).to(ctx.dtypes[0])
+        return dx, dW, g.sum(0) if need_bias else None, dA, dB, None, dm
 
 
 def thin_products_pay(tokens: int, parts: Sequence[LowRank]) -> bool:
@@ -124,22 +152,28 @@ def lora_linear(x: Tensor, *parts: LowRank) -> Tensor:
 
     x: (..., in), in the compute dtype. Returns (..., sum of out) in x's dtype, the linears' outputs side by side.
     """
-    biases = concatenated([part.bias for part in parts])
-    bias = None if biases is None else biases.to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):  # dtypes are settled: nothing is to be cast behind our back
         if thin_products_pay(x.numel() // x.shape[-1], parts):
-            W, _, A, B, scale = parts[0] if len(parts) == 1 else stacked(parts)
-            y = EffectiveLinear.apply(x.reshape(-1, x.shape[-1]), W, bias, A, B, scale)
-            return y.view(*x.shape[:-1], len(W))
-        weights = [torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=scale) for W, _, A, B, scale in parts]
-        return F.linear(x, (weights[0] if len(parts) == 1 else torch.cat(weights)).to(x.dtype), bias)
+            whole = stacked(parts)
+            whole = whole._replace(bias=None if whole.bias is None else whole.bias.to(x.dtype))
+            y = EffectiveLinear.apply(x.reshape(-1, x.shape[-1]), *whole)
+            return y.view(*x.shape[:-1], len(whole.W))
+        bias, weights = concatenated([part.bias for part in parts]), [part.effective_weight() for part in parts]
+        return F.linear(x, concatenated(weights).to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def lora_linear_as_written(x: Tensor, part: LowRank, p: float = 0.0) -> Tensor:
-    """The paper's own formula, x W^T + bias + scale dropout(x) A^T B^T: what dropout needs, since no weight can stand
-    for it, and what a few tokens at a time are fastest with. `p` is dropout's probability on the adapter's input."""
-    W, bias, A, B, scale = part
+    """The papers' own formula, x W^T + scale dropout(x) A^T B^T, stretched where there is a magnitude, + bias: what
+    dropout needs, since no weight can stand for it, and what a few tokens at a time are fastest with. `p` is dropout's
+    probability on the adapter's input."""
+    W, bias, A, B, scale, magnitude = part
     with torch.autocast(x.device.type, enabled=False):
         low = F.linear(dropout(x, p), A.to(x.dtype)).reshape(-1, len(A))
-        y = F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return torch.addmm(y.view(-1, len(W)), low, (scale * B).to(x.dtype).t()).view(y.shape)
+        bias = None if bias is None else bias.to(x.dtype)
+        y = F.linear(x, W.to(x.dtype), bias if magnitude is None else None)
+        y = torch.addmm(y.view(-1, len(W)), low, (scale * B).to(x.dtype).t()).view(y.shape)
+        if magnitude is None:
+            return y
+        stretch = part.stretch(torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=scale))
+        y = y * stretch[:, 0].to(x.dtype)
+        return y if bias is None else y + bias

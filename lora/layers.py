@@ -149,7 +149,8 @@ def side_by_side(layers: tuple[LoRALinear, ...], x: Tensor) -> Tensor:
             weight = torch.cat([layer.weight_in(dtype) for layer in layers])
             return F.linear(x, weight, concatenated(biases)).unflatten(-1, (len(layers), -1))
         alone = [layer.alone() for layer in layers]
-        if torch.is_grad_enabled() and all(v is not None and not v.dropout for v in alone):
+        alike = len({type(v) for v in alone}) == 1 and None not in alone
+        if alike and torch.is_grad_enabled() and not any(v.dropout for v in alone):
             parts = [v.low_rank(layer.weight, bias) for v, layer, bias in zip(alone, layers, biases, strict=True)]
             return lora_linear(x.to(dtype), *parts).unflatten(-1, (len(layers), -1))
     return torch.stack([layer(x) for layer in layers], -2)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora.functional import LowRank, lora_linear, lora_linear_as_written
+from lora.functional import LowRank, lengths, lora_linear, lora_linear_as_written
 from runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -150,9 +150,8 @@ class LoRA(AdapterTensors):
 
     def forward(self, x: Tensor, layer: LoRALinear, bias: Tensor | None) -> Tensor:
         """x W'^T + bias for x (..., in) in the compute dtype, the fast way; W is the layer's weight."""
-        if torch.is_grad_enabled() and not self.dropout:
-            return lora_linear(x, self.low_rank(layer.weight, bias))
-        return lora_linear_as_written(x, self.low_rank(layer.weight_in(x.dtype), bias), self.dropout)
+        part = self.low_rank(layer.weight, bias)
+        return lora_linear_as_written(x, part, self.dropout) if self.dropout else lora_linear(x, part)
 
     def fast_parameters(self) -> list[nn.Parameter]:
         """The tensors that LoRA+ lets learn faster: those that start at zero."""
@@ -176,4 +175,30 @@ class RsLoRA(LoRA):
         return alpha / math.sqrt(rank)
 
 
-VARIANTS: dict[str, type[LoRA]] = {"lora": LoRA, "rslora": RsLoRA}
+class DoRA(LoRA):
+    """W' = m V / ||V||, row by row, with V = W + (alpha / rank) B A and a trained magnitude m (out,), at first ||W||.
+
+    No gradient flows through ||V||. Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353,
+    where outputs are columns; the detached norm is its section 4.3.
+    """
+
+    peft_flags: ClassVar[dict[str, bool]] = {"use_rslora": False, "use_dora": True}
+
+    def __init__(self, linear: nn.Linear, config: LoRAConfig, path: str = "") -> None:
+        super().__init__(linear, config, path)
+        self.magnitude = nn.Parameter(lengths(linear.weight.float()))
+
+    def effective_weight(self, W: Tensor) -> Tensor:
+        """W' for a base weight W of shape (out, in): the equation itself, differentiable."""
+        V = super().effective_weight(W)
+        return (self.magnitude / lengths(V))[:, None].to(W.dtype) * V
+
+    def factors(self) -> None:
+        """None: the rows of W itself are stretched, so the change has full rank."""
+
+    def low_rank(self, W: Tensor, bias: Tensor | None) -> LowRank:
+        """The linear with this weight and bias, as this variant makes it."""
+        return LowRank(W, bias, self.A, self.B, self.scale, self.magnitude)
+
+
+VARIANTS: dict[str, type[LoRA]] = {"lora": LoRA, "rslora": RsLoRA, "dora": DoRA}

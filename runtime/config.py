@@ -128,7 +128,10 @@ class Settings(Machine):
         allowed="minimal, standard, all, or module names with commas between them",
     )
     lora_variant: str = setting(
-        "lora", "Kind of adapter; rslora scales by the root of the rank", group=LORA, choices=("lora", "rslora")
+        "lora",
+        "Kind of adapter; rslora scales by the root of the rank, dora trains the length of each row apart",
+        group=LORA,
+        choices=("lora", "rslora", "dora"),
     )
     lora_bias: str = setting(
         "none", "Which biases are trained beside the adapters", group=LORA, choices=("none", "all", "lora_only")

@@ -225,7 +225,7 @@ FOREIGN = {
     "layers_to_transform": [0], "layer_replication": [[0, 1]], "fan_in_fan_out": True, "lora_bias": True,
     "target_parameters": ["x"], "trainable_token_indices": [1], "use_bdlora": {"nblocks": 2}, "use_qalora": True,
     "alora_invocation_tokens": [1, 2], "arrow_config": {"a": 1}, "kasa_config": {"a": 1}, "monteclora_config": {"a": 1},
-    "init_lora_weights": "pissa", "use_dora": True, "target_modules": "all-linear", "modules_to_save": ["lm_head"],
+    "init_lora_weights": "pissa", "target_modules": "all-linear", "modules_to_save": ["lm_head"],
     "bias": "some", "r": None, "lora_alpha": "16", "lora_dropout": [],
 }  # fmt: skip
 FOREIGN_VALUES = [*FOREIGN.items(), ("layers_to_transform", 0), ("init_lora_weights", "pissa_niter_4")]
@@ -267,7 +267,7 @@ def test_no_value_in_a_config_ends_in_anything_but_one_line(name: str, value: ob
 
 def test_all_that_cannot_be_represented_is_told_together() -> None:
     files = to_files(example()[1])
-    strange = {"layers_to_transform": [0], "use_dora": True, "r": "8", "modules_to_save": ["lm_head"], "lora_bias": 1}
+    strange = {"layers_to_transform": [0], "use_qalora": True, "r": "8", "modules_to_save": ["lm_head"], "lora_bias": 1}
     with pytest.raises(UserError) as error:
         from_files(files | {CONFIG: json.dumps(json.loads(files[CONFIG]) | strange).encode()}, "here")
     assert all(name in str(error.value) for name in strange)
@@ -303,4 +303,4 @@ def test_the_scale_is_the_files(variant: str) -> None:
     adapter = from_files(to_files(of(adapted(config))), "here")
     model = tiny()
     adapter.put_on(model)
-    assert model.lm_head.lora["default"].scale == {"lora": 10 / 4, "rslora": 10 / 2}[variant]
+    assert model.lm_head.lora["default"].scale == (10 / 2 if variant == "rslora" else 10 / 4)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_lora import IDX, TARGETS, adapted, logits, same, state, tiny
+from tiny_lora import IDX, TARGETS, adapted, logits, randomise, same, state, tiny
 from torch import nn
 
+from lora import functional
 from lora.attach import activate, attach, base_tensors, merged
 from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, side_by_side
 from lora.optim import make_optimizer
@@ -234,3 +236,15 @@ def test_a_wrapper_in_place_of_a_linear_is_called() -> None:
     layer.load_state_dict(attention.q_proj.state_dict())
     attention.q_proj = layer
     assert not torch.allclose(logits(model), before, atol=1e-2)
+
+
+def test_linears_side_by_side_may_carry_adapters_of_different_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "ENOUGH", -math.inf)
+    model = adapted(LoRAConfig(rank=2, targets="q_proj", train_embeddings=False), name="one")
+    attach(model, LoRAConfig(rank=2, variant="dora", targets="k_proj,v_proj", train_embeddings=False), "two")
+    randomise(model)
+    activate(model, "one", "two")
+    attention, x = model.blocks[0].attention, torch.randn(2, 5, 32)
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    expected = torch.stack([nn.functional.linear(x, layer.effective_weight()) for layer in layers], -2)
+    assert torch.allclose(side_by_side(layers, x), expected, atol=1e-5)

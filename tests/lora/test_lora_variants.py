@@ -215,7 +215,7 @@ def test_dropout_is_on_the_adapters_input_and_only_in_training() -> None:
     assert torch.equal(logits(model), logits(tiny()))
 
 
-@pytest.mark.parametrize(("variant", "scale"), [("lora", 5.0 / 3), ("rslora", 5.0 / math.sqrt(3))])
+@pytest.mark.parametrize(("variant", "scale"), [("lora", 5.0 / 3), ("rslora", 5.0 / math.sqrt(3)), ("dora", 5.0 / 3)])
 def test_a_fresh_adapter_changes_nothing_and_has_the_scale_of_its_paper(variant: str, scale: float) -> None:
     model = tiny(bias=True)
     before = logits(model)

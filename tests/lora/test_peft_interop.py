@@ -15,10 +15,10 @@ from tiny_lora import IDX, TARGETS, adapted, logits, randomise, tiny
 
 from lora.adapter import Adapter
 from lora.files import TENSORS, load_adapter, save_adapter
-from lora.variants import LoRAConfig
+from lora.variants import VARIANTS, LoRAConfig
 from runtime.errors import UserError
 
-CASES = list(itertools.product((False, True), ("none", "all", "lora_only"), (False, True)))
+CASES = list(itertools.product(("lora", "rslora", "dora"), ("none", "all", "lora_only"), (False, True)))
 EMBEDDINGS = ["token_embedding", "position_embedding"]
 
 
@@ -29,12 +29,12 @@ def no_warnings_of_models_that_are_not_transformers():
         yield
 
 
-@pytest.mark.parametrize(("rslora", "bias", "embeddings"), CASES)
-def test_peft_reads_our_folder(rslora: bool, bias: str, embeddings: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("variant", "bias", "embeddings"), CASES)
+def test_peft_reads_our_folder(variant: str, bias: str, embeddings: bool, tmp_path: Path) -> None:
     base = {"bias": bias != "none"}
     config = LoRAConfig(
         rank=4, alpha=6.0, targets="standard" if bias == "lora_only" else "all",
-        variant="rslora" if rslora else "lora", bias=bias, train_embeddings=embeddings,
+        variant=variant, bias=bias, train_embeddings=embeddings,
     )  # fmt: skip
     ours = adapted(config, **base)
     save_adapter(tmp_path / "adapter", Adapter.of(ours))
@@ -56,10 +56,11 @@ def train_with_peft(base: dict, **options) -> peft.PeftModel:
     return model
 
 
-@pytest.mark.parametrize(("rslora", "bias", "embeddings"), CASES)
-def test_we_read_what_peft_saved(rslora: bool, bias: str, embeddings: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("variant", "bias", "embeddings"), CASES)
+def test_we_read_what_peft_saved(variant: str, bias: str, embeddings: bool, tmp_path: Path) -> None:
     base = {"bias": bias != "none"}
-    theirs = train_with_peft(base, use_rslora=rslora, bias=bias, modules_to_save=EMBEDDINGS if embeddings else None)
+    flags = VARIANTS[variant].peft_flags
+    theirs = train_with_peft(base, **flags, bias=bias, modules_to_save=EMBEDDINGS if embeddings else None)
     theirs.save_pretrained(tmp_path)
     ours = tiny(**base)
     load_adapter(tmp_path).put_on(ours)
@@ -110,7 +111,7 @@ def test_keys_that_carry_the_adapters_name_are_understood(tmp_path: Path) -> Non
         load_adapter(tmp_path)
 
 
-FOREIGN = [{"layers_to_transform": [0]}, {"use_dora": True}, {"init_lora_weights": "olora"}]
+FOREIGN = [{"layers_to_transform": [0]}, {"use_dora": True, "use_rslora": True}, {"init_lora_weights": "olora"}]
 
 
 @pytest.mark.parametrize("options", FOREIGN, ids=str)

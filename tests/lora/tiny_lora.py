@@ -50,8 +50,9 @@ def trained(model: BigramLanguageModelLoRA) -> dict[str, Tensor]:
 
 
 def plain_weights(model: BigramLanguageModelLoRA, config: LoRAConfig, name: str = "default") -> dict[str, Tensor]:
-    """The weights that base and adapter stand for, written out and differentiable: W + scale B A, or the copy."""
-    scale = config.alpha / {"lora": config.rank, "rslora": math.sqrt(config.rank)}[config.variant]
+    """The weights that base and adapter stand for, written out and differentiable: W + scale B A, each
+    row at its magnitude where there is one, or the copy."""
+    scale = config.alpha / (math.sqrt(config.rank) if config.variant == "rslora" else config.rank)
     everything, marker = dict(model.named_parameters()), f".lora.{name}."
     own = adapter_parameters(model)
     weights = {key: p for key, p in everything.items() if p not in own}
@@ -61,6 +62,11 @@ def plain_weights(model: BigramLanguageModelLoRA, config: LoRAConfig, name: str 
             weights[f"{path}.weight"] = weights[f"{path}.weight"] + scale * p @ everything[f"{path}{marker}A"]
         elif tensor in ("weight", "bias"):
             weights[f"{path}.{tensor}"] = p
+    for key, p in everything.items():
+        path, _, tensor = key.partition(marker)
+        if tensor == "magnitude":
+            V = weights[f"{path}.weight"]
+            weights[f"{path}.weight"] = p[:, None] * V / V.detach().square().sum(1, keepdim=True).sqrt()
     return weights
 
 
