@@ -3,6 +3,8 @@
 #   make train    train a base on Shakespeare            (settings: make train MAX_ITERS=500, or .env)
 #   make adapt    adapt it to the First Folio with LoRA
 #   make test     lint, then the whole test suite
+#   make soak     faults at every operation, rot at every byte, a line of 1 GB: docs/reliability.md (about 25 minutes,
+#                 10 GB of memory, 5 GB of disk)
 #   make tiny     nanoGPT's CPU recipe on tinyshakespeare, three seeds (about 4 minutes on 2 cores)
 #   make gap      how much of full fine-tuning's gain LoRA reaches, three seeds (about 15 minutes)
 
@@ -10,7 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train adapt test settings tiny gap clean
+.PHONY: train adapt test soak settings tiny gap clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python training.py
@@ -22,6 +24,10 @@ test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/test.stamp
+	SOAK=1 timeout 3600 $(BIN)/python -m pytest -n 0 -s tests/runtime/test_faults.py tests/runtime/test_rot.py \
+		tests/data/test_hostile_text.py
 
 settings: $(VENV)/run.stamp
 	$(BIN)/python -m runtime.config

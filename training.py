@@ -8,6 +8,7 @@ TEST_MODE=True python training.py           any of these as a quick run
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from jobs.base import base_settings, find_base
 from jobs.job import Job, prepare
+from jobs.postmortem import with_batch
 from jobs.result import sample, tell_next, tell_result, tell_samples
 from jobs.selfcheck import Names, digests, self_check
 from lora.adapter import Adapter
@@ -27,7 +29,7 @@ from runtime.device import pick_machine
 from runtime.errors import run_command
 from runtime.metrics import MetricsLog, Progress
 from runtime.sources import Resolved, describe
-from runtime.steps import Stepper
+from runtime.steps import NonFiniteError, Stepper
 
 
 class Training:
@@ -53,6 +55,8 @@ class Training:
             where = f"after step {saved[-1][0]}" if saved else "from the beginning"
             say(f"\nStopped at step {self.state.step}; the same command goes on {where}")
             raise
+        except NonFiniteError as error:
+            raise with_batch(error, self.job, self.run, self.stepper) from None
         finally:
             self.log.close()
             self.progress.close()
@@ -92,6 +96,8 @@ class Training:
     def evaluate(self) -> None:
         """Score held-out text, and save what the run is for whenever that is better than ever."""
         value, state = self.job.evaluate(self.job.settings.eval_iters), self.state
+        if not math.isfinite(value):
+            raise NonFiniteError(f"the validation loss is {value} after step {state.step}; lower LEARNING_RATE")
         self.log.add(state.step, val_loss=value)
         self.progress.update(state.step, val=f"{value:.3f}")
         if value < state.best:

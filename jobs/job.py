@@ -153,7 +153,8 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
         model, tokenizer = load_trained(base, settings.dropout)
         check_shape(given, model.shape, tokenizer, base)
     else:
-        tokenizer = build_tokenizer(settings.tokenizer, corpus.train, settings.vocab_size)
+        known = corpus.text if settings.tokenizer == "char" else corpus.train  # held-out text may have rare characters
+        tokenizer = build_tokenizer(settings.tokenizer, known, settings.vocab_size)
         sizes = {name: getattr(settings, name) for name in SHAPE if name not in ("tokenizer", "vocab_size")}
         model = BigramLanguageModelLoRA.from_shape(ModelShape(tokenizer.vocab_size, **sizes), settings.dropout)
     base_sha256 = fingerprint(base_tensors(model)) if base else None

@@ -21,7 +21,14 @@ Batch = tuple[Tensor, Tensor]
 
 
 class NonFiniteError(UserError):
-    """The loss or a gradient became infinite or not a number; no update was made with it."""
+    """The loss or a gradient became infinite or not a number; no update was made with it.
+
+    step: the number of the step whose batch it came from, or None where it came from no batch.
+    """
+
+    def __init__(self, message: str, step: int | None = None) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,8 @@ class Stepper:
         if math.isfinite(first_bad):
             raise NonFiniteError(
                 f"the loss or a gradient is not finite at step {int(first_bad)}, so the run stopped before that "
-                "update; lower LEARNING_RATE, or set DTYPE=fp32 if it was lower"
+                "update; lower LEARNING_RATE, or set DTYPE=fp32 if it was lower",
+                int(first_bad),
             )
         return loss
 
