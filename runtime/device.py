@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
-import os
 import platform
 import re
 import shutil
@@ -12,6 +12,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -95,12 +96,17 @@ def cpu_has_bf16() -> bool:
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
+def _inductor_config() -> ModuleType:
+    """What torch.compile's code generator will use; importing it takes seconds, so only where it is asked for."""
+    return importlib.import_module("torch._inductor.config")
+
+
 def check_compiler(device: torch.device) -> None:
     """Raises UserError where torch.compile would find nothing to compile with, before a run has started."""
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             raise UserError("COMPILE=True on a GPU needs Triton: pip install triton, or set COMPILE=False")
-    elif not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "cl")))):
+    elif not any(map(shutil.which, filter(None, _inductor_config().cpp.cxx))):
         raise UserError("COMPILE=True needs a C++ compiler, and there is none: install g++ or clang, or COMPILE=False")
 
 
