@@ -113,7 +113,10 @@ class Run:
         if not self.finished and (best := self.newest("best")):
             return best[1]
         if self.finished:  # perhaps only now
-            return storage.read_folder(self.product)
+            try:
+                return storage.read_folder(self.product)
+            except storage.DamagedError as error:
+                raise storage.DamagedError(f"{error}; FRESH=True trains the run again") from None
         if self.saved("best"):
             raise storage.DamagedError(f"the best weights of run {self.name} are damaged; FRESH=True trains it again")
         raise UserError(f"run {self.name} has not saved anything yet; start it again to go on with it")
@@ -155,11 +158,19 @@ def open_run(folder: Path) -> Run | None:
     with storage.plain_errors(path, "read"):
         if not path.is_file():
             return None
-        about = read_sealed_json(path.read_bytes(), str(path))
+        data = path.read_bytes()
+    try:
+        return Run(folder, _read_about(data, str(path)))
+    except storage.DamagedError as error:
+        raise storage.DamagedError(f"{error}; move {folder} away to train that run again") from None
+
+
+def _read_about(data: bytes, name: str) -> dict:
+    about = read_sealed_json(data, name)
     for key, kind in (("kind", str), ("identity", str), ("settings", dict)):
         if not isinstance(about.get(key), kind) or key == "kind" and about[key] not in PRODUCTS:
-            raise storage.DamagedError(f"{path} is damaged: {key} is {about.get(key)!r}")
-    return Run(folder, about)
+            raise storage.DamagedError(f"{name} is damaged: {key} is {about.get(key)!r}")
+    return about
 
 
 def all_runs(root: Path) -> list[Run]:
