@@ -3,7 +3,7 @@
 #   make train    train a base on Shakespeare            (settings: make train MAX_ITERS=500, or .env)
 #   make adapt    adapt it to the First Folio with LoRA
 #   make test     lint, then the whole test suite
-#   make soak     faults at every operation, rot at every byte, a line of 1 GB: docs/reliability.md (about 25 minutes,
+#   make soak     faults at every operation, rot at every byte, a line of 1 GB: docs/reliability.md (about 20 minutes,
 #                 10 GB of memory, 5 GB of disk)
 #   make tiny     nanoGPT's CPU recipe on tinyshakespeare, three seeds (about 4 minutes on 2 cores)
 #   make gap      how much of full fine-tuning's gain LoRA reaches, three seeds (about 15 minutes)
