@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOAK = bool(os.environ.get("SOAK"))
-QUICK = ("--kinds", "base", "lora", "adapter", "--most", "5")
+QUICK = ("--kinds", "base", "lora", "adapter", "--most", "4")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc/self/fd").exists(), reason="Linux is needed")
