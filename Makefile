@@ -26,8 +26,8 @@ test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest
 
 soak: $(VENV)/test.stamp
-	SOAK=1 timeout 3600 $(BIN)/python -m pytest -n 0 -s tests/runtime/test_faults.py tests/runtime/test_rot.py \
-		tests/data/test_hostile_text.py
+	SOAK=1 timeout 3600 $(BIN)/python -m pytest -n 0 -s -m "" tests/runtime/test_faults.py tests/runtime/test_rot.py \
+		tests/data/test_hostile_text.py tests/models/test_compiled.py
 
 settings: $(VENV)/run.stamp
 	$(BIN)/python -m runtime.config
