@@ -69,7 +69,7 @@ def check_memory(job: Job) -> None:
 def read_back(job: Job, run: Run) -> tuple[BigramLanguageModelLoRA, Adapter]:
     """The base and the run's best adapter, both from disk. Raises UserError where either is not what it should be."""
     if not (saved := run.saved("best")):
-        raise UserError("no evaluation had a finite loss")
+        raise UserError("the best weights that it saved are gone")
     fresh, _ = load_trained(job.base)
     if fingerprint(base_tensors(fresh)) != job.base_sha256:
         raise UserError(f"the base in {job.base.product} is no longer the one that this run began with")

@@ -20,7 +20,7 @@ from runtime.checkpoint import Run, pack, unpack
 from runtime.config import Settings
 from runtime.errors import UserError
 from runtime.sources import Resolved
-from runtime.steps import Stepper
+from runtime.steps import NonFiniteError, Stepper
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True}
 FAST = {"test_mode": True, "device": "cpu", "dtype": "fp32", "batch_size": 4, "eval_iters": 2, "save_interval": 1}
@@ -175,7 +175,7 @@ def test_a_byte_that_changed_on_disk_is_told(root: Path, monkeypatch, which: str
 
     after_training(monkeypatch, flip)
     file = TENSORS if which == "adapter" else WEIGHTS
-    assert refused(root).endswith(f"{file} is damaged: its checksum is not the one that was saved")
+    assert f"{file} is damaged: its checksum is not the one that was saved" in refused(root)
 
 
 def test_another_base_on_disk_is_told(root: Path, monkeypatch) -> None:
@@ -226,14 +226,16 @@ def test_a_model_that_is_not_its_base_without_the_adapter_is_told(root: Path, mo
     assert "without its adapter the model has loss " in refused(root)
 
 
-def test_a_run_whose_every_loss_is_not_finite_has_nothing_to_publish(root: Path, monkeypatch) -> None:
+def test_a_run_whose_validation_loss_is_not_finite_ends_there_and_publishes_nothing(root: Path, monkeypatch) -> None:
     monkeypatch.setattr(Job, "evaluate", lambda self, limit=None: float("nan"))
-    assert refused(root).endswith("no evaluation had a finite loss")
+    with pytest.raises(NonFiniteError, match="the validation loss is nan after step"):
+        adapt(root)
+    assert not (root / "runs/lora/adapter").exists()
 
 
 def test_a_refused_run_goes_on_to_the_check_again_when_it_is_started_again(root: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "evaluate", lambda self, limit=None: float("nan"))
-        refused(root)
-    assert refused(root).endswith("no evaluation had a finite loss")
+        after_training(patch, lambda job, run: shutil.rmtree(run.saved("best")[-1][1]))
+        assert refused(root).endswith("the best weights that it saved are gone")
+    assert refused(root).endswith("the best weights that it saved are gone")
     assert adapt(root, fresh=True).finished
