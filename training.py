@@ -27,6 +27,7 @@ from runtime.checkpoint import Run, RunLock, claim, say
 from runtime.config import Settings, from_command_line
 from runtime.device import pick_machine
 from runtime.errors import run_command
+from runtime.interrupt import InterruptedRunError, Interruption
 from runtime.metrics import MetricsLog, Progress
 from runtime.sources import Resolved, describe
 from runtime.steps import NonFiniteError, Stepper
@@ -48,8 +49,11 @@ class Training:
     def all_steps(self) -> resume.State:
         """Step until the last one, or until patience ends. However it ends, the log is whole up to there."""
         try:
-            while self.state.step < self.job.settings.max_iters and not self.impatient:
-                self.one_step()
+            with Interruption() as interruption:
+                while self.state.step < self.job.settings.max_iters and not self.impatient:
+                    self.one_step()
+                    if interruption.asked:
+                        self.stop(interruption.asked)
         except KeyboardInterrupt:
             saved = self.run.saved("step")
             where = f"after step {saved[-1][0]}" if saved else "from the beginning"
@@ -61,6 +65,15 @@ class Training:
             self.log.close()
             self.progress.close()
         return self.state
+
+    def stop(self, number: int) -> None:
+        """Save the step just taken, as a signal asks to stop. Raises InterruptedRunError."""
+        self.stepper.read_loss()
+        if [step for step, _ in self.run.saved("step")][-1:] != [self.state.step]:
+            self.save()
+        raise InterruptedRunError(
+            f"stopped after step {self.state.step}, which is saved; the same command goes on there", number
+        )
 
     def one_step(self) -> None:
         """A step, and whatever is due after it: reading the loss, evaluating, saving."""

@@ -13,6 +13,7 @@ class UserError(Exception):
     """Something in the run went wrong that a person can mend; the command exits with status 1."""
 
     status = 1
+    label = "error: "
 
 
 class UsageError(UserError):
@@ -42,7 +43,7 @@ def _outcome(main: Callable[[], None]) -> tuple[int, str]:
         sys.stdout.flush()
     except UserError as error:
         line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", str(error))  # a file's name may hold anything
-        return error.status, f"error: {line}\n"
+        return error.status, f"{error.label}{line}\n"
     except KeyboardInterrupt:
         return 130, "\nstopped\n"
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
