@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-ENOUGH = 20e6  # multiplications that must be saved: see `thin_products_pay`
+ENOUGH = 40e6  # multiplications that must be saved: see `thin_products_pay`
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -27,13 +27,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def kept_by_dropout(like: Tensor, p: float) -> tuple[Tensor, float]:
-    """Which elements of a tensor dropout keeps, each with probability 1 - p, and what to multiply those by.
+    """Which elements of a tensor on the CPU dropout keeps, each with probability 1 - p, and what to multiply those by.
 
-    On the CPU torch draws one number after the other, 6 ns each, which would take longer than the rest of a small
+    There torch draws one number after the other, 6 ns each, which would take longer than the rest of a small
     model's step; here 64 random bits serve four elements, so that p is rounded to a multiple of 2^-16.
     """
-    if like.device.type != "cpu":
-        return torch.rand(like.shape, device=like.device) >= p, 1 / (1 - p)
     dropped, count = min(round(p * 2**16), 2**16 - 1), like.numel()
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     return bits[:count].view(like.shape) >= dropped - 2**15, 2**16 / (2**16 - dropped)
@@ -74,10 +72,13 @@ class LowRank(NamedTuple):
             return None
         return (self.magnitude / lengths(V).to(self.magnitude.dtype))[:, None]
 
+    def directions(self) -> Tensor:
+        """V (out, in), in W's dtype; differentiable."""
+        return torch.addmm(self.W, self.B.to(self.W.dtype), self.A.to(self.W.dtype), alpha=self.scale)
+
     def effective_weight(self) -> Tensor:
         """The weight that all this stands for, in W's dtype; differentiable."""
-        W, _, A, B, scale, _ = self
-        V = torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=scale)
+        V = self.directions()
         stretch = self.stretch(V)
         return V if stretch is None else V * stretch.to(V.dtype)
 
@@ -105,8 +106,9 @@ class EffectiveLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, bias, A, B, scale, magnitude):
-        V = torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=scale)
-        stretch = LowRank(W, bias, A, B, scale, magnitude).stretch(V)
+        part = LowRank(W, bias, A, B, scale, magnitude)
+        V = part.directions()
+        stretch = part.stretch(V)
         if stretch is not None:
             V, B = V * stretch.to(V.dtype), B * stretch
         A_c, Bt_c = A.to(x.dtype), (B * scale).to(x.dtype).t().contiguous()  # (rank, out): the rows backward reads
@@ -139,8 +141,8 @@ def thin_products_pay(tokens: int, parts: Sequence[LowRank]) -> bool:
     From the tokens it is 4 thin products, and no product of the size of the weight's gradient; in exchange they read
     the tokens four times, and a dozen small operations more go with them. On 2 cores with AVX512_BF16, forward and
     backward in ms from the tokens / from the weight, for weights (in, out) at rank 8: (128, 128) with 4,096 tokens
-    1.41 / 1.35 in bf16 and 2.77 / 2.62 in fp32; (128, 512) with 512 tokens 1.31 / 0.96 and 1.18 / 1.35, with 1,024
-    tokens 1.95 / 2.37 and 2.29 / 2.59; (384, 1536) with 2,048 tokens 15.0 / 20.1 and 31.4 / 40.8.
+    1.78 / 1.56 in bf16 and 3.27 / 2.97 in fp32; (128, 512) with 1,024 tokens 1.78 / 1.60 and 2.98 / 3.11, with 2,048
+    tokens 2.57 / 2.70 and 5.14 / 5.82; (384, 1536) with 2,048 tokens 16.3 / 22.1 and 32.1 / 42.4.
     """
     size, thin = sum(part.W.numel() for part in parts), sum(part.A.shape[0] for part in parts)
     around = parts[0].A.shape[1] + sum(len(part.W) for part in parts)
@@ -164,8 +166,7 @@ def lora_linear(x: Tensor, *parts: LowRank) -> Tensor:
 
 def lora_linear_as_written(x: Tensor, part: LowRank, p: float = 0.0) -> Tensor:
     """The papers' own formula, x W^T + scale dropout(x) A^T B^T, stretched where there is a magnitude, + bias: what
-    dropout needs, since no weight can stand for it, and what a few tokens at a time are fastest with. `p` is dropout's
-    probability on the adapter's input."""
+    dropout needs, since no weight can stand for it. `p` is dropout's probability on the adapter's input."""
     W, bias, A, B, scale, magnitude = part
     with torch.autocast(x.device.type, enabled=False):
         low = F.linear(dropout(x, p), A.to(x.dtype)).reshape(-1, len(A))
@@ -174,6 +175,5 @@ def lora_linear_as_written(x: Tensor, part: LowRank, p: float = 0.0) -> Tensor:
         y = torch.addmm(y.view(-1, len(W)), low, (scale * B).to(x.dtype).t()).view(y.shape)
         if magnitude is None:
             return y
-        stretch = part.stretch(torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=scale))
-        y = y * stretch[:, 0].to(x.dtype)
+        y = y * part.stretch(part.directions())[:, 0].to(x.dtype)
         return y if bias is None else y + bias

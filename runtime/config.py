@@ -68,7 +68,9 @@ class Settings(Machine):
 
     use_lora: bool = setting(False, "Adapt a trained base with LoRA instead of training every weight", group=RUN)
     compile: bool = setting(
-        False, "Compile the step with torch.compile first; pays on GPUs, hardly on CPUs, and takes a minute", group=RUN
+        False,
+        "Compile the step with torch.compile first, which takes a minute; try whether it pays on your machine",
+        group=RUN,
     )
     test_mode: bool = setting(False, "A tiny run that shows in seconds that everything works", group=RUN)
     base: str = setting(
