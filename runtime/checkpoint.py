@@ -110,6 +110,7 @@ class Run:
 
         Raises UserError where it has neither yet, DamagedError where they are damaged.
         """
+        there = self.saved("best")  # what comes while this looks is not what it found damaged
         if not self.finished and (best := self.newest("best")):
             return best[1]
         if self.finished:  # perhaps only now
@@ -117,7 +118,7 @@ class Run:
                 return storage.read_folder(self.product)
             except storage.DamagedError as error:
                 raise storage.DamagedError(f"{error}; FRESH=True trains the run again") from None
-        if self.saved("best"):
+        if there:
             raise storage.DamagedError(f"the best weights of run {self.name} are damaged; FRESH=True trains it again")
         raise UserError(f"run {self.name} has not saved anything yet; start it again to go on with it")
 
