@@ -13,6 +13,7 @@ from jobs.adapters import Base
 from jobs.job import TOKENIZER
 from lora import files as adapter_files
 from lora.adapter import Adapter
+from lora.variants import VARIANTS
 from models import files as model_files
 from runtime import storage
 from runtime.checkpoint import open_run, unpack
@@ -154,11 +155,18 @@ def flaws(adapter: Adapter) -> list[str]:
     problems = []
     for path in adapter.targets():
         group, rank = adapter.tensors[path], adapter.config.rank_at(path)
-        shapes = {name: tuple(group[name].shape) for name in ("A", "B") if name in group}
-        problems += [f"{path}.{name} is missing" for name in ("A", "B") if name not in group]
-        if "A" in shapes and (len(shapes["A"]) != 2 or shapes["A"][0] != rank):
-            problems.append(f"{path}.A is {shapes['A']}, not ({rank}, in)")
-        if "B" in shapes and (len(shapes["B"]) != 2 or shapes["B"][1] != rank):
-            problems.append(f"{path}.B is {shapes['B']}, not (out, {rank})")
+        for name, sizes in VARIANTS[adapter.config.variant].shapes.items():
+            wanted = [rank if size == "rank" else size for size in sizes]
+            if name not in group:
+                problems.append(f"{path}.{name} is missing")
+            elif not _fits(shape := tuple(group[name].shape), wanted):
+                problems.append(f"{path}.{name} is {shape}, not ({', '.join(map(str, wanted))})")
     flat = {f"{path}.{name}": t for path, group in adapter.tensors.items() for name, t in group.items()}
     return problems + not_finite(flat)
+
+
+def _fits(shape: tuple[int, ...], wanted: list[int | str]) -> bool:
+    """Whether a shape is the one that is wanted, as far as that is known."""
+    return len(shape) == len(wanted) and all(
+        size in (found, "in", "out") for found, size in zip(shape, wanted, strict=True)
+    )

@@ -17,7 +17,7 @@ from jobs.base import check_shape
 from lora import files as adapter_files
 from lora.adapter import Adapter
 from lora.attach import attach, base_tensors, detach
-from lora.optim import make_optimizer
+from lora.optim import after_steps, extra_losses, make_optimizer
 from lora.variants import LoRAConfig
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
@@ -55,8 +55,10 @@ class Job:
     @property
     def plain_name(self) -> str:
         """What the run is called unless that name is taken by other settings."""
-        rank = f"-r{self.settings.lora_rank}" if self.kind == "lora" else ""
-        return f"{'test-' if self.settings.test_mode else ''}{self.kind}-{self.corpus.name}{rank}"
+        kind, rank = self.kind, ""
+        if kind == "lora":
+            kind, rank = self.settings.lora_variant, f"-r{self.settings.lora_rank}"
+        return f"{'test-' if self.settings.test_mode else ''}{kind}-{self.corpus.name}{rank}"
 
     @property
     def tokens_per_step(self) -> int:
@@ -82,6 +84,8 @@ class Job:
             accumulation=s.gradient_accumulation_steps,
             grad_clip=s.grad_clip,
             compile=s.compile,
+            extra_losses=extra_losses(self.model),
+            after_steps=after_steps(self.model, s.max_iters),
         )
 
     def evaluate(self, limit: int | None = None) -> float:
@@ -166,8 +170,8 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
 
 def lora_config(settings: Settings) -> LoRAConfig:
     """The LoRA settings as an adapter's config."""
-    names = ("rank", "alpha", "dropout", "targets", "variant", "bias", "train_embeddings")
-    return LoRAConfig(**{name: getattr(settings, f"lora_{name}") for name in names})
+    names = ("rank", "alpha", "dropout", "targets", "variant", "bias", "train_embeddings", "target_rank")
+    return LoRAConfig(**{name: getattr(settings, f"lora_{name}") for name in names}, seed=settings.seed)
 
 
 def command_of(settings: Settings, base: Run) -> str:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from lora.attach import base_tensors, check_attached, hosts, install, make_entries
-from lora.variants import VARIANTS, AdapterTensors, LoRA, LoRAConfig
+from lora.equations import AdapterTensors, LoRA
+from lora.variants import VARIANTS, LoRAConfig
 from runtime.checkpoint import fingerprint
 from runtime.errors import UsageError, UserError
+
+SHARED = "shared_sha256"  # a fact: the fingerprint of what all layers of an adapter share, and no file need hold
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """tensors: {module path: {tensor name: tensor}}, where A is (rank, in), B (out, rank), and `weight` and `bias`
-    are trained copies of the base's. facts: what else is known of it, `base_sha256` above all."""
+    """tensors: {module path: {tensor name: tensor}}, with the variant's own names and shapes, as A (rank, in), and
+    `weight` and `bias` for trained copies of the base's. facts: what else is known of it, `base_sha256` above all."""
 
     config: LoRAConfig
     tensors: dict[str, dict[str, Tensor]]
@@ -32,10 +35,14 @@ class Adapter:
         check_attached(model, name)
         entries = {path: host.lora[name] for path, host in hosts(model).items() if name in host.lora}
         tensors = {
-            path: {key: p.detach().cpu().clone() for key, p in entry.named_parameters()}
+            path: {key: p.detach().cpu().clone() for key, p in entry.to_save().items()}
             for path, entry in entries.items()
         }
-        return cls(next(iter(entries.values())).config, tensors, facts)
+        config = next(iter(entries.values())).config
+        left = {path: entry.rank_left() for path, entry in entries.items() if isinstance(entry, LoRA)}
+        others = {path: rank for path, rank in left.items() if rank != config.rank_at(path)}
+        config = replace(config, rank_pattern=others | dict(config.rank_pattern)) if others else config
+        return cls(config, tensors, facts | shared_fact(entries.values()))
 
     def targets(self) -> list[str]:
         """The paths of the linears that it changes."""
@@ -46,17 +53,22 @@ class Adapter:
         for path, group in self.tensors.items():
             yield from ((path, name, group[name]) for name in ("weight", "bias") if name in group)
 
-    def variant_at(self, path: str, W: Tensor) -> LoRA | None:
-        """Its variant on the linear at this path, whose weight W is (out, in); None where it has none."""
+    def variant_at(self, path: str, base: Mapping[str, Tensor]) -> LoRA | None:
+        """Its variant on the linear at this path of a base, given by its tensors' names; None where it has none."""
         if path not in self.targets():
             return None
+        W, variant = base[f"{path}.weight"], VARIANTS[self.config.variant]
         linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(W, requires_grad=False)
         with torch.random.fork_rng(devices=[]):
-            entry = VARIANTS[self.config.variant](linear, self.config, path)
-        own = {name: t for name, t in self.tensors[path].items() if name not in ("weight", "bias")}
-        entry.load_state_dict(own)
+            entry = variant(linear, self.config, path, self.shared(base))
+        entry.take_back({name: t for name, t in self.tensors[path].items() if name not in ("weight", "bias")})
         return entry
+
+    def shared(self, base: Mapping[str, Tensor]) -> nn.Module | None:
+        """What all its layers share on this base, made again; None for a variant that shares nothing."""
+        shapes = [base[f"{path}.weight"].shape for path in self.targets()]
+        return VARIANTS[self.config.variant].share(self.config, shapes)
 
     @property
     def sha256(self) -> str:
@@ -96,11 +108,19 @@ class Adapter:
         trained_on = self.facts.get("base", "another base")
         return [f"it was trained on {trained_on} with weights {self.facts['base_sha256'][:12]}, not {base[:12]}"]
 
+    def wrong_shared(self, entries: Mapping[str, AdapterTensors]) -> list[str]:
+        """What tells that the tensors its layers share are not those that it was trained with."""
+        own = shared_fact(entries.values()).get(SHARED)
+        if own is None or self.facts.get(SHARED, own) == own:
+            return []
+        made = f"those that seed {self.config.seed} makes here are {own[:12]}"
+        return [f"its shared projections are {self.facts[SHARED][:12]}, and {made}: other sizes, or another torch"]
+
     def mismatches(self, model: nn.Module, entries: dict[str, AdapterTensors]) -> list[str]:
         """Every way in which this adapter does not fit the model, in words."""
         wanted = {f"{path}.{key}": p.shape for path, entry in entries.items() for key, p in entry.named_parameters()}
         here = {f"{path}.{key}": t for path, tensors in self.tensors.items() for key, t in tensors.items()}
-        problems = self.wrong_base(model)
+        problems = self.wrong_base(model) + self.wrong_shared(entries)
         problems += [f"{key} is missing" for key in sorted(wanted.keys() - here.keys())]
         problems += [f"{key} is unexpected" for key in sorted(here.keys() - wanted.keys())]
         for key in sorted(wanted.keys() & here.keys()):
@@ -109,6 +129,12 @@ class Adapter:
             elif not here[key].isfinite().all():
                 problems.append(f"{key} has values that are not finite")
         return problems
+
+
+def shared_fact(entries: Iterable[AdapterTensors]) -> dict[str, str]:
+    """The fingerprint of what these tensors share, by the name of the fact; nothing where they share nothing."""
+    module = next((entry.shared for entry in entries if isinstance(entry, LoRA)), None)
+    return {} if module is None else {SHARED: fingerprint(dict(module.named_buffers()))}
 
 
 def cut_short(problems: Sequence[str], most: int = 8) -> str:

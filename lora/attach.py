@@ -14,8 +14,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lora.equations import AdapterTensors
 from lora.layers import Adaptable, LoRAEmbedding, LoRALinear
-from lora.variants import VARIANTS, AdapterTensors, LoRAConfig
+from lora.variants import VARIANTS, LoRAConfig
 from runtime.errors import UsageError
 
 TARGETS = {
@@ -74,9 +75,10 @@ def make_entries(model: nn.Module, config: LoRAConfig) -> dict[str, AdapterTenso
             f"lora_bias={config.bias}: this model has no biases to train; use lora_bias=none, "
             "or a base that was trained with BIAS=True"
         )
-    entries = {}
+    entries, variant = {}, VARIANTS[config.variant]
+    shared = variant.share(config, [model.get_submodule(path).weight.shape for path in targets])
     for path, host in hosts(model).items():
-        entry = VARIANTS[config.variant](host, config, path) if path in targets else AdapterTensors(config)
+        entry = variant(host, config, path, shared) if path in targets else AdapterTensors(config)
         if isinstance(host, LoRAEmbedding) and config.train_embeddings:
             entry.add_copy("weight", host.weight)
         trains_bias = config.bias == "all" or (config.bias == "lora_only" and path in targets)

@@ -22,8 +22,8 @@ def _front_matter(base: str | None) -> list[str]:
 
 def _made_of(adapter: Adapter) -> dict[str, str]:
     config: LoRAConfig = adapter.config
-    ranks = sorted({config.rank_at(path) for path, group in adapter.tensors.items() if "A" in group})
-    alphas = sorted({config.alpha_at(path) for path, group in adapter.tensors.items() if "A" in group})
+    ranks = sorted({config.rank_at(path) for path in adapter.targets()})
+    alphas = sorted({config.alpha_at(path) for path in adapter.targets()})
     count = sum(tensor.numel() for group in adapter.tensors.values() for tensor in group.values())
     return {
         "variant": config.variant,

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lora.adapter import Adapter
 from lora.attach import REGEX, target_names
-from lora.variants import LoRA, LoRAConfig
+from lora.equations import LoRA
+from lora.variants import LoRAConfig
 from runtime.checkpoint import fingerprint
 from runtime.errors import UsageError, UserError
 
@@ -65,7 +66,8 @@ class Combined:
 
 def _change(variant: LoRA, W: Tensor) -> Change:
     if (factors := variant.factors()) is not None:
-        return Change(*factors)
+        B, A = factors
+        return Change(B, A) if len(A) else Change(B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1]))
     dense = variant.effective_weight(W.double()).detach() - W.double()
     return Change(dense, torch.eye(W.shape[1], dtype=torch.float64))  # full rank: the whole ΔW is its own factor
 
@@ -73,9 +75,8 @@ def _change(variant: LoRA, W: Tensor) -> Change:
 @torch.no_grad()
 def change(adapter: Adapter, path: str, base: Base) -> Change | None:
     """What an adapter changes in the linear at this path, or None."""
-    W = base[f"{path}.weight"]
-    variant = adapter.variant_at(path, W)
-    return None if variant is None else _change(variant, W)
+    variant = adapter.variant_at(path, base)
+    return None if variant is None else _change(variant, base[f"{path}.weight"])
 
 
 @torch.no_grad()
@@ -114,7 +115,7 @@ def _sum(adapters: Sequence[Adapter], weights: Sequence[float], path: str, base:
     """Σ w ΔW at one linear, as factors that stand side by side. Raises UsageError where a factor is the whole ΔW."""
     W, Bs, As = base[f"{path}.weight"], [], []
     for adapter, weight in zip(adapters, weights, strict=True):
-        if (variant := adapter.variant_at(path, W)) is None:
+        if (variant := adapter.variant_at(path, base)) is None:
             continue
         if method != "svd" and variant.factors() is None:
             name = adapter.config.variant

@@ -11,20 +11,20 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora.adapter import Adapter
+from lora.adapter import SHARED, Adapter
 from lora.attach import REGEX, target_names
 from lora.card import CARD, card
+from lora.equations import LoRA
 from lora.variants import VARIANTS, LoRAConfig
 from runtime import storage
-from runtime.checkpoint import pack, read_json, to_json, unpack
+from runtime.checkpoint import fingerprint, pack, read_json, to_json, unpack
 from runtime.errors import UsageError, UserError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 EMBEDDINGS = ["token_embedding", "position_embedding"]
-PEFT_NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 # What PEFT may write into a config that changes what the tensors mean, and that nothing here understands.
 FOREIGN = ("exclude_modules", "layers_to_transform", "layer_replication")
 FOREIGN += ("fan_in_fan_out", "lora_bias", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora")
@@ -33,17 +33,17 @@ FOREIGN += ("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclor
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def _peft_key(path: str, name: str, targeted: bool) -> str:
+def _peft_key(path: str, name: str, targeted: bool, names: Mapping[str, str]) -> str:
     """PEFT's name of a tensor; the bias of a linear it wraps stands under the layer inside the wrapper."""
-    if name in PEFT_NAMES:
-        return f"{PREFIX}{path}.{PEFT_NAMES[name]}"
+    if name in names:
+        return f"{PREFIX}{path}.{names[name]}"
     return f"{PREFIX}{path}.base_layer.{name}" if targeted else f"{PREFIX}{path}.{name}"
 
 
-def _our_key(key: str) -> tuple[str, str]:
+def _our_key(key: str, names: Mapping[str, str]) -> tuple[str, str]:
     """Module path and tensor name for PEFT's name of a tensor, with or without an adapter's name in it."""
     key = key.removeprefix(PREFIX)
-    for name, theirs in PEFT_NAMES.items():
+    for name, theirs in names.items():
         stem, _, weight = theirs.partition(".")
         if match := re.fullmatch(rf"(.+)\.{stem}(\.[^.]+)?" + (rf"\.{weight}" if weight else ""), key):
             return match[1], name
@@ -51,31 +51,37 @@ def _our_key(key: str) -> tuple[str, str]:
     return re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)$", "", path), name
 
 
-def to_files(adapter: Adapter, notes: Mapping[str, str] | None = None) -> dict[str, bytes]:
-    """The files of an adapter folder, ready to be committed. notes: what else its card tells."""
-    config = adapter.config
+def to_files(
+    adapter: Adapter, notes: Mapping[str, str] | None = None, shared: nn.Module | None = None
+) -> dict[str, bytes]:
+    """The files of an adapter folder, ready to be committed.
+
+    notes: what else its card tells. shared: what all its layers share, to be stored too, for whoever cannot make it.
+    """
+    config, variant = adapter.config, VARIANTS[adapter.config.variant]
     regex = config.targets.startswith(REGEX)
     about = {
-        "peft_type": "LORA",
+        "peft_type": variant.peft_type,
         "task_type": None,
         "base_model_name_or_path": adapter.facts.get("base"),
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
+        **{theirs: getattr(config, ours) for ours, theirs in variant.peft_fields.items()},
         "target_modules": config.targets.removeprefix(REGEX) if regex else list(target_names(config.targets)),
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
         "bias": config.bias,
         "modules_to_save": EMBEDDINGS if config.train_embeddings else None,
-        **VARIANTS[config.variant].peft_flags,
         "fan_in_fan_out": False,
         "inference_mode": True,
+        **variant.peft_flags,
+        **variant.ranks_to_peft(config),
+        **({"save_projection": shared is not None} if variant.peft_shared else {}),
     }
+    targets = set(adapter.targets())
     tensors = {
-        _peft_key(path, name, "A" in group): tensor
+        _peft_key(path, name, path in targets, variant.peft_names): tensor
         for path, group in adapter.tensors.items()
         for name, tensor in group.items()
     }
+    if shared is not None:
+        tensors |= {variant.peft_shared[name]: tensor for name, tensor in shared.named_buffers()}
     packed = pack(tensors, {"format": "pt"} | adapter.facts)
     return {CONFIG: to_json(about), TENSORS: packed, CARD: card(adapter, notes or {})}
 
@@ -88,23 +94,23 @@ def _foreign(about: dict) -> list[str]:
     return [f"{name}={value!r} is not supported" for name, value in given.items()]
 
 
-def _unusable(about: dict) -> list[str]:
+def _unusable(about: dict, variant: type[LoRA]) -> list[str]:
     """The settings whose values cannot be read, by name."""
     problems, targets, saved = [], about.get("target_modules"), about.get("modules_to_save") or []
-    for name in ("r", "lora_alpha", "lora_dropout"):
-        if not _is_number(value := about.get(name, 0.0 if name == "lora_dropout" else None)):
+    for name in variant.peft_fields.values():
+        if not _is_number(value := about.get(name, 0.0 if name.endswith("dropout") else None)):
             problems.append(f"{name} is {value!r}, which is no usable number")
-    for name in ("rank_pattern", "alpha_pattern"):
-        value = about.get(name) or {}
-        if not isinstance(value, dict) or not all(map(_is_number, value.values())):
-            problems.append(f"{name} is {value!r}; only numbers by module name can be read")
+    try:
+        variant.ranks_from_peft(about)
+    except (TypeError, ValueError, AttributeError) as error:
+        problems.append(
+            f"rank_pattern={about.get('rank_pattern')!r}, alpha_pattern={about.get('alpha_pattern')!r}: {error}"
+        )
     named = isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)
     if not named and not _is_regex(targets):
         problems.append(f"target_modules is {targets!r}; only a list of module names or one expression can be read")
     if not isinstance(saved, list) or sorted(map(str, saved)) not in ([], sorted(EMBEDDINGS)):
         problems.append(f"modules_to_save is {saved}; only both embeddings, or nothing, can be read")
-    if not _variant(about):
-        problems.append(f"no variant has use_rslora={about.get('use_rslora')}, use_dora={about.get('use_dora')}")
     return problems
 
 
@@ -119,40 +125,44 @@ def _is_regex(text: object) -> bool:
         return False
 
 
-def _variant(about: dict) -> str | None:
+def _variant(about: dict, where: str) -> str:
+    """The variant whose config this is. Raises UserError where there is none."""
+    kind, types = about.get("peft_type"), {variant.peft_type: variant for variant in VARIANTS.values()}
+    if not isinstance(kind, str) or kind not in types:
+        raise UserError(f"{where}: peft_type is {kind!r}; only {', '.join(types)} adapters can be read")
     for name, variant in VARIANTS.items():
-        if all(bool(about.get(flag)) == value for flag, value in variant.peft_flags.items()):
+        flags = variant.peft_flags.items()
+        if variant.peft_type == kind and all(bool(about.get(flag)) == value for flag, value in flags):
             return name
-    return None
+    told = ", ".join(f"{flag}={about.get(flag)}" for flag in types[kind].peft_flags)
+    raise UserError(f"{where}: no variant has {told}")
 
 
 def _config(about: dict, where: str) -> LoRAConfig:
     """Raises UserError that names everything that is not understood."""
-    if about.get("peft_type") != "LORA":
-        raise UserError(f"{where}: peft_type is {about.get('peft_type')!r}; only LORA adapters can be read")
-    if problems := _foreign(about) + _unusable(about):
+    name = _variant(about, where)
+    variant = VARIANTS[name]
+    if problems := _foreign(about) + _unusable(about, variant):
         raise UserError(f"{where}: {'; '.join(problems)}")
     targets = about["target_modules"]
+    fields = {
+        "targets": REGEX + targets if isinstance(targets, str) else ",".join(targets),
+        "variant": name,
+        "bias": about.get("bias", "none"),
+        "train_embeddings": bool(about.get("modules_to_save")),
+        **{ours: about[theirs] for ours, theirs in variant.peft_fields.items() if theirs in about},
+        **variant.ranks_from_peft(about),
+    }
     try:
-        return LoRAConfig(
-            rank=about["r"],
-            alpha=float(about["lora_alpha"]),
-            dropout=float(about.get("lora_dropout", 0.0)),
-            targets=REGEX + targets if isinstance(targets, str) else ",".join(targets),
-            variant=_variant(about),
-            bias=about.get("bias", "none"),
-            train_embeddings=bool(about.get("modules_to_save")),
-            rank_pattern=about.get("rank_pattern") or {},
-            alpha_pattern=about.get("alpha_pattern") or {},
-        )
+        return LoRAConfig(**fields)
     except UsageError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def _tensors(files: dict[str, bytes], where: str) -> dict[str, dict[str, Tensor]]:
+def _tensors(flat: Mapping[str, Tensor], variant: type[LoRA], where: str) -> dict[str, dict[str, Tensor]]:
     tensors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in unpack(files[TENSORS], f"{where}/{TENSORS}").items():
-        path, name = _our_key(key)
+    for key, tensor in flat.items():
+        path, name = _our_key(key, variant.peft_names)
         if name in tensors.setdefault(path, {}):
             raise UserError(f"{where}/{TENSORS} holds several adapters: {key} is there under another name too")
         tensors[path][name] = tensor
@@ -167,10 +177,15 @@ def from_files(files: dict[str, bytes], where: str) -> Adapter:
     if missing := [name for name in (CONFIG, TENSORS) if name not in files]:
         raise UserError(f"{where}: {missing[0]} is missing, so this is no adapter folder")
     about = read_json(files[CONFIG], f"{where}/{CONFIG}")
-    tensors = _tensors(files, where)
+    config = _config(about, f"{where}/{CONFIG}")
+    variant = VARIANTS[config.variant]
+    flat = unpack(files[TENSORS], f"{where}/{TENSORS}")
+    shared = {name: flat.pop(key) for name, key in variant.peft_shared.items() if key in flat}
+    tensors = _tensors(flat, variant, where)
     header = json.loads(files[TENSORS][8 : 8 + int.from_bytes(files[TENSORS][:8], "little")])
     facts = {key: value for key, value in header.get("__metadata__", {}).items() if key != "format"}
-    config = _config(about, f"{where}/{CONFIG}")
+    if shared:  # what counts is what was stored, whatever was noted of it
+        facts[SHARED] = fingerprint(shared)
     largest = max((size for group in tensors.values() for t in group.values() for size in t.shape), default=0)
     if (rank := max(config.rank, *config.rank_pattern.values(), 0)) > largest:  # before anybody makes room for it
         raise UserError(f"{where}: a rank of {rank:,} is more than any tensor in {TENSORS} has")

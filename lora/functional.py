@@ -88,14 +88,21 @@ def concatenated(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return tensors[0] if len(tensors) == 1 or tensors[0] is None else torch.cat(tensors)
 
 
+def _is_one(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are the same values in the same place, as shared tensors are."""
+    return len({(t.data_ptr(), t.shape, t.stride()) for t in tensors}) == 1
+
+
 def stacked(parts: Sequence[LowRank]) -> LowRank:
     """Linears that share their input as one, whose output is theirs one after the other: the As stand under each
-    other, the scaled Bs are the blocks of a diagonal."""
+    other, the scaled Bs are the blocks of a diagonal; or they share their A too, and the scaled Bs stand under each
+    other."""
     if len(parts) == 1:
         return parts[0]
     Ws, biases, As, Bs, scales, magnitudes = zip(*parts, strict=True)
-    B = torch.block_diag(*(B if scale == 1 else B * scale for B, scale in zip(Bs, scales, strict=True)))
-    return LowRank(torch.cat(Ws), concatenated(biases), torch.cat(As), B, 1.0, concatenated(magnitudes))
+    Bs = [B if scale == 1 else B * scale for B, scale in zip(Bs, scales, strict=True)]
+    A, B = (As[0], torch.cat(Bs)) if _is_one(As) else (torch.cat(As), torch.block_diag(*Bs))
+    return LowRank(torch.cat(Ws), concatenated(biases), A, B, 1.0, concatenated(magnitudes))
 
 
 class EffectiveLinear(torch.autograd.Function):
@@ -122,8 +129,8 @@ class EffectiveLinear(torch.autograd.Function):
     @once_differentiable  # a second derivative would miss what flows through the copies
     def backward(ctx, g):
         x, W_c, A_c, Bt_c, *stretched = ctx.saved_tensors
-        need_x, need_W, need_bias, *_ = ctx.needs_input_grad
-        low, g_low = x @ A_c.t(), g @ Bt_c.t()  # (tokens, rank): this way round both read rows
+        need_x, need_W, need_bias, need_A, *_ = ctx.needs_input_grad
+        low = x @ A_c.t()  # (tokens, rank): this way round it reads rows
         dW = (g.t() @ x).to(ctx.dtypes[1]) if need_W else None
         dB, dm = (low.t() @ g).t().to(ctx.dtypes[0]) * ctx.scale, None
         if stretched:
@@ -131,8 +138,8 @@ class EffectiveLinear(torch.autograd.Function):
             dB, dW = dB * stretch, None if dW is None else dW * stretch.to(dW.dtype)
             dm = (g * (y if bias is None else y - bias)).sum(0, dtype=magnitude.dtype)  # y is linear in it
             dm = torch.where(magnitude == 0, 0, dm / magnitude)
-        dx, dA = g @ W_c if need_x else None, (g_low.t() @ x).to(ctx.dtypes[0])
-        return dx, dW, g.sum(0) if need_bias else None, dA, dB, None, dm
+        dA = ((g @ Bt_c.t()).t() @ x).to(ctx.dtypes[0]) if need_A else None
+        return g @ W_c if need_x else None, dW, g.sum(0) if need_bias else None, dA, dB, None, dm
 
 
 def thin_products_pay(tokens: int, parts: Sequence[LowRank]) -> bool:

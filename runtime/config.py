@@ -115,9 +115,15 @@ class Settings(Machine):
         0.0, "Share of activations dropped in training", group=MODEL, low=0, high=1, high_open=True
     )
 
-    lora_rank: int = setting(8, "Rank of the adapters: higher learns more and costs more", group=LORA, low=1, high=4096)
+    lora_rank: int = setting(
+        8, "Rank of the adapters: higher learns more and costs more", vera=64, adalora=12, group=LORA, low=1, high=4096
+    )
     lora_alpha: float = setting(
-        16.0, "Strength of the adapters, which are scaled by LORA_ALPHA / LORA_RANK", group=LORA, low=0, low_open=True
+        16.0,
+        "Strength of the adapters, which are scaled by LORA_ALPHA / LORA_RANK; vera has none",
+        group=LORA,
+        low=0,
+        low_open=True,
     )
     lora_dropout: float = setting(
         0.0, "Share of the adapters' inputs dropped in training", group=LORA, low=0, high=1, high_open=True
@@ -131,16 +137,24 @@ class Settings(Machine):
     )
     lora_variant: str = setting(
         "lora",
-        "Kind of adapter; rslora scales by the root of the rank, dora trains the length of each row apart",
+        "Kind of adapter; rslora scales by the root of the rank, dora trains the length of each row apart, vera "
+        "trains two vectors a layer, adalora moves ranks to where they matter",
         group=LORA,
-        choices=("lora", "rslora", "dora"),
+        choices=("lora", "rslora", "dora", "vera", "adalora"),
+    )
+    lora_target_rank: int | None = setting(
+        None,
+        "Mean rank of the modules that adalora ends with; none is two thirds of LORA_RANK",
+        group=LORA,
+        low=1,
+        high=4096,
     )
     lora_bias: str = setting(
         "none", "Which biases are trained beside the adapters", group=LORA, choices=("none", "all", "lora_only")
     )
     lora_plus_ratio: float = setting(
         4.0,
-        "How many times faster than all else the B matrices learn (LoRA+); 1 is plain LoRA",
+        "How many times faster than all else learns what starts at zero, as B does (LoRA+); 1 is plain LoRA",
         group=LORA,
         low=0,
         low_open=True,
@@ -187,6 +201,8 @@ class Settings(Machine):
             raise ContradictionError(self, "warmup_iters", "must not be more than", "max_iters")
         if self.min_lr > self.learning_rate:
             raise ContradictionError(self, "min_lr", "must not be more than", "learning_rate")
+        if self.use_lora and self.lora_target_rank and self.lora_target_rank > self.lora_rank:
+            raise ContradictionError(self, "lora_target_rank", "must not be more than", "lora_rank")
 
     @property
     def adapting(self) -> bool:
@@ -198,7 +214,7 @@ class Settings(Machine):
         """Which other defaults hold: see `setting` and `MODES`."""
         lora, test = values["use_lora"], values["test_mode"]
         active = {"adapt": lora or values["base"], "lora": lora, "test": test, "test_lora": test and lora}
-        return [mode for mode, holds in active.items() if holds]
+        return [*(mode for mode, holds in active.items() if holds), *([values["lora_variant"]] if lora else [])]
 
     @classmethod
     def fitted(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

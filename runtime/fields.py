@@ -17,12 +17,12 @@ from typing import Any, Self
 
 from runtime.errors import UsageError
 
-UNSET = object()
 # Where a setting has several defaults, the last of these modes that a run is in decides.
 MODES = {"adapt": "from a base", "lora": "LoRA", "test": "TEST_MODE", "test_lora": "TEST_MODE with LoRA"}
+MODES |= {"vera": "vera", "adalora": "adalora", "variants": "--variants"}
 BOOLEANS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
 WHOLE = re.compile(r"[+-]?[0-9]{1,18}")  # int() also takes "1_0" and Arabic digits, and fails on 5,000 digits
-DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")  # one way to read each: long text is quick
 ONE_LINE = r"[^\x00-\x1f\x7f\ud800-\udfff]*"  # surrogates: bytes that are not UTF-8, which JSON could not carry
 
 
@@ -67,16 +67,11 @@ class Rule:
 def setting(
     default: Any,
     help: str,
-    *,
-    adapt: Any = UNSET,
-    lora: Any = UNSET,
-    test: Any = UNSET,
-    test_lora: Any = UNSET,
     **rule: Any,
 ) -> Any:
-    """A dataclass field that is a setting; `rule` takes the fields of `Rule`, of which `group` is required."""
-    others = {"adapt": adapt, "lora": lora, "test": test, "test_lora": test_lora}
-    defaults = {mode: value for mode, value in others.items() if value is not UNSET}
+    """A dataclass field that is a setting; `rule` takes the fields of `Rule`, of which `group` is required, and other
+    defaults by `MODES`."""
+    defaults = {mode: rule.pop(mode) for mode in MODES if mode in rule}
     return field(default=default, metadata={"rule": Rule(help=help, defaults=defaults, **rule)})
 
 
@@ -118,11 +113,11 @@ class Setting:
         if self.optional and text.lower() in ("", "none"):
             return None
         if self.kind is bool:
-            return self.check(BOOLEANS.get(text.lower()))
+            return self.check(BOOLEANS.get(text.lower(), text))
         if self.kind is int:
-            return self.check(int(text) if WHOLE.fullmatch(text) else None)
+            return self.check(int(text) if WHOLE.fullmatch(text) else text)
         if self.kind is float:
-            return self.check(float(text) if DECIMAL.fullmatch(text) else None)
+            return self.check(float(text) if DECIMAL.fullmatch(text) else text)
         if self.kind is tuple:
             return self.check((text,) if isinstance(text, str) else text)
         return self.check(text)
@@ -171,9 +166,7 @@ def in_words(value: Any) -> str:
     """A value as text that fits into one line of a message."""
     if value is None:
         return "none"
-    if isinstance(value, tuple):
-        return ", ".join(in_words(item) for item in value)
-    text = str(value)
+    text = ", ".join(map(in_words, value)) if isinstance(value, tuple) else str(value)
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -1,4 +1,4 @@
-"""What a run needs to go on exactly where it was: trained tensors, optimizer, and a small state.
+"""What a run needs to go on exactly where it was: trained tensors and buffers, optimizer, and a small state.
 
 Batches, rates and dropout are functions of the step, so no generator has to be saved.
 """
@@ -34,6 +34,12 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def _changing(model: nn.Module) -> dict[str, Tensor]:
+    """What a step may change, by name: what trains, and the buffers that belong to a checkpoint."""
+    trained, parameters = _trained(model), dict(model.named_parameters())
+    return trained | {name: t for name, t in model.state_dict().items() if name not in parameters}
+
+
 def to_files(stepper: Stepper, state: State) -> dict[str, bytes]:
     """The files of a resumable step."""
     trained = _trained(stepper.model)
@@ -43,7 +49,7 @@ def to_files(stepper: Stepper, state: State) -> dict[str, bytes]:
         for key, value in stepper.optimizer.state.get(p, {}).items()
     }
     about = asdict(state) | {"scaler": stepper.scaler.state_dict()}
-    return {WEIGHTS: pack(dict(trained)), OPTIMIZER: pack(moments), STATE: to_json(about)}
+    return {WEIGHTS: pack(_changing(stepper.model)), OPTIMIZER: pack(moments), STATE: to_json(about)}
 
 
 def restore(stepper: Stepper, files: dict[str, bytes], where: str) -> State:
@@ -55,14 +61,14 @@ def restore(stepper: Stepper, files: dict[str, bytes], where: str) -> State:
         if name not in files:
             raise DamagedError(f"{where}/{name} is missing")
     state, scaler = _read_state(stepper, read_json(files[STATE], f"{where}/{STATE}"), f"{where}/{STATE}")
-    weights, trained = unpack(files[WEIGHTS], f"{where}/{WEIGHTS}"), _trained(stepper.model)
-    if _described(weights) != _described(trained):
+    weights, changing = unpack(files[WEIGHTS], f"{where}/{WEIGHTS}"), _changing(stepper.model)
+    if _described(weights) != _described(changing):
         raise DamagedError(f"{where}/{WEIGHTS} holds other tensors than this run trains")
     saved = stepper.optimizer.state_dict()
     saved["state"] = _read_moments(stepper, unpack(files[OPTIMIZER], f"{where}/{OPTIMIZER}"), f"{where}/{OPTIMIZER}")
     with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(weights[name])
+        for name, tensor in changing.items():
+            tensor.copy_(weights[name])
     stepper.optimizer.load_state_dict(saved)
     if scaler:  # none was saved where the run began on a machine that needs none
         stepper.scaler.load_state_dict(scaler)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,8 @@ class Stepper:
     model(x, targets) -> (logits, loss). optimizer: a fused one, as the others cannot skip an update without the host;
     parameter groups may carry `lr_scale`, a factor on the schedule.
     batch(step) -> (x, targets), of batch_size * accumulation rows, which are cut into `accumulation` parts.
+    extra_losses() -> () each: terms of the loss beside the batch's, which `self.loss` leaves out.
+    after_steps(step): called after each update, while the gradients are still there.
     lap(phase) is called after each `forward`, `backward` and `optimizer` phase, for whoever has a clock.
     """
 
@@ -75,11 +77,14 @@ class Stepper:
         accumulation: int = 1,
         grad_clip: float = 1.0,
         compile: bool = False,
+        extra_losses: Sequence[Callable[[], Tensor]] = (),
+        after_steps: Sequence[Callable[[int], None]] = (),
     ) -> None:
         if not optimizer.defaults.get("fused"):
             raise ValueError(f"{type(optimizer).__name__} must be fused, or it would update with what is not finite")
         self.model, self.optimizer, self.schedule, self.batch, self.machine = model, optimizer, schedule, batch, machine
         self.seed, self.accumulation, self.grad_clip = seed, accumulation, grad_clip
+        self.extra_losses, self.after_steps = extra_losses, after_steps
         # A compiled model is a wrapper around the model, which keeps its names: only steps go through the wrapper.
         self.forward = torch.compile(model) if compile else model
         self.scaler = machine.scaler()
@@ -96,11 +101,13 @@ class Stepper:
             self.model.train()
         self.loss = self.backward(*self.batch(step))
         self.update(step)
+        for after_step in self.after_steps:
+            after_step(step)
         self.optimizer.zero_grad(set_to_none=True)
         self.lap("optimizer")
 
     def backward(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Gradients of the mean loss over the whole batch, part by part; returns that loss."""
+        """Gradients of the mean loss over the whole batch, part by part, and of what is added; returns that mean."""
         loss = torch.zeros((), device=self.machine.device)
         for part, wanted in zip(x.chunk(self.accumulation), targets.chunk(self.accumulation), strict=True):
             part, wanted = (t.to(self.machine.device, non_blocking=True) for t in (part, wanted))
@@ -109,6 +116,9 @@ class Stepper:
             self.lap("forward")
             self.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
+            self.lap("backward")
+        for extra_loss in self.extra_losses:
+            self.scaler.scale(extra_loss()).backward()
             self.lap("backward")
         return loss
 

@@ -303,4 +303,4 @@ def test_the_scale_is_the_files(variant: str) -> None:
     adapter = from_files(to_files(of(adapted(config))), "here")
     model = tiny()
     adapter.put_on(model)
-    assert model.lm_head.lora["default"].scale == (10 / 2 if variant == "rslora" else 10 / 4)
+    assert model.lm_head.lora["default"].scale == {"rslora": 10 / 2, "vera": 1}.get(variant, 10 / 4)

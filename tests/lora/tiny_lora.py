@@ -49,17 +49,35 @@ def trained(model: BigramLanguageModelLoRA) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def projections(config: LoRAConfig, widest_in: int, widest_out: int) -> tuple[Tensor, Tensor]:
+    """What all layers of a VeRA adapter share: uniform within sqrt(6 / fan-in), A before B, out of one seed."""
+    generator = torch.Generator().manual_seed(config.seed)
+    shapes = (config.rank, widest_in), (widest_out, config.rank)
+    bounds = [math.sqrt(2) * math.sqrt(3) / math.sqrt(fan_in) for _, fan_in in shapes]
+    draw = [torch.empty(shape).uniform_(-b, b, generator=generator) for shape, b in zip(shapes, bounds, strict=True)]
+    return draw[0], draw[1]
+
+
 def plain_weights(model: BigramLanguageModelLoRA, config: LoRAConfig, name: str = "default") -> dict[str, Tensor]:
-    """The weights that base and adapter stand for, written out and differentiable: W + scale B A, each
-    row at its magnitude where there is one, or the copy."""
+    """The weights that base and adapter stand for, written out and differentiable: W + scale B A or W + scale B E A,
+    each row at its magnitude where there is one; W + b B d A with the shared matrices of VeRA; or the copy."""
     scale = config.alpha / (math.sqrt(config.rank) if config.variant == "rslora" else config.rank)
+    shared = [
+        m.sizes for module in model.modules() for m in getattr(module, "lora", {}).values() if hasattr(m, "sizes")
+    ]
     everything, marker = dict(model.named_parameters()), f".lora.{name}."
     own = adapter_parameters(model)
     weights = {key: p for key, p in everything.items() if p not in own}
     for key, p in everything.items():
         path, _, tensor = key.partition(marker)
         if tensor == "B":
-            weights[f"{path}.weight"] = weights[f"{path}.weight"] + scale * p @ everything[f"{path}{marker}A"]
+            E = everything.get(f"{path}{marker}E", torch.ones(1, 1, dtype=p.dtype))
+            weights[f"{path}.weight"] = weights[f"{path}.weight"] + scale * p @ (E * everything[f"{path}{marker}A"])
+        elif tensor == "b":
+            A, B = projections(config, *map(max, zip(*shared, strict=True)))
+            W, d = weights[f"{path}.weight"], everything[f"{path}{marker}d"]
+            update = B[: len(W)].to(p.dtype) @ (d[:, None] * A[:, : W.shape[1]].to(p.dtype))
+            weights[f"{path}.weight"] = W + p[:, None] * update
         elif tensor in ("weight", "bias"):
             weights[f"{path}.{tensor}"] = p
     for key, p in everything.items():
