@@ -3,8 +3,8 @@
 #   make train    train a base on Shakespeare            (settings: make train MAX_ITERS=500, or .env)
 #   make adapt    adapt it to the First Folio with LoRA
 #   make test     lint, then the whole test suite
-#   make soak     faults at every operation, rot at every byte, a line of 1 GB: docs/reliability.md (about 20 minutes,
-#                 10 GB of memory, 5 GB of disk)
+#   make soak     faults at every operation, rot at every byte, a line of 1 GB, a stop at every moment: docs/reliability.md
+#                 (about half an hour, 10 GB of memory, 5 GB of disk)
 #   make tiny     nanoGPT's CPU recipe on tinyshakespeare, three seeds (about 4 minutes on 2 cores)
 #   make gap      how much of full fine-tuning's gain LoRA reaches, three seeds (about 15 minutes)
 
@@ -27,7 +27,7 @@ test: $(VENV)/test.stamp
 
 soak: $(VENV)/test.stamp
 	SOAK=1 timeout 3600 $(BIN)/python -m pytest -n 0 -s -m "" tests/runtime/test_faults.py tests/runtime/test_rot.py \
-		tests/data/test_hostile_text.py tests/models/test_compiled.py
+		tests/data/test_hostile_text.py tests/models/test_compiled.py tests/jobs/test_exact_resume.py
 
 settings: $(VENV)/run.stamp
 	$(BIN)/python -m runtime.config
