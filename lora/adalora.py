@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -60,10 +60,16 @@ class AdaLoRA(LoRA):
     @classmethod
     def problems(cls, config: LoRAConfig) -> list[str]:
         """What makes no sense for this variant, in words."""
-        target = config.target_rank
-        if target is None or (type(target) is int and 1 <= target <= config.rank):
-            return []
-        return [f"lora_target_rank={target!r}: must be a whole number from 1 to lora_rank={config.rank}"]
+        target, first = config.target_rank, f"lora_rank={config.rank}"
+        rules = {
+            f"lora_target_rank={target!r}: must be a whole number from 1 to {first}": target is None
+            or (type(target) is int and 1 <= target <= config.rank),
+            f"rank_pattern: adalora takes ranks away from {first}, so none can be above it": all(
+                rank <= config.rank for rank in config.rank_pattern.values()
+            ),
+            "alpha_pattern: adalora has one alpha for all modules, as in PEFT": not config.alpha_pattern,
+        }
+        return [message for message, holds in rules.items() if not holds]
 
     @staticmethod
     def target_rank(config: LoRAConfig) -> int:
@@ -112,7 +118,7 @@ class AdaLoRA(LoRA):
         """Measure what each rank matters, and set those to zero that are not among the most important ones."""
         first = sum(entry.rank for entry in entries)
         last = sum(min(entry.rank, AdaLoRA.target_rank(entry.config)) for entry in entries)
-        if step + 1 <= END * steps + 1:  # then the ranks stay where they are
+        if step < END * steps:  # then the ranks stay where they are
             importance = torch.cat([entry.importance() for entry in entries])
             kept = torch.zeros_like(importance, dtype=torch.bool)
             kept[importance.topk(budget(step + 1, steps, first, last)).indices] = True
@@ -139,10 +145,11 @@ class AdaLoRA(LoRA):
         return E[:, 0] + A.mean(1) + B.mean(1)
 
     @classmethod
-    def ranks_to_peft(cls, config: LoRAConfig) -> dict[str, Any]:
-        """The ranks that are left, as PEFT's config has them: which of the first ones, by module. It insists on a
+    def ranks_to_peft(cls, config: LoRAConfig, paths: Iterable[str]) -> dict[str, Any]:
+        """The ranks that are left, as PEFT's config has them: which of the first ones, by path. It insists on a
         schedule, which is over."""
-        left = {f"{path}.lora_E": [i < rank for i in range(config.rank)] for path, rank in config.rank_pattern.items()}
+        ranks = {path: rank for path in paths if (rank := config.rank_at(path)) != config.rank}
+        left = {f"{path}.lora_E": [i < rank for i in range(config.rank)] for path, rank in ranks.items()}
         over = {"tinit": 0, "tfinal": 0, "total_step": 1}
         return {"target_r": cls.target_rank(config), "rank_pattern": left or None} | over
 

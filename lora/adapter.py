@@ -41,7 +41,8 @@ class Adapter:
         config = next(iter(entries.values())).config
         left = {path: entry.rank_left() for path, entry in entries.items() if isinstance(entry, LoRA)}
         others = {path: rank for path, rank in left.items() if rank != config.rank_at(path)}
-        config = replace(config, rank_pattern=others | dict(config.rank_pattern)) if others else config
+        # first, as the first that matches counts, and with their own values where a path was a pattern before
+        config = replace(config, rank_pattern=others | dict(config.rank_pattern) | others) if others else config
         return cls(config, tensors, facts | shared_fact(entries.values()))
 
     def targets(self) -> list[str]:

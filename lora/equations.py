@@ -147,8 +147,8 @@ class LoRA(AdapterTensors):
         return [self.B]
 
     @classmethod
-    def ranks_to_peft(cls, config: LoRAConfig) -> dict[str, Any]:
-        """The ranks and alphas of single modules, as PEFT's config has them."""
+    def ranks_to_peft(cls, config: LoRAConfig, paths: Iterable[str]) -> dict[str, Any]:
+        """The ranks and alphas of single modules, of those at these paths, as PEFT's config has them."""
         return {"rank_pattern": dict(config.rank_pattern), "alpha_pattern": dict(config.alpha_pattern)}
 
     @classmethod

@@ -71,7 +71,7 @@ def to_files(
         "fan_in_fan_out": False,
         "inference_mode": True,
         **variant.peft_flags,
-        **variant.ranks_to_peft(config),
+        **variant.ranks_to_peft(config, adapter.targets()),
         **({"save_projection": shared is not None} if variant.peft_shared else {}),
     }
     targets = set(adapter.targets())
@@ -115,7 +115,7 @@ def _unusable(about: dict, variant: type[LoRA]) -> list[str]:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e9
+    return type(value) in (int, float) and abs(value) < 2**64
 
 
 def _is_regex(text: object) -> bool:

@@ -18,6 +18,7 @@ D_AT_FIRST = 0.1  # the paper's choice for most of its experiments, and PEFT's
 
 
 @functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)  # what is kept serves training too, whoever asked for it first
 def _drawn(seed: int, rank: int, widest_in: int, widest_out: int) -> tuple[Tensor, Tensor]:
     """A (rank, in), then B (out, rank), kaiming-uniform, drawn on the CPU as PEFT draws them, whatever they are for."""
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -85,7 +86,7 @@ class VeRA(LoRA):
         return [self.b]
 
     @classmethod
-    def ranks_to_peft(cls, config: LoRAConfig) -> dict[str, Any]:
+    def ranks_to_peft(cls, config: LoRAConfig, paths: Iterable[str]) -> dict[str, Any]:
         """Nothing: there are none. The words for what this type calls otherwise."""
         return {"bias": config.bias.replace("lora", "vera")}
 

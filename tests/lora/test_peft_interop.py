@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import warnings
 from pathlib import Path
@@ -13,13 +14,18 @@ import safetensors.torch
 import torch
 from tiny_lora import IDX, TARGETS, adapted, logits, randomise, tiny
 
-from lora.adapter import Adapter
-from lora.files import TENSORS, load_adapter, save_adapter
+from lora.adapter import SHARED, Adapter
+from lora.attach import base_tensors, hosts
+from lora.equations import LoRA
+from lora.files import CONFIG, TENSORS, load_adapter, to_files
 from lora.variants import VARIANTS, LoRAConfig
+from runtime import storage
 from runtime.errors import UserError
 
-CASES = list(itertools.product(("lora", "rslora", "dora"), ("none", "all", "lora_only"), (False, True)))
+CASES = list(itertools.product(VARIANTS, ("none", "all", "lora_only"), (False, True)))
 EMBEDDINGS = ["token_embedding", "position_embedding"]
+NEAR = 2e-5  # AdaLoRA of PEFT divides by rank + 1e-5
+Model = torch.nn.Module
 
 
 @pytest.fixture(autouse=True)
@@ -29,26 +35,64 @@ def no_warnings_of_models_that_are_not_transformers():
         yield
 
 
+def check_same(one: Model, other: Model, **base) -> None:
+    """Both compute the same, and not what the base computes."""
+    assert torch.allclose(logits(one), logits(other), atol=NEAR)
+    assert not torch.allclose(logits(one), logits(tiny(**base)), atol=1e-2)
+
+
+def variants(model: Model) -> list[tuple[str, LoRA]]:
+    """The active adapter's tensors on each linear that it changes, with the linear's path."""
+    found = [(path, entry) for path, host in hosts(model).items() for entry in host.entries()]
+    return [(path, entry) for path, entry in found if isinstance(entry, LoRA)]
+
+
+def read_by_peft(ours: Model, folder: Path, shared: bool = False, **base) -> Model:
+    """A PEFT model with our adapter, out of a folder that we saved."""
+    adapter = Adapter.of(ours)
+    with_it = adapter.shared(base_tensors(ours)) if shared else None
+    storage.commit_folder(folder, to_files(adapter, shared=with_it))
+    return peft.PeftModel.from_pretrained(tiny(**base), folder)
+
+
+def read_by_us(theirs: Model, folder: Path, **base) -> Model:
+    """Our model with PEFT's adapter, out of a folder that PEFT saved."""
+    theirs.save_pretrained(folder)
+    ours = tiny(**base)
+    load_adapter(folder).put_on(ours)
+    return ours
+
+
 @pytest.mark.parametrize(("variant", "bias", "embeddings"), CASES)
 def test_peft_reads_our_folder(variant: str, bias: str, embeddings: bool, tmp_path: Path) -> None:
     base = {"bias": bias != "none"}
     config = LoRAConfig(
         rank=4, alpha=6.0, targets="standard" if bias == "lora_only" else "all",
-        variant=variant, bias=bias, train_embeddings=embeddings,
+        variant=variant, bias=bias, train_embeddings=embeddings, seed=5,
     )  # fmt: skip
     ours = adapted(config, **base)
-    save_adapter(tmp_path / "adapter", Adapter.of(ours))
-    theirs = peft.PeftModel.from_pretrained(tiny(**base), tmp_path / "adapter")
-    assert torch.allclose(logits(theirs), logits(ours), atol=1e-5)
-    assert not torch.allclose(logits(theirs), logits(tiny(**base)), atol=1e-2)
+    check_same(read_by_peft(ours, tmp_path / "adapter", **base), ours, **base)
 
 
-def train_with_peft(base: dict, **options) -> peft.PeftModel:
+CONFIGS = {"LORA": peft.LoraConfig, "VERA": peft.VeraConfig, "ADALORA": peft.AdaLoraConfig}
+SCHEDULE = {"target_r": 2, "tinit": 1, "tfinal": 3, "total_step": 10}
+
+
+def peft_config(variant: str, bias: str = "none", **options) -> peft.PeftConfig:
+    """PEFT's config of one of our variants, at rank 4."""
+    ours = VARIANTS[variant]
+    names, values = ours.peft_fields, {"rank": 4, "alpha": 6, "seed": 5}
+    given = {names[name]: value for name, value in values.items() if name in names} | ours.peft_flags
+    more = SCHEDULE if variant == "adalora" else {}
+    bias = bias.replace("lora", "vera") if variant == "vera" else bias
+    targets = {"target_modules": ["q_proj", "up_proj", "lm_head"]}
+    return CONFIGS[ours.peft_type](**given | more | targets | {"bias": bias} | options)
+
+
+def train_with_peft(base: dict, variant: str = "lora", **options) -> peft.PeftModel:
     """A PEFT model whose trained tensors all moved, by a step and a push."""
     torch.manual_seed(3)
-    options = {"target_modules": ["q_proj", "up_proj", "lm_head"]} | options
-    config = peft.LoraConfig(r=4, lora_alpha=6, **options)
-    model = peft.get_peft_model(tiny(**base), config)
+    model = peft.get_peft_model(tiny(**base), peft_config(variant, **options))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(IDX, TARGETS)[1].backward()
     optimizer.step()
@@ -59,13 +103,72 @@ def train_with_peft(base: dict, **options) -> peft.PeftModel:
 @pytest.mark.parametrize(("variant", "bias", "embeddings"), CASES)
 def test_we_read_what_peft_saved(variant: str, bias: str, embeddings: bool, tmp_path: Path) -> None:
     base = {"bias": bias != "none"}
-    flags = VARIANTS[variant].peft_flags
-    theirs = train_with_peft(base, **flags, bias=bias, modules_to_save=EMBEDDINGS if embeddings else None)
-    theirs.save_pretrained(tmp_path)
-    ours = tiny(**base)
-    load_adapter(tmp_path).put_on(ours)
-    assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)
-    assert not torch.allclose(logits(ours), logits(tiny(**base)), atol=1e-2)
+    theirs = train_with_peft(base, variant, bias=bias, modules_to_save=EMBEDDINGS if embeddings else None)
+    check_same(read_by_us(theirs, tmp_path, **base), theirs, **base)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_veras_projections_go_both_ways_whether_they_are_stored_or_not(stored: bool, tmp_path: Path) -> None:
+    theirs = train_with_peft({}, "vera", save_projection=stored)
+    ours = read_by_us(theirs, tmp_path / "theirs")
+    check_same(ours, theirs)
+    check_same(read_by_peft(ours, tmp_path / "ours", shared=stored), ours)
+    for folder in ("theirs", "ours"):
+        keys = safetensors.torch.load_file(tmp_path / folder / TENSORS).keys()
+        assert ({"base_model.vera_A", "base_model.vera_B"} <= keys) == stored
+        assert any("vera_A" in key for key in keys) == stored
+        assert json.loads((tmp_path / folder / CONFIG).read_bytes())["save_projection"] == stored
+    facts = [load_adapter(tmp_path / folder).facts.get(SHARED) for folder in ("theirs", "ours")]
+    assert facts == [Adapter.of(ours).facts[SHARED] if stored else None, Adapter.of(ours).facts[SHARED]]
+
+
+def pruned_by_peft(steps: int = 9) -> peft.PeftModel:
+    """An AdaLoRA model that PEFT took ranks away from, until one module in the middle had none left."""
+    torch.manual_seed(3)
+    model = peft.get_peft_model(tiny(), peft_config("adalora"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for step in range(steps):
+        model(IDX, TARGETS)[1].backward()
+        model.get_submodule("base_model.model.blocks.1.mlp.up_proj").lora_E["default"].grad.mul_(1e-9)
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    return model
+
+
+def test_we_read_what_peft_has_pruned(tmp_path: Path) -> None:
+    theirs = pruned_by_peft()
+    ours = read_by_us(theirs, tmp_path)
+    check_same(ours, theirs)
+    ranks = {path: entry.rank for path, entry in variants(ours)}
+    assert ranks["blocks.1.mlp.up_proj"] == 0
+    assert len(set(ranks.values())) > 2 and sum(ranks.values()) == 2 * len(ranks)
+    check_same(read_by_peft(ours, tmp_path / "again"), theirs)
+
+
+def prune(model: Model, ranks: dict[str, int]) -> None:
+    """Keep so many ranks, the last ones, of the modules at these paths."""
+    with torch.no_grad():
+        for path, entry in variants(model):
+            if path in ranks:
+                entry.kept.copy_(torch.arange(entry.rank) >= entry.rank - ranks[path])
+                entry.E.mul_(entry.kept[:, None])
+
+
+@pytest.mark.parametrize("pattern", [{}, {"q_proj": 3, "lm_head": 3}], ids=["one-rank", "patterns"])
+def test_peft_reads_what_we_have_pruned(pattern: dict, tmp_path: Path) -> None:
+    ours = adapted(LoRAConfig(rank=4, alpha=6.0, variant="adalora", rank_pattern=pattern))
+    left = {"lm_head": 2, "blocks.0.attention.q_proj": 0, "blocks.1.mlp.up_proj": 1, "blocks.1.mlp.down_proj": 4}
+    prune(ours, left)
+    adapter = Adapter.of(ours)
+    assert {path: len(adapter.tensors[path]["E"]) for path in left} == left
+    assert {path: adapter.config.rank_at(path) for path in left} == left
+    check_same(read_by_peft(ours, tmp_path / "ours"), ours)
+    again = tiny()
+    load_adapter(tmp_path / "ours").put_on(again)
+    check_same(again, ours)
+    again(IDX, TARGETS)[1].backward()
+    assert again.blocks[1].mlp.up_proj.lora["default"].E.grad.all()
 
 
 PATTERNS = [
@@ -80,14 +183,9 @@ PATTERNS = [
 def test_patterns_of_ranks_alphas_and_targets_go_both_ways(options: dict, tmp_path: Path) -> None:
     base = {"bias": "bias" in options}
     theirs = train_with_peft(base, **options)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = tiny(**base)
-    load_adapter(tmp_path / "theirs").put_on(ours)
-    assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)
-    save_adapter(tmp_path / "ours", Adapter.of(ours))
-    again = peft.PeftModel.from_pretrained(tiny(**base), tmp_path / "ours")
-    assert torch.allclose(logits(again), logits(ours), atol=1e-5)
-    assert not torch.allclose(logits(ours), logits(tiny(**base)), atol=1e-2)
+    ours = read_by_us(theirs, tmp_path / "theirs", **base)
+    check_same(ours, theirs, **base)
+    check_same(read_by_peft(ours, tmp_path / "ours", **base), ours, **base)
 
 
 def test_keys_that_carry_the_adapters_name_are_understood(tmp_path: Path) -> None:
