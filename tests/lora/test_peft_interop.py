@@ -12,11 +12,10 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from tiny_lora import IDX, TARGETS, adapted, logits, randomise, tiny
+from tiny_lora import IDX, TARGETS, adapted, logits, randomise, tiny, variants
 
 from lora.adapter import SHARED, Adapter
-from lora.attach import base_tensors, hosts
-from lora.equations import LoRA
+from lora.attach import base_tensors
 from lora.files import CONFIG, TENSORS, load_adapter, to_files
 from lora.variants import VARIANTS, LoRAConfig
 from runtime import storage
@@ -39,12 +38,6 @@ def check_same(one: Model, other: Model, **base) -> None:
     """Both compute the same, and not what the base computes."""
     assert torch.allclose(logits(one), logits(other), atol=NEAR)
     assert not torch.allclose(logits(one), logits(tiny(**base)), atol=1e-2)
-
-
-def variants(model: Model) -> list[tuple[str, LoRA]]:
-    """The active adapter's tensors on each linear that it changes, with the linear's path."""
-    found = [(path, entry) for path, host in hosts(model).items() for entry in host.entries()]
-    return [(path, entry) for path, entry in found if isinstance(entry, LoRA)]
 
 
 def read_by_peft(ours: Model, folder: Path, shared: bool = False, **base) -> Model:
@@ -140,7 +133,7 @@ def test_we_read_what_peft_has_pruned(tmp_path: Path) -> None:
     theirs = pruned_by_peft()
     ours = read_by_us(theirs, tmp_path)
     check_same(ours, theirs)
-    ranks = {path: entry.rank for path, entry in variants(ours)}
+    ranks = {path: entry.rank for path, entry in variants(ours).items()}
     assert ranks["blocks.1.mlp.up_proj"] == 0
     assert len(set(ranks.values())) > 2 and sum(ranks.values()) == 2 * len(ranks)
     check_same(read_by_peft(ours, tmp_path / "again"), theirs)
@@ -149,7 +142,7 @@ def test_we_read_what_peft_has_pruned(tmp_path: Path) -> None:
 def prune(model: Model, ranks: dict[str, int]) -> None:
     """Keep so many ranks, the last ones, of the modules at these paths."""
     with torch.no_grad():
-        for path, entry in variants(model):
+        for path, entry in variants(model).items():
             if path in ranks:
                 entry.kept.copy_(torch.arange(entry.rank) >= entry.rank - ranks[path])
                 entry.E.mul_(entry.kept[:, None])

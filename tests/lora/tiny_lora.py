@@ -7,9 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from lora.attach import activate, adapter_parameters, attach
+from lora.attach import activate, adapter_parameters, attach, hosts
+from lora.equations import LoRA
+from lora.optim import after_steps, extra_losses, make_optimizer
 from lora.variants import LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from runtime.device import Machine
+from runtime.steps import Batch, Schedule, Stepper
 
 IDX = torch.arange(24).reshape(2, 12) * 7 % 50
 TARGETS = torch.arange(24).reshape(2, 12) * 11 % 50
@@ -47,6 +51,25 @@ def randomise(model: BigramLanguageModelLoRA, seed: int = 1, size: float = 0.1) 
 def trained(model: BigramLanguageModelLoRA) -> dict[str, Tensor]:
     """What trains, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def variants(model: torch.nn.Module) -> dict[str, LoRA]:
+    """The active adapter's tensors on each linear that it changes, by the linear's path."""
+    found = ((path, entry) for path, host in hosts(model).items() for entry in host.entries())
+    return {path: entry for path, entry in found if isinstance(entry, LoRA)}
+
+
+def batch(step: int) -> Batch:
+    """Tokens of a step, and what follows them."""
+    tokens = torch.randint(0, 50, (4, 13), generator=torch.Generator().manual_seed(step))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def stepper(model: BigramLanguageModelLoRA, steps: int, **options) -> Stepper:
+    """The steps that a run of so many takes on what is active, with all that its variants add to them."""
+    cpu, optimizer = Machine(torch.device("cpu"), torch.float32), make_optimizer(model, (0.9, 0.95), 0.0)
+    added = {"extra_losses": extra_losses(model), "after_steps": after_steps(model, steps)} | options
+    return Stepper(model, optimizer, Schedule(0.02, 0.02, 0, steps), batch, cpu, seed=3, **added)
 
 
 def projections(config: LoRAConfig, widest_in: int, widest_out: int) -> tuple[Tensor, Tensor]:
