@@ -2,13 +2,16 @@
 
 python compare.py                        full against LoRA of ranks 4, 8, 16 and 32, on the First Folio
 python compare.py --ranks 8 --targets minimal --targets all --max-iters 300
+python compare.py --variants all         every kind of adapter, with three seeds
 python compare.py --sweep                from which width, rank and batch on a LoRA step is the faster one here
 TEST_MODE=True python compare.py         a quick look at either
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +20,11 @@ from typing import Any
 
 from jobs.base import find_base
 from jobs.comparison import Method, base_windows, make_method, row, untouched
+from jobs.comparison_report import over_seeds, table, verdict
 from jobs.memory import peak_memory
 from jobs.sweep import sweep, sweep_table, sweep_verdict
-from runtime import report, storage
+from lora.variants import VARIANTS
+from runtime import storage
 from runtime.checkpoint import Run, identity_of, say
 from runtime.config import LORA, Settings, from_command_line
 from runtime.device import Machine, machine_name, pick_machine
@@ -31,6 +36,8 @@ from runtime.steps import evaluate
 
 COMPARED = "What to compare"
 NUMBERS = r"[0-9]{1,4}( *, *[0-9]{1,4})*"
+PLAIN, *OTHERS = ({"lora_variant": name} for name in VARIANTS)
+KINDS = {"lora": PLAIN | {"lora_plus_ratio": 1.0}, "lora+": PLAIN} | {kind["lora_variant"]: kind for kind in OTHERS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +45,18 @@ class Options(Settings):
     """The flags of compare.py, beside all settings of a training run."""
 
     ranks: str = setting(
-        "4,8,16,32", "LoRA ranks, with commas between them", test="8", group=COMPARED, env=False, pattern=NUMBERS,
-        allowed="whole numbers with commas between them",
+        "4,8,16,32", "LoRA ranks, with commas between them; empty for the default of each variant", test="8",
+        variants="", group=COMPARED, env=False, pattern=f"|{NUMBERS}", allowed="whole numbers with commas between them",
     )  # fmt: skip
     targets: tuple[str, ...] = setting((), "LORA_TARGETS to compare; may be repeated", group=COMPARED, env=False)
-    variants: tuple[str, ...] = setting((), "LORA_VARIANT to compare; may be repeated", group=COMPARED, env=False)
+    variants: tuple[str, ...] = setting(
+        (), "Kind of adapter to compare, as LORA_VARIANT has them; lora is without LoRA+ and lora+ with it, as are all "
+        "others; all stands for every one; may be repeated", group=COMPARED, env=False,
+        pattern="|".join(map(re.escape, (*KINDS, "all"))), allowed=f"one of {', '.join(KINDS)}, all",
+    )  # fmt: skip
+    seeds: int = setting(
+        1, "How many seeds to compare with, from SEED on", variants=3, group=COMPARED, env=False, low=1, high=100
+    )
     sweep: bool = setting(False, "Time steps over widths, ranks and batches instead", group=COMPARED, env=False)
     widths: str = setting(
         "64,128,256,384", "Values of N_EMBD to sweep", test="64,128", group=COMPARED, env=False, pattern=NUMBERS,
@@ -56,7 +70,8 @@ class Options(Settings):
     @classmethod
     def modes(cls, values: Mapping[str, Any]) -> list[str]:
         """A comparison adapts a base, whether or not BASE names it."""
-        return [*super().modes(dict(values) | {"base": values["base"] or "newest"})]
+        variants = ["variants"] if values["variants"] else []
+        return [*super().modes(dict(values) | {"base": values["base"] or "newest"}), *variants]
 
 
 def numbers(options: Options, name: str) -> list[int]:
@@ -67,24 +82,25 @@ def numbers(options: Options, name: str) -> list[int]:
     return found
 
 
-def lora_settings(options: Options) -> dict[str, dict[str, Any]]:
-    """The LoRA settings to compare, by label."""
+def lora_settings(options: Options, explicit: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The LoRA settings to compare, by label; `explicit` are the settings that were given."""
+    kinds = list(KINDS) if "all" in options.variants else options.variants
+    ranks = [{"lora_rank": rank} for rank in numbers(options, "ranks")] if options.ranks else [{}]
+    targets = [{"lora_targets": name} for name in options.targets] or [{}]
     found = {}
-    for variant in options.variants or (options.lora_variant,):
-        for targets in options.targets or (options.lora_targets,):
-            for rank in numbers(options, "ranks"):
-                parts = [variant if options.variants else "lora", f"r{rank}", *([targets] if options.targets else [])]
-                values = {"lora_rank": rank, "lora_targets": targets, "lora_variant": variant}
-                found[" ".join(parts)] = values | {"use_lora": True}
+    for kind, target, rank in itertools.product(kinds or [""], targets, ranks):
+        values = {**explicit, "use_lora": True} | KINDS.get(kind, {}) | target | rank
+        parts = [kind or options.lora_variant, f"r{Settings.from_dict(values).lora_rank}", *target.values()]
+        found[" ".join(parts)] = values
     return found
 
 
-def make_methods(given: Resolved, machine: Machine, base: Run) -> list[Method]:
+def make_methods(given: Resolved, seed: int, machine: Machine, base: Run) -> list[Method]:
     """Full fine-tuning first, then each kind of LoRA."""
     names = {item.name for item in settings_of(Settings)}
     explicit = {name: getattr(given.settings, name) for name in names if given.explicit(name)}
-    kinds = {"full": {"use_lora": False}} | lora_settings(given.settings)
-    return [make_method(label, explicit | values, machine, base) for label, values in kinds.items()]
+    kinds = {"full": {**explicit, "use_lora": False}} | lora_settings(given.settings, explicit)
+    return [make_method(label, values | {"seed": seed}, machine, base) for label, values in kinds.items()]
 
 
 def take_steps(methods: list[Method]) -> None:
@@ -105,59 +121,19 @@ def take_steps(methods: list[Method]) -> None:
 
 
 def compare(methods: list[Method], base: Run, machine: Machine) -> list[dict[str, Any]]:
-    """Run the comparison; one row of results a method."""
+    """Run the comparison with one seed; one row of results a method, without peak memory."""
     windows = base_windows(methods[0].job, base)
     before = untouched(methods[0], windows)
     take_steps(methods)
+    seconds = min(method.curve[-1][1] for method in methods)
+    return [row(method, seconds, (before, evaluate(method.job.model, windows, machine))) for method in methods]
+
+
+def with_memory(rows: list[dict[str, Any]], methods: list[Method], machine: Machine) -> list[dict[str, Any]]:
+    """The rows with the peak memory of each method, where it can be measured."""
     say("Measuring memory, a fresh process for each method ...")
     peaks = [None if machine.device.type == "mps" else peak_memory(method.job.settings) for method in methods]
-    seconds = min(method.curve[-1][1] for method in methods)
-    return [
-        row(method, seconds, (before, evaluate(method.job.model, windows, machine)), peak)
-        for method, peak in zip(methods, peaks, strict=True)
-    ]
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as people read them."""
-    head = (
-        "",
-        "trainable",
-        "%",
-        "ms/step",
-        "fwd",
-        "bwd",
-        "opt",
-        "tokens/s",
-        "memory",
-        "file",
-        "loss",
-        "=time",
-        "forgets",
-    )
-    lines = [head]
-    for r in rows:
-        times = [f"{r['milliseconds'][key]:.1f}" for key in ("step", "forward", "backward", "optimizer")]
-        sizes = [report.size(r["peak_memory"]), report.size(r["file_bytes"])]
-        forgets = f"{r['base_text_loss_after'] - r['base_text_loss_before']:+.3f}"
-        losses = [f"{r['loss_at_equal_steps']:.3f}", f"{r['loss_at_equal_seconds']:.3f}", forgets]
-        parts = [r["method"], f"{r['trainable']:,}", f"{r['trainable_percent']:.1f}", *times]
-        lines.append((*parts, f"{r['tokens_per_second']:,.0f}", *sizes, *losses))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-
-
-def verdict(rows: list[dict[str, Any]]) -> str:
-    """One line in plain words on the LoRA that ends with the lowest loss, also where it does not pay."""
-    full, best = rows[0], min(rows[1:], key=lambda r: r["loss_at_equal_steps"])
-    step = best["milliseconds"]["step"] / full["milliseconds"]["step"]
-    memory = f" and {best['peak_memory'] / full['peak_memory']:.2f} of its memory" if full["peak_memory"] else ""
-    gained = (full["loss_before"] - best["loss_at_equal_steps"]) / (full["loss_before"] - full["loss_at_equal_steps"])
-    pays = "LoRA pays here" if step < 1 else "LoRA does not pay in time here"
-    return (
-        f"{pays}: {best['method']} trains {best['trainable_percent']:.1f} % of the parameters, takes {step:.2f} of "
-        f"full fine-tuning's time a step{memory}, and reaches {100 * gained:.0f} % of its gain in loss."
-    )
+    return [row | {"peak_memory": peak} for row, peak in zip(rows, peaks, strict=True)]
 
 
 def save_picture(file: Path, draw: str, *what: Any) -> None:
@@ -178,6 +154,8 @@ def save(given: Resolved, rows: list[dict[str, Any]], base: Run) -> Path:
     about |= {"date": time.strftime("%Y-%m-%d"), "verdict": verdict(rows), "methods": rows}
     storage.write_file(folder / "results.json", (json.dumps(about, indent=1) + "\n").encode())
     save_picture(folder / "results.png", "draw_comparison", rows, verdict(rows))
+    if given.settings.variants:
+        save_picture(folder / "kinds.png", "draw_kinds", rows, verdict(rows))
     return folder
 
 
@@ -202,9 +180,12 @@ def run_comparison(given: Resolved, machine: Machine) -> None:
     """Adapt the base with every method and show what each came to."""
     if not (base := find_base(given.settings)):
         raise UserError("there is no trained base to compare on yet; train one with: python training.py")
-    methods = make_methods(given, machine, base)
-    say(f"Comparing {', '.join(method.label for method in methods)} on {base.name}, {machine}")
-    rows = compare(methods, base, machine)
+    runs = []
+    for seed in range(given.settings.seed, given.settings.seed + given.settings.seeds):
+        methods = make_methods(given, seed, machine, base)
+        say(f"Comparing {', '.join(method.label for method in methods)} on {base.name}, {machine}, seed {seed}")
+        runs.append(compare(methods, base, machine))
+    rows = with_memory(over_seeds(runs), methods, machine)
     print(table(rows))
     print(verdict(rows))
     print(f"Files: {save(given, rows, base)}")

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from jobs.base import base_settings, find_base
-from jobs.job import Job, prepare
+from jobs.job import Job, prepare, unread
 from jobs.postmortem import with_batch
 from jobs.result import sample, tell_next, tell_result, tell_samples
 from jobs.selfcheck import Names, digests, self_check
@@ -152,7 +152,7 @@ def train(given: Resolved) -> Run:
     """One run, from its settings to its published files; an identical finished run is left alone."""
     settings = given.settings
     machine = pick_machine(settings.device, settings.dtype)
-    for line in (*describe(given), *machine.notes):
+    for line in (*describe(given), *unread(given), *machine.notes):
         say(line)
     base = find_base(settings) if settings.adapting else None
     if settings.adapting and not base:

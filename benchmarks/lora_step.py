@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.contest import SIZES, close, parser, ratio, take_turns, tell
-from lora.optim import make_optimizer
+from lora.optim import after_steps, extra_losses, make_optimizer
 from runtime.device import Machine, pick_machine
 from runtime.errors import run_command
 from runtime.steps import Schedule, Stepper
@@ -47,14 +47,17 @@ def contestants(size: tuple[int, ...], tokens: int, device: str) -> dict[str, Ca
     return {name: make_step(model, machine, size, tokens) for name, (model, machine) in models.items()}
 
 
-def make_step(model: torch.nn.Module, machine: Machine, size: tuple[int, ...], tokens: int) -> Callable[[], object]:
+def make_step(
+    model: torch.nn.Module, machine: Machine, size: tuple[int, ...], tokens: int, lora_plus_ratio: float = 1.0
+) -> Callable[[], object]:
     """A step of `tokens` tokens that is taken again and again."""
     vocab, context = size[0], size[-1]
     torch.manual_seed(0)
     rows = torch.randint(vocab, (tokens // context, context + 1))
     x, y = (t.contiguous().to(machine.device) for t in (rows[:, :-1], rows[:, 1:]))
-    optimizer = make_optimizer(model.to(machine.device), (0.9, 0.99), 0.1)
-    stepper = Stepper(model, optimizer, Schedule(1e-4, 1e-4, 0, 1), lambda step: (x, y), machine, seed=0)
+    optimizer = make_optimizer(model.to(machine.device), (0.9, 0.99), 0.1, lora_plus_ratio)
+    own = {"extra_losses": extra_losses(model), "after_steps": after_steps(model, 1_000)}
+    stepper = Stepper(model, optimizer, Schedule(1e-4, 1e-4, 0, 1), lambda step: (x, y), machine, seed=0, **own)
     return lambda: stepper.step(0)
 
 

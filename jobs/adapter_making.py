@@ -101,4 +101,8 @@ def import_folder(source: Path, base: Base, folder: Path) -> Adapter:
 def export_folder(adapted: Adapted, target: Path) -> None:
     """An adapter's files as a folder that PEFT reads, wherever it is wanted. Raises UsageError where one stands."""
     check_free(target)
-    storage.commit_folder(target, adapted.run.read())
+    files, shared = adapted.run.read(), adapted.adapter.shared(adapted.base.tensors)
+    if shared is not None:  # made of a seed here; elsewhere that might give others
+        whole = adapter_files.to_files(adapted.adapter, shared=shared)
+        files |= {name: whole[name] for name in (adapter_files.CONFIG, adapter_files.TENSORS)}
+    storage.commit_folder(target, files)

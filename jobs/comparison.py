@@ -102,8 +102,8 @@ def untouched(method: Method, windows: list[Batch]) -> float:
     return loss
 
 
-def row(method: Method, equal_seconds: float, forgetting: tuple[float, float], peak: int | None) -> dict[str, Any]:
-    """What is saved and shown of a method."""
+def row(method: Method, equal_seconds: float, forgetting: tuple[float, float]) -> dict[str, Any]:
+    """What one seed shows of a method."""
     info, times = method.job.model.get_parameter_info(), method.milliseconds
     return {
         "method": method.label,
@@ -113,7 +113,6 @@ def row(method: Method, equal_seconds: float, forgetting: tuple[float, float], p
         "trainable_percent": 100 * info["trainable"] / info["total"],
         "milliseconds": times,
         "tokens_per_second": 1e3 * method.job.tokens_per_step / times["step"],
-        "peak_memory": peak,
         "file_bytes": sum(map(len, method.job.product_files().values())),
         "learning_rate": method.job.settings.learning_rate,
         "loss_before": method.curve[0][2],

@@ -18,7 +18,7 @@ from lora import files as adapter_files
 from lora.adapter import Adapter
 from lora.attach import attach, base_tensors, detach
 from lora.optim import after_steps, extra_losses, make_optimizer
-from lora.variants import LoRAConfig
+from lora.variants import VARIANTS, LoRAConfig
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
 from runtime.checkpoint import Run, fingerprint, identity_of, say
@@ -172,6 +172,14 @@ def lora_config(settings: Settings) -> LoRAConfig:
     """The LoRA settings as an adapter's config."""
     names = ("rank", "alpha", "dropout", "targets", "variant", "bias", "train_embeddings", "target_rank")
     return LoRAConfig(**{name: getattr(settings, f"lora_{name}") for name in names}, seed=settings.seed)
+
+
+def unread(given: Resolved) -> list[str]:
+    """A line for each setting that was given and that this variant of LoRA does not read."""
+    s = given.settings
+    names = [f"lora_{name}" for name in VARIANTS[s.lora_variant].unread] if s.use_lora else []
+    told = [f"{name.upper()}={getattr(s, name)}" for name in names if given.explicit(name)]
+    return [f"{what} means nothing to LORA_VARIANT={s.lora_variant}, and is not used" for what in told]
 
 
 def command_of(settings: Settings, base: Run) -> str:

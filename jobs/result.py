@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 from data.corpora import distinct_words, load_corpus, words
 from jobs.job import Job
+from lora.attach import hosts
 from models.sampling import Sampling, generate
 from runtime import report
 from runtime.checkpoint import Run, say
@@ -32,8 +34,23 @@ def tell_result(job: Job, run: Run, result: dict) -> None:
     print(f"   Best validation loss: {result['best']:.4f} at step {result['best_step']:,}")
     base = f" (the base without the adapter: {result['base_val_loss']:.4f})" if "base_val_loss" in result else ""
     print(f"   Loss over the whole held-out text: {result['val_loss']:.4f}{base}")
+    tell_ranks(job)
     files = sum(path.stat().st_size for path in run.product.iterdir())
     print(f"   Files: {run.product} ({report.size(files)}), {run.folder / 'metrics.jsonl'}")
+
+
+def tell_ranks(job: Job) -> None:
+    """The ranks of the modules, where they are not all the same: a line for each block."""
+    ranks = {path: v.rank_left() for path, host in hosts(job.model).items() for v in getattr(host, "variants", list)()}
+    if len(set(ranks.values())) < 2:
+        return
+    print(f"   Ranks: {sum(ranks.values())} of {len(ranks)} modules, {statistics.mean(ranks.values()):.2f} on average")
+    blocks: dict[str, list[str]] = {}
+    for path, rank in ranks.items():
+        parent, _, name = path.rpartition(".")
+        blocks.setdefault(".".join(parent.split(".")[:2]), []).append(f"{name} {rank}")
+    for block, told in blocks.items():
+        print(f"      {f'{block}: ' if block else ''}{', '.join(told)}")
 
 
 def tell_samples(job: Job, samples: dict[str, str]) -> None:

@@ -39,6 +39,7 @@ class AdaLoRA(LoRA):
 
     shapes: ClassVar[dict[str, tuple]] = LoRA.shapes | {"E": ("rank", 1)}
     least_rank: ClassVar[int] = 0
+    unread: ClassVar[tuple[str, ...]] = ()
     peft_type: ClassVar[str] = "ADALORA"
     peft_flags: ClassVar[dict[str, Any]] = {}
     peft_fields: ClassVar[dict[str, str]] = {"rank": "init_r", "alpha": "lora_alpha", "dropout": "lora_dropout"}

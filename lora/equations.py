@@ -57,13 +57,14 @@ class LoRA(AdapterTensors):
 
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 
-    shapes: its tensors by name. least_rank: the lowest that it can have on a module. The rest is how PEFT writes it:
-    its type, the config fields that tell variants of one type apart, its names for our fields and tensors, and for the
-    tensors that all layers share.
+    shapes: its tensors by name. least_rank: the lowest that it can have on a module. unread: fields of a config that
+    mean nothing to it. The rest is how PEFT writes it: its type, the config fields that tell variants of one type apart,
+    its names for our fields and tensors, and for the tensors that all layers share.
     """
 
     shapes: ClassVar[dict[str, tuple]] = {"A": ("rank", "in"), "B": ("out", "rank")}
     least_rank: ClassVar[int] = 1
+    unread: ClassVar[tuple[str, ...]] = ("target_rank",)
     peft_type: ClassVar[str] = "LORA"
     peft_flags: ClassVar[dict[str, Any]] = {"use_rslora": False, "use_dora": False}
     peft_fields: ClassVar[dict[str, str]] = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}

@@ -45,6 +45,7 @@ class VeRA(LoRA):
     """
 
     shapes: ClassVar[dict[str, tuple]] = {"b": ("out",), "d": ("rank",)}
+    unread: ClassVar[tuple[str, ...]] = ("alpha", "target_rank")
     peft_type: ClassVar[str] = "VERA"
     peft_flags: ClassVar[dict[str, Any]] = {}
     peft_fields: ClassVar[dict[str, str]] = {"rank": "r", "dropout": "vera_dropout", "seed": "projection_prng_key"}
