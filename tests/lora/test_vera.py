@@ -1,0 +1,178 @@
+"""VeRA: matrices that all layers share, that nothing saves or trains, and that come out of a seed again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from tiny_lora import IDX, TARGETS, adapted, logits, projections, same, state, stepper, tiny, trained, variants
+
+from lora import vera
+from lora.adapter import SHARED, Adapter
+from lora.attach import activate, adapter_names, attach, base_tensors, merged
+from lora.files import CONFIG, TENSORS, from_files, to_files
+from lora.optim import make_optimizer
+from lora.variants import LoRAConfig
+from runtime import resume
+from runtime.checkpoint import fingerprint, pack, unpack
+from runtime.errors import UsageError, UserError
+
+VERA = LoRAConfig(rank=4, variant="vera", seed=7)
+WIDEST = 128, 128  # of the inputs (down_proj's) and of the outputs (up_proj's)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def shared(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The one pair of matrices that all layers of the active adapter have."""
+    found = [dict(entry.shared.named_buffers()) for entry in variants(model).values()]
+    for name in ("A", "B"):
+        assert len({(each[name].data_ptr(), each[name].shape, each[name].dtype) for each in found}) == 1
+    return found[0]
+
+
+def test_a_fresh_one_changes_nothing_and_draws_nothing_from_the_runs_own_stream() -> None:
+    model = tiny()
+    before, random = logits(model), torch.get_rng_state()
+    attach(model, VERA)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(logits(model), before)
+    for entry in variants(model).values():
+        assert not entry.b.any() and entry.d.eq(0.1).all() and entry.d.shape == (4,)
+
+
+def test_all_layers_share_one_pair_of_matrices_that_the_seed_tells() -> None:
+    model = adapted(VERA)
+    for name, matrix in zip("AB", projections(VERA, *WIDEST), strict=True):
+        assert torch.equal(shared(model)[name], matrix)
+    attach(model, replace(VERA, seed=8), "other")
+    assert not torch.equal(shared(model)["A"], projections(VERA, *WIDEST)[0])
+
+
+@pytest.mark.parametrize("move", [torch.nn.Module.double, lambda m: m.to(torch.bfloat16), lambda m: m.half().float()])
+def test_they_stay_one_wherever_the_model_moves(move: Callable) -> None:
+    model = move(adapted(VERA))
+    assert {tensor.dtype for tensor in shared(model).values()} == {model.lm_head.weight.dtype}
+    model(IDX, TARGETS)[1].backward()
+    assert all(p.grad.any() for p in trained(model).values())
+
+
+def test_they_are_in_nothing_that_is_counted_trained_or_saved() -> None:
+    model, count = adapted(replace(VERA, train_embeddings=False)), 0
+    for entry in variants(model).values():
+        count += entry.rank + entry.sizes[1]
+        assert set(entry.state_dict()) == {"b", "d"}
+    assert sum(p.numel() for p in trained(model).values()) == count
+    assert (
+        sum(p.numel() for group in make_optimizer(model, (0.9, 0.95), 0.1).param_groups for p in group["params"])
+        == count
+    )
+    assert not any("shared" in key for key in model.state_dict())
+    stored = safetensors.torch.load(to_files(Adapter.of(model))[TENSORS])
+    assert sum(tensor.numel() for tensor in stored.values()) == count
+    run = stepper(model, 2)
+    run.step(0)
+    saved = resume.to_files(run, resume.State())
+    assert set(unpack(saved[resume.WEIGHTS], "")) == set(trained(model))
+
+
+def test_another_process_makes_the_same_ones() -> None:
+    code = "import torch; from lora.vera import _drawn; from runtime.checkpoint import fingerprint; "
+    code += f"torch.manual_seed(99); print(fingerprint(dict(zip('AB', _drawn(7, 4, *{WIDEST})))))"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert told.stdout.strip() == Adapter.of(adapted(VERA)).facts[SHARED] == fingerprint(shared(adapted(VERA)))
+
+
+def test_those_made_for_a_generation_serve_training() -> None:
+    vera._drawn.cache_clear()
+    with torch.inference_mode():
+        attach(tiny(), VERA)
+    model = adapted(VERA)
+    model(IDX, TARGETS)[1].backward()
+    assert all(p.grad.any() for p in trained(model).values())
+
+
+Files = dict[str, bytes]
+
+
+def stored_ones_with_another_bit(files: Files) -> Files:
+    tensors = unpack(files[TENSORS], "")
+    tensors["base_model.vera_B"].view(torch.int32)[3, 2] ^= 1
+    return files | {TENSORS: pack(tensors, facts_in(files))}
+
+
+def without_one_of_them(files: Files) -> Files:
+    tensors = unpack(files[TENSORS], "")
+    del tensors["base_model.vera_A"]
+    return files | {TENSORS: pack(tensors, facts_in(files))}
+
+
+def another_fact(files: Files) -> Files:
+    tensors = {key: t for key, t in unpack(files[TENSORS], "").items() if "vera_A" not in key and "vera_B" not in key}
+    return files | {TENSORS: pack(tensors, facts_in(files) | {SHARED: "f" * 64})}
+
+
+def another_seed(files: Files) -> Files:
+    return files | {CONFIG: json.dumps(json.loads(files[CONFIG]) | {"projection_prng_key": 8}).encode()}
+
+
+def facts_in(files: Files) -> dict[str, str]:
+    header = json.loads(files[TENSORS][8 : 8 + int.from_bytes(files[TENSORS][:8], "little")])
+    return header["__metadata__"]
+
+
+@pytest.mark.parametrize("change", [stored_ones_with_another_bit, without_one_of_them, another_fact, another_seed])
+def test_a_file_that_was_trained_with_others_is_refused_by_name(change: Callable) -> None:
+    trained_one, model = adapted(VERA), tiny()
+    adapter = Adapter.of(trained_one)
+    files = to_files(adapter, shared=adapter.shared(base_tensors(trained_one)))
+    from_files(files, "here").put_on(tiny())
+    before = state(model)
+    with pytest.raises(
+        UserError, match=r"^the adapter does not fit this model: its shared projections are \w{12}, "
+    ) as told:
+        from_files(change(files), "here").put_on(model)
+    assert f"seed {8 if change is another_seed else 7} makes here" in str(told.value) and "\n" not in str(told.value)
+    assert same(state(model), before) and adapter_names(model) == []
+
+
+def test_seeds_of_every_size_that_a_run_may_have_come_back() -> None:
+    for seed in (0, 2**31 - 1, 2**62, -5):
+        config = replace(VERA, seed=seed, targets="minimal")
+        model, fresh = adapted(config), tiny()
+        from_files(to_files(Adapter.of(model)), "here").put_on(fresh)
+        assert torch.equal(logits(fresh), logits(model))
+
+
+def test_two_of_them_with_other_seeds_add_up_and_merge() -> None:
+    model = adapted(VERA, name="one")
+    attach(model, replace(VERA, seed=8, rank=2), "two")
+    with torch.no_grad():
+        for entry in variants(model).values():
+            entry.b += 0.1
+    activate(model, {"one": 1.0, "two": 0.5})
+    expected = logits(model)
+    with merged(model):
+        assert torch.allclose(logits(model), expected, atol=1e-5)
+    assert not torch.allclose(expected, logits(adapted(VERA)), atol=1e-2)
+
+
+@pytest.mark.parametrize("wrong", [{"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2.0}}], ids=str)
+def test_it_has_no_ranks_and_alphas_of_single_modules(wrong: dict) -> None:
+    with pytest.raises(UsageError, match=f"^{next(iter(wrong))}: vera has one rank for all modules") as error:
+        LoRAConfig(rank=4, variant="vera", **wrong)
+    assert "\n" not in str(error.value)
+
+
+def test_a_seed_that_is_none_is_refused() -> None:
+    for wrong in (2.5, "7", None, 2**63, True):
+        with pytest.raises(UsageError, match="^seed=.*: must be a whole number of at most 64 bits$"):
+            replace(VERA, seed=wrong)
