@@ -78,22 +78,20 @@ def draw_comparison(rows: list[dict[str, Any]], title: str) -> bytes:
 def draw_kinds(rows: list[dict[str, Any]], title: str) -> bytes:
     """What each kind of adapter comes to: its loss over what it trains, and its step beside full fine-tuning's.
 
-    The bars of a loss are the range of its seeds, the grey lines full fine-tuning and the base as it was.
+    The bars of a loss are the range of its seeds, the dashed line is full fine-tuning's.
     """
     figure, (losses, times) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     figure.suptitle(textwrap.fill(title, 110), fontsize=11)
     for row, colour in zip(rows, _colours(rows), strict=True):
-        middle, low, high = row["loss_at_equal_steps"], min(row["losses"]), max(row["losses"])
-        losses.errorbar(
-            row["adapter"] or row["trainable"], middle, [[middle - low], [high - middle]], fmt="o", c=colour
-        )
-        losses.annotate(row["method"], (row["adapter"] or row["trainable"], middle), (5, 5), textcoords="offset points")
+        middle, size = row["loss_at_equal_steps"], row["adapter"] or row["trainable"]
+        reach = [[middle - min(row["losses"])], [max(row["losses"]) - middle]]
+        losses.errorbar(size, middle, reach, fmt="o", c=colour, capsize=3, label=row["method"])
     losses.axhline(rows[0]["loss_at_equal_steps"], c=FULL, lw=0.8, ls="--")
     losses.set_xscale("log")
     losses.set_xlabel("trained parameters beside the embeddings")
     losses.set_ylabel("validation loss at equal steps")
     losses.grid(alpha=0.3)
-    losses.margins(x=0.2)
+    losses.legend(fontsize=8)
     _bars(times, rows, [row["step_over_full"] for row in rows], "time of a step, full fine-tuning = 1", "{:.2f}")
     return _png(figure)
 

@@ -58,8 +58,8 @@ class LoRA(AdapterTensors):
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 
     shapes: its tensors by name. least_rank: the lowest that it can have on a module. unread: fields of a config that
-    mean nothing to it. The rest is how PEFT writes it: its type, the config fields that tell variants of one type apart,
-    its names for our fields and tensors, and for the tensors that all layers share.
+    mean nothing to it. The rest is how PEFT writes it: its type, the config fields that tell variants of one type
+    apart, its names for our fields and tensors, and for the tensors that all layers share.
     """
 
     shapes: ClassVar[dict[str, tuple]] = {"A": ("rank", "in"), "B": ("out", "rank")}
