@@ -15,6 +15,7 @@ CALLS = {
     "lora_step": ("--sizes", "tiny", "--tokens", "64", "--rounds", "1"),
     "generate": ("--sizes", "tiny", "--rounds", "1"),
     "memory": ("--sizes", "tiny", "--tokens", "64", "--rounds", "1"),
+    "saving": ("--sizes", "tiny", "--rounds", "1"),
     "startup": ("--rounds", "1"),
 }
 
@@ -24,8 +25,9 @@ def kept() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_benchmark_runs_and_prints_its_rows(name: str, monkeypatch, capsys, data_dir) -> None:
-    before, where = kept(), ("--data-dir", str(data_dir)) if name == "startup" else ()
+def test_a_benchmark_runs_and_prints_its_rows(name: str, monkeypatch, capsys, data_dir, tmp_path) -> None:
+    before, where = kept(), ("--data-dir", str(data_dir)) if name in ("saving", "startup") else ()
+    where += ("--folder", str(tmp_path)) if name == "saving" else ()
     monkeypatch.setattr(sys, "argv", [name, *CALLS[name], *where, "--device", "cpu"])
     importlib.import_module(f"benchmarks.{name}").main()
     lines = capsys.readouterr().out.splitlines()
