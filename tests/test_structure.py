@@ -112,3 +112,45 @@ def test_nothing_is_unpickled(path):
 def test_what_could_unpickle_is_found(source):
     assert unpickling(ast.parse(source))
     assert not unpickling(ast.parse("np.load(f, allow_pickle=False); model.eval(); from safetensors.torch import load"))
+
+
+VARIANT_NAMES = {"rslora", "dora", "vera", "adalora"}
+VARIANT_CLASSES = {"RsLoRA", "DoRA", "VeRA", "AdaLoRA"}
+MAY_NAME_VARIANTS = {"lora.variants"}
+
+
+def asks_for_a_variant(tree: ast.AST) -> list[str]:
+    """Where a source asks which variant it has: a comparison with one's name, or its class itself. `lora` is a kind of
+    run too, and counts where it is compared with something that is called a variant."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            constants = {inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant)}
+            plain = {value for value in constants if isinstance(value, str)}
+            called = "variant" in ast.unparse(node)
+            found += [ast.unparse(node)] if plain & VARIANT_NAMES or ("lora" in plain and called) else []
+        elif isinstance(node, ast.ImportFrom):
+            found += [alias.name for alias in node.names if alias.name in VARIANT_CLASSES]
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if module(path) not in MAY_NAME_VARIANTS], ids=module)
+def test_nothing_asks_which_variant_an_adapter_is(path):
+    assert not asks_for_a_variant(ast.parse(path.read_text("utf-8")))
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["x.variant == 'dora'", "x in ('rslora', 'lora')", "variant != 'lora'", "match v:\n    case 'vera': pass",
+     "from lora.vera import VeRA", "y = 1 if kind == 'adalora' else 2"],
+)  # fmt: skip
+def test_a_question_for_the_variant_is_found(source):
+    assert asks_for_a_variant(ast.parse(source))
+    assert not asks_for_a_variant(ast.parse("run.kind == 'lora'; choices = ('lora', 'dora'); VARIANTS[config.variant]"))
+
+
+def test_the_names_of_the_variants_are_the_ones_that_there_are():
+    from lora.variants import VARIANTS
+
+    assert VARIANTS.keys() == VARIANT_NAMES | {"lora"}
+    assert {variant.__name__ for variant in VARIANTS.values()} == VARIANT_CLASSES | {"LoRA"}

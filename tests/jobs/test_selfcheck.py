@@ -13,7 +13,8 @@ import torch
 import jobs.job
 import training
 from jobs.job import Job
-from lora.files import CONFIG, TENSORS
+from lora.adapter import Adapter
+from lora.files import CONFIG, TENSORS, load_adapter
 from models.files import WEIGHTS
 from runtime import storage
 from runtime.checkpoint import Run, pack, unpack
@@ -98,6 +99,12 @@ def leave_out(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 GOOD = [{}, {"max_iters": 1}, {"max_iters": 1, "weight_decay": 0.1, "lora_dropout": 0.5}, {"base": "bigram"}]
 GOOD += [{"lora_variant": "rslora", "lora_train_embeddings": False, "lora_targets": "minimal", "lora_bias": "none"}]
+GOOD += [
+    {"lora_variant": "vera"},
+    {"lora_variant": "vera", "max_iters": 1},
+    {"lora_variant": "vera", "seed": 2**31 - 1},
+]
+GOOD += [{"lora_variant": "adalora"}, {"lora_variant": "adalora", "max_iters": 1}, {"lora_variant": "dora"}]
 
 
 @pytest.mark.parametrize("changes", GOOD, ids=str)
@@ -107,6 +114,17 @@ def test_an_honest_run_passes(root: Path, changes: dict) -> None:
     card = (run.product / "README.md").read_text("utf-8")
     assert f"| steps | {run.result['best_step']} |" in card
     assert f"| validation loss | {run.result['best']:.4f} |" in card
+
+
+def test_an_adalora_run_whose_best_step_has_other_ranks_than_its_last_passes(root: Path, monkeypatch) -> None:
+    losses = iter([3.0])
+    monkeypatch.setattr(Job, "evaluate", lambda self, limit=None: next(losses, 3.5))
+    last: list[Adapter] = []
+    after_training(monkeypatch, lambda job, run: last.append(Adapter.of(job.model)))
+    run = adapt(root, lora_variant="adalora", lora_rank=6, max_iters=6, lora_target_rank=2)
+    ranks = [sum(len(group.get("E", ())) for group in a.tensors.values()) for a in (load_adapter(run.product), *last)]
+    assert run.result["best_step"] == 1
+    assert ranks == [30, 2 * 7]  # of 6 * 7: 14 + 28 * (1 - 0.4 / 2.4)^3 after one step
 
 
 FORGOTTEN = [("blocks.0.attention.q_proj", "A"), ("blocks.0.mlp.down_proj", "B"), ("token_embedding", "weight")]

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny_lora import adapted, logits, randomise, same, state, tiny, trained
 
 from lora.adapter import Adapter
@@ -220,59 +218,6 @@ def test_a_torn_config_is_damaged(data: bytes) -> None:
         from_files(to_files(example()[1]) | {CONFIG: data}, "here")
 
 
-FOREIGN = {
-    "peft_type": "LOHA", "rank_pattern": {"q_proj": 0}, "alpha_pattern": {"q_proj": "2"}, "exclude_modules": "lm_head",
-    "layers_to_transform": [0], "layer_replication": [[0, 1]], "fan_in_fan_out": True, "lora_bias": True,
-    "target_parameters": ["x"], "trainable_token_indices": [1], "use_bdlora": {"nblocks": 2}, "use_qalora": True,
-    "alora_invocation_tokens": [1, 2], "arrow_config": {"a": 1}, "kasa_config": {"a": 1}, "monteclora_config": {"a": 1},
-    "init_lora_weights": "pissa", "target_modules": "all-linear", "modules_to_save": ["lm_head"],
-    "bias": "some", "r": None, "lora_alpha": "16", "lora_dropout": [],
-}  # fmt: skip
-FOREIGN_VALUES = [*FOREIGN.items(), ("layers_to_transform", 0), ("init_lora_weights", "pissa_niter_4")]
-FOREIGN_VALUES += [("init_lora_weights", kind) for kind in ("olora", "corda", "loftq", "lora_ga")]
-FOREIGN_VALUES += [("r", 2.5), ("r", 0), ("r", True), ("lora_alpha", float("nan")), ("lora_dropout", 1.0)]
-FOREIGN_VALUES += [("target_modules", None), ("target_modules", [1]), ("target_modules", []), ("modules_to_save", 3)]
-FOREIGN_VALUES += [("target_modules", "(q_proj"), ("rank_pattern", {"(q": 2}), ("alpha_pattern", {"q": -1.0})]
-FOREIGN_VALUES += [("rank_pattern", {"q": 1.5}), ("rank_pattern", [1])]
-
-
-@pytest.mark.parametrize(("name", "value"), FOREIGN_VALUES, ids=str)
-def test_what_cannot_be_represented_is_refused_by_name(name: str, value: object) -> None:
-    files = to_files(example()[1])
-    about = json.loads(files[CONFIG]) | {name: value}
-    with pytest.raises(UserError) as error:
-        from_files(files | {CONFIG: json.dumps(about).encode()}, "here")
-    known_as = {"r": "lora_rank|r is", "bias": "lora_bias"}.get(name, name)
-    assert re.match(rf"^here/{CONFIG}: .*({known_as})", str(error.value))
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.sampled_from([-1, 0, 3, 10**400, "lora", "all"]) | st.floats() | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
-    max_leaves=5,
-)
-FILES = to_files(Adapter(LoRAConfig(), {"lm_head": {"A": torch.zeros(8, 4), "B": torch.zeros(4, 8)}}))
-
-
-@settings(deadline=None)
-@given(name=st.sampled_from([*json.loads(FILES[CONFIG]), *FOREIGN]), value=JSON)
-def test_no_value_in_a_config_ends_in_anything_but_one_line(name: str, value: object) -> None:
-    about = json.loads(FILES[CONFIG]) | {name: value}
-    try:
-        from_files(FILES | {CONFIG: json.dumps(about).encode()}, "here")
-    except UserError as error:
-        assert str(error).startswith(f"here/{CONFIG}: ")
-        assert "\n" not in str(error)
-
-
-def test_all_that_cannot_be_represented_is_told_together() -> None:
-    files = to_files(example()[1])
-    strange = {"layers_to_transform": [0], "use_qalora": True, "r": "8", "modules_to_save": ["lm_head"], "lora_bias": 1}
-    with pytest.raises(UserError) as error:
-        from_files(files | {CONFIG: json.dumps(json.loads(files[CONFIG]) | strange).encode()}, "here")
-    assert all(name in str(error.value) for name in strange)
-
-
 def test_the_card_tells_what_is_known_and_nothing_else() -> None:
     import yaml
 
@@ -286,15 +231,6 @@ def test_the_card_tells_what_is_known_and_nothing_else() -> None:
     assert "| command | python training.py --x 'a\\|b' |" in body and "steps" not in body
     bare = to_files(Adapter(CONFIG_OF_TEST, example()[1].tensors))[CARD].decode()
     assert "base_model" not in bare and "None" not in bare and "dataset" not in bare
-
-
-@pytest.mark.parametrize("name", ["peft_type", "r", "lora_alpha", "target_modules"])
-def test_a_setting_that_is_missing_is_named(name: str) -> None:
-    files = to_files(example()[1])
-    about = json.loads(files[CONFIG])
-    del about[name]
-    with pytest.raises(UserError, match=rf"^here/{CONFIG}: {name} is "):
-        from_files(files | {CONFIG: json.dumps(about).encode()}, "here")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
