@@ -15,6 +15,7 @@ from runtime.errors import UsageError
 from runtime.fields import Setting, Table, in_words, settings_of
 from runtime.listing import PRECEDENCE, explained, groups, other_defaults
 
+DASHES = "--\0"  # stands for the value in --prompt=--, which argparse drops; no command line can hold a NUL
 PLACEHOLDERS = {int: "N", float: "X", str: "TEXT", tuple: "TEXT", bool: "BOOL"}
 
 
@@ -64,7 +65,7 @@ def _add_flag(group: argparse._ArgumentGroup, row: Setting) -> None:
         off = "--no-" + row.flag.removeprefix("--")
         group.add_argument(off, dest=row.name, action="store_const", const="false", help=argparse.SUPPRESS)
     text = f"{explained(row)} {_default(row)}".replace("%", "%%")
-    group.add_argument(row.flag, dest=row.name, metavar=PLACEHOLDERS[row.kind], help=text, **options)
+    group.add_argument(row.flag, dest=row.name, metavar=PLACEHOLDERS[row.kind], help=text, type=_as_given, **options)
 
 
 def _default(row: Setting) -> str:
@@ -89,7 +90,11 @@ def read_flags(cls: type[Table], argv: Sequence[str], prog: str, description: st
 
 def _with_dashes(word: str) -> str:
     name, equals, text = word.partition("=")
-    return name.replace("_", "-") + equals + text if name.startswith("--") else word
+    return name.replace("_", "-") + equals + (DASHES if text == "--" else text) if name.startswith("--") else word
+
+
+def _as_given(text: str) -> str:
+    return "--" if text == DASHES else text
 
 
 def _with_values(words: Sequence[str]) -> list[str]:

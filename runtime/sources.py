@@ -46,7 +46,7 @@ def read_settings(
     Raises UsageError, one line, for anything misspelt or not allowed; SystemExit after printing --help.
     """
     flags = read_flags(cls, argv, prog, description)
-    rows = {row.variable: row for table in (*also, cls) for row in settings_of(table)}
+    rows = {row.variable: row for table in (*also, cls) for row in settings_of(table) if row.rule.env}
     dotenv = _read_dotenv(Path(dotenv_path), environ, rows)
     _refuse_near_misses(rows, dotenv, f"in {DOTENV}")
     _refuse_near_misses(rows, environ, "in the environment")
@@ -157,7 +157,7 @@ def _expanded(value: str, known: Mapping[str, str], where: str | None) -> str:
 
 
 def _refuse_near_misses(rows: Mapping[str, Setting], names: Iterable[str], where: str) -> None:
-    distinctive = [row.variable for row in rows.values() if row.rule.env and "_" in row.variable]
+    distinctive = [name for name in rows if "_" in name]
     for name in names:
         meant = None if name in rows else next((row for row in distinctive if is_near_miss(name, row)), None)
         if meant:
