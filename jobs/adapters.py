@@ -63,11 +63,8 @@ class Adapted:
 
 
 def base_name(run: Run) -> str:
-    """The base that a LoRA run names. Raises DamagedError where it names none."""
-    base = run.about.get("base")
-    if not isinstance(base, dict) or not isinstance(base.get("run"), str):
-        raise storage.DamagedError(f"{run.folder / 'run.json'} is damaged: it names no base")
-    return base["run"]
+    """The base that a LoRA run names."""
+    return run.about["base"]["run"]
 
 
 def find_adapter(root: Path, name: str) -> Run:

@@ -202,8 +202,9 @@ def load_adapter(folder: Path) -> Adapter:
 
     Raises UserError where something is missing, damaged or not understood.
     """
-    if (folder / storage.MANIFEST).exists():
-        return from_files(storage.read_folder(folder), str(folder))
-    return from_files(
-        {name: path.read_bytes() for name in (CONFIG, TENSORS) if (path := folder / name).is_file()}, str(folder)
-    )
+    with storage.plain_errors(folder, "read"):
+        if (folder / storage.MANIFEST).exists():
+            files = storage.read_folder(folder)
+        else:
+            files = {name: path.read_bytes() for name in (CONFIG, TENSORS) if (path := folder / name).is_file()}
+    return from_files(files, str(folder))

@@ -167,10 +167,16 @@ def open_run(folder: Path) -> Run | None:
 
 
 def _read_about(data: bytes, name: str) -> dict:
+    """What `run.json` says, with all in it that others rely on. Raises DamagedError where it is not."""
     about = read_sealed_json(data, name)
-    for key, kind in (("kind", str), ("identity", str), ("settings", dict)):
-        if not isinstance(about.get(key), kind) or key == "kind" and about[key] not in PRODUCTS:
-            raise storage.DamagedError(f"{name} is damaged: {key} is {about.get(key)!r}")
+    wanted = {"kind": str, "identity": str, "settings": dict, "settings.test_mode": bool, "settings.dataset": str}
+    if about.get("kind") == "lora":
+        wanted |= {"base": dict, "base.run": str}
+    for key, kind in wanted.items():
+        place, _, entry = key.rpartition(".")
+        value = (about[place] if place else about).get(entry)
+        if not isinstance(value, kind) or key == "kind" and value not in PRODUCTS:
+            raise storage.DamagedError(f"{name} is damaged: {key} is {value!r}")
     return about
 
 

@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def about(identity: str = "0123456789ab", kind: str = "base") -> dict:
-    return {"kind": kind, "identity": identity, "settings": {"test_mode": False}}
+    settings, base = {"test_mode": False, "dataset": "folio"}, {"run": "base"} if kind != "base" else None
+    return {"kind": kind, "identity": identity, "settings": settings, "base": base}
 
 
 OTHER = about("ba9876543210")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -29,7 +30,7 @@ from runtime.lock import RunLock
 from runtime.metrics import MetricsLog, read_metrics
 from runtime.storage import MANIFEST, DamagedError
 
-ABOUT = {"kind": "base", "identity": "0123456789ab", "settings": {"test_mode": False}}
+ABOUT = {"kind": "base", "identity": "0123456789ab", "settings": {"test_mode": False, "dataset": "folio"}}
 TOKENIZER = build_tokenizer("char", "to be", 0)
 SHAPE = ModelShape(TOKENIZER.vocab_size, n_embd=8, block_size=8, n_head=1, n_layer=1, bias=False)
 POSIX = pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
@@ -251,6 +252,49 @@ def test_a_description_with_wrong_values_is_refused_though_its_checksum_is_right
             continue
         (run.folder / "run.json").write_bytes(to_sealed_json(ABOUT | {key: value}))
         assert key in refused(open_run, run.folder)
+
+
+@pytest.mark.parametrize("place", ["settings", "base"])
+def test_a_description_without_what_others_rely_on_is_refused_though_its_checksum_is_right(run, place):
+    good = ABOUT | {"kind": "lora", "base": {"run": "base"}}
+    for key in good[place]:
+        for value in (None, 3, []):
+            (run.folder / "run.json").write_bytes(to_sealed_json(good | {place: good[place] | {key: value}}))
+            assert f"{place}.{key} is {value!r}" in refused(open_run, run.folder)
+        left = {name: value for name, value in good[place].items() if name != key}
+        (run.folder / "run.json").write_bytes(to_sealed_json(good | {place: left}))
+        assert f"{place}.{key} is None" in refused(open_run, run.folder)
+    (run.folder / "run.json").write_bytes(to_sealed_json({key: good[key] for key in good if key != place}))
+    assert f"{place} is None" in refused(open_run, run.folder)
+
+
+# --- adapters from elsewhere, which have no manifest ----------------------------------------------------------------
+
+
+@pytest.fixture
+def theirs(tmp_path) -> Path:
+    storage.commit_folder(tmp_path / "theirs", lora_files())
+    (tmp_path / "theirs" / MANIFEST).unlink()
+    return tmp_path / "theirs"
+
+
+@pytest.mark.parametrize("name", [adapter_files.CONFIG, adapter_files.TENSORS])
+def test_a_foreign_file_that_may_not_be_read_is_one_line(theirs, monkeypatch, name):
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert refused(adapter_files.load_adapter, theirs) == f"could not read {theirs}: Permission denied"
+
+
+def test_a_folder_in_the_place_of_a_file_is_a_file_that_is_missing(theirs):
+    (theirs / adapter_files.TENSORS).unlink()
+    (theirs / adapter_files.TENSORS).mkdir()
+    assert f"{adapter_files.TENSORS} is missing" in refused(adapter_files.load_adapter, theirs)
 
 
 # --- links and names ------------------------------------------------------------------------------------------------

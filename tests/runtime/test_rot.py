@@ -24,7 +24,8 @@ from runtime.resume import State, to_files
 from runtime.storage import DamagedError
 
 MOST = 10**9 if os.environ.get("SOAK") else 300
-ABOUT = {"kind": "base", "identity": "0123456789ab", "settings": {"test_mode": False, "learning_rate": 1e-3}}
+ABOUT = {"kind": "base", "identity": "0123456789ab"}
+ABOUT |= {"settings": {"test_mode": False, "dataset": "folio", "learning_rate": 1e-3}}
 SAVED = {
     "step": ("weights.safetensors", "optimizer.safetensors", "state.json", storage.MANIFEST),
     "best": ("model.safetensors", "config.json", "tokenizer.json", storage.MANIFEST),
