@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 
 import peft
 import pytest
@@ -12,7 +13,9 @@ from tiny_lora import IDX, TARGETS, adapted, batch, logits, stepper, tiny, train
 from torch import Tensor
 
 from lora.adalora import AdaLoRA, budget
-from lora.attach import attach, merged
+from lora.adapter import Adapter
+from lora.attach import activate, attach, base_tensors, merged
+from lora.combine import combine, diff, size
 from lora.optim import extra_losses
 from lora.variants import LoRAConfig
 from runtime.errors import UsageError
@@ -191,6 +194,26 @@ def test_what_is_left_of_it_is_the_same_adapter() -> None:
     assert torch.allclose(logits(model), expected, atol=1e-6)
     with merged(model):
         assert torch.allclose(logits(model), expected, atol=1e-5)
+
+
+def test_one_with_ranks_that_differ_is_added_up_and_measured() -> None:
+    base = {name: tensor.detach() for name, tensor in base_tensors(tiny()).items()}
+    pruned, whole, both = adapted(CONFIG), adapted(replace(CONFIG, variant="lora", target_rank=None), 2), tiny()
+    for path, left in (("lm_head", 0), ("blocks.0.attention.q_proj", 1)):
+        entry = variants(pruned)[path]
+        entry.kept[left:] = False
+        entry.E.data[left:] = 0
+    adapters = [Adapter.of(pruned), Adapter.of(whole)]
+    for name, adapter in zip(("one", "two"), adapters, strict=True):
+        adapter.put_on(both, name)
+    activate(both, {"one": 0.5, "two": -2.0})
+    for method, rank in (("cat", None), ("linear", None), ("svd", 8)):
+        model, made = tiny(), combine(adapters, (0.5, -2.0), base, method, rank)
+        made.adapter.put_on(model)
+        assert torch.allclose(logits(model), logits(both), atol=1e-4) and made.error < 1e-6
+    assert size(adapters[0], "lm_head", base) == (0.0, 0.0, 0.0)
+    assert size(adapters[0], "blocks.0.attention.q_proj", base).effective_rank == pytest.approx(1)
+    assert diff(*adapters, base)["lm_head"] is None
 
 
 WRONG = [{"target_rank": 5}, {"target_rank": 0}, {"target_rank": 2.5}, {"target_rank": True}, {"target_rank": "2"}]

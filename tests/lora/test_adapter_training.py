@@ -6,14 +6,16 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_lora import EVERYTHING, IDX, TARGETS, adapted, same, state, tiny, trained, two_adapters
+from tiny_lora import EVERYTHING, IDX, TARGETS, adapted, same, state, stepper, tiny, trained, two_adapters
 from torch.utils.checkpoint import checkpoint
 
 from lora.attach import activate, attach, base_tensors
 from lora.optim import make_optimizer
-from lora.variants import LoRAConfig
+from lora.variants import VARIANTS, LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.checkpoint import fingerprint
+from runtime.config import Settings
+from runtime.errors import UsageError
 
 
 def optimise(model: BigramLanguageModelLoRA, steps: int = 3) -> None:
@@ -82,3 +84,23 @@ def test_every_adapter_matrix_gets_a_gradient_over_a_frozen_base(recompute: bool
     assert len(found[0]) == 2 * (2 * 6 + 1)
     assert all(gradient.any() for gradient in found[0].values())
     assert same(*found)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_starts_at_zero_learns_as_many_times_faster_as_lora_plus_says(variant: str) -> None:
+    model = tiny()
+    attach(model, LoRAConfig(rank=4, variant=variant))
+    optimizer = make_optimizer(model, (0.9, 0.95), 0.1, 4.0)
+    fast = {p for group in optimizer.param_groups if group["lr_scale"] == 4 for p in group["params"]}
+    assert fast == {p for p in trained(model).values() if not p.any()} != set()
+    run = stepper(model, 5, optimizer=optimizer)
+    run.step(0)
+    assert {(group["lr_scale"], group["lr"]) for group in optimizer.param_groups} == {(4.0, 0.08), (1.0, 0.02)}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained(model))
+
+
+@pytest.mark.parametrize("ratio", [0, -1, 1001, "nan", "fast"])
+def test_a_lora_plus_ratio_that_makes_no_sense_is_refused_by_name(ratio: object) -> None:
+    with pytest.raises(UsageError, match=f"^LORA_PLUS_RATIO={ratio}: must be a number above 0") as error:
+        Settings.from_dict({"lora_plus_ratio": ratio, "use_lora": True, "base": "b"})
+    assert "\n" not in str(error.value)

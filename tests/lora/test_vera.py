@@ -18,6 +18,7 @@ from tiny_lora import IDX, TARGETS, adapted, logits, projections, same, state, s
 from lora import vera
 from lora.adapter import SHARED, Adapter
 from lora.attach import activate, adapter_names, attach, base_tensors, merged
+from lora.combine import combine, size
 from lora.files import CONFIG, TENSORS, from_files, to_files
 from lora.optim import make_optimizer
 from lora.variants import LoRAConfig
@@ -163,6 +164,15 @@ def test_two_of_them_with_other_seeds_add_up_and_merge() -> None:
     with merged(model):
         assert torch.allclose(logits(model), expected, atol=1e-5)
     assert not torch.allclose(expected, logits(adapted(VERA)), atol=1e-2)
+    base = {name: tensor.detach() for name, tensor in base_tensors(tiny()).items()}
+    one, two = (Adapter.of(model, name) for name in ("one", "two"))
+    for method in ("cat", "linear"):
+        fresh = tiny()
+        combine([one, two], (1.0, 0.5), base, method).adapter.put_on(fresh)
+        assert torch.allclose(logits(fresh), expected, atol=1e-4)
+    W = base["lm_head.weight"]
+    dense = variants(adapted(VERA))["lm_head"].effective_weight(W).detach() - W
+    assert size(one, "lm_head", base).norm == pytest.approx(dense.norm().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("wrong", [{"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2.0}}], ids=str)

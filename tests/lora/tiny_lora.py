@@ -67,7 +67,8 @@ def batch(step: int) -> Batch:
 
 def stepper(model: BigramLanguageModelLoRA, steps: int, **options) -> Stepper:
     """The steps that a run of so many takes on what is active, with all that its variants add to them."""
-    cpu, optimizer = Machine(torch.device("cpu"), torch.float32), make_optimizer(model, (0.9, 0.95), 0.0)
+    cpu = Machine(torch.device("cpu"), torch.float32)
+    optimizer = options.pop("optimizer", None) or make_optimizer(model, (0.9, 0.95), 0.0)
     added = {"extra_losses": extra_losses(model), "after_steps": after_steps(model, steps)} | options
     return Stepper(model, optimizer, Schedule(0.02, 0.02, 0, steps), batch, cpu, seed=3, **added)
 
