@@ -101,6 +101,6 @@ def test_what_starts_at_zero_learns_as_many_times_faster_as_lora_plus_says(varia
 
 @pytest.mark.parametrize("ratio", [0, -1, 1001, "nan", "fast"])
 def test_a_lora_plus_ratio_that_makes_no_sense_is_refused_by_name(ratio: object) -> None:
-    with pytest.raises(UsageError, match=f"^LORA_PLUS_RATIO={ratio}: must be a number above 0") as error:
+    with pytest.raises(UsageError, match="^LORA_PLUS_RATIO=.*: must be a number above 0") as error:
         Settings.from_dict({"lora_plus_ratio": ratio, "use_lora": True, "base": "b"})
     assert "\n" not in str(error.value)
