@@ -110,6 +110,15 @@ def test_any_text_for_any_setting_from_any_source_is_right_settings_or_one_line(
     assert tally["taken"] and tally["refused"]
 
 
+@pytest.mark.parametrize("text", ["--", "many"])
+def test_dashes_and_words_are_no_numbers_nor_nothing(text, tmp_path):
+    for table, row in distinct_rows():
+        right = meaning(row, "--flag=text", text)
+        if not row.rule.place:
+            verdict = strike(table, row, "--flag=text", text, tmp_path)
+            assert verdict == ("refused" if right is REFUSED else "taken"), row.name
+
+
 # --- bounds and booleans --------------------------------------------------------------------------------------------
 
 
