@@ -211,6 +211,8 @@ def test_one_with_ranks_that_differ_is_added_up_and_measured() -> None:
         model, made = tiny(), combine(adapters, (0.5, -2.0), base, method, rank)
         made.adapter.put_on(model)
         assert torch.allclose(logits(model), logits(both), atol=1e-4) and made.error < 1e-6
+    alone = combine(adapters[:1], (1.0,), base, "cat").adapter  # LoRA has no rank 0, so it is one of zeros
+    assert len(alone.tensors["lm_head"]["A"]) == 1 and not alone.tensors["lm_head"]["B"].any()
     assert size(adapters[0], "lm_head", base) == (0.0, 0.0, 0.0)
     assert size(adapters[0], "blocks.0.attention.q_proj", base).effective_rank == pytest.approx(1)
     assert diff(*adapters, base)["lm_head"] is None
