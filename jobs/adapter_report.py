@@ -7,6 +7,7 @@ from pathlib import Path
 from jobs.adapters import Adapted, base_name, read_adapter, texts_of
 from lora.adapter import Adapter
 from lora.combine import Size, diff, size, target_paths
+from lora.variants import VARIANTS
 from runtime import report
 from runtime.checkpoint import Run, all_runs
 from runtime.errors import UserError
@@ -60,8 +61,9 @@ def inspected(adapted: Adapted, found: dict[str, Size]) -> str:
     adapter, base = adapted.adapter, adapted.base.tensors
     rows = [("module", "rank", "alpha", "|dW|", "|dW|/|W|", "effective rank")]
     for path, (norm, relative, effective) in found.items():
-        rank, alpha = adapter.config.rank_at(path), adapter.config.alpha_at(path)
-        rows.append((path, f"{rank}", f"{alpha:g}", f"{norm:.3f}", f"{relative:.4f}", f"{effective:.2f}"))
+        rank, alpha = f"{adapter.config.rank_at(path)}", f"{adapter.config.alpha_at(path):g}"
+        alpha = "" if "alpha" in VARIANTS[adapter.config.variant].unread else alpha
+        rows.append((path, rank, alpha, f"{norm:.3f}", f"{relative:.4f}", f"{effective:.2f}"))
     for path, key, copy in adapter.copies():
         own = base[f"{path}.{key}"]
         change, whole = (copy - own).norm().item(), own.norm().item()

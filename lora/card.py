@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lora.variants import LoRAConfig
+from lora.variants import VARIANTS, LoRAConfig
 
 if TYPE_CHECKING:
     from lora.adapter import Adapter
@@ -24,11 +24,11 @@ def _made_of(adapter: Adapter) -> dict[str, str]:
     config: LoRAConfig = adapter.config
     ranks = sorted({config.rank_at(path) for path in adapter.targets()})
     alphas = sorted({config.alpha_at(path) for path in adapter.targets()})
+    about = {"rank": ", ".join(map(str, ranks)), "alpha": ", ".join(f"{alpha:g}" for alpha in alphas)}
     count = sum(tensor.numel() for group in adapter.tensors.values() for tensor in group.values())
     return {
         "variant": config.variant,
-        "rank": ", ".join(map(str, ranks)),
-        "alpha": ", ".join(f"{alpha:g}" for alpha in alphas),
+        **{name: text for name, text in about.items() if name not in VARIANTS[config.variant].unread},
         "dropout": f"{config.dropout:g}",
         "targets": config.targets,
         "biases": config.bias,
