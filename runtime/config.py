@@ -166,7 +166,17 @@ class Settings(Machine):
     gradient_accumulation_steps: int = setting(1, "Batches that make up one training step", group=TRAINING, low=1)
     max_iters: int = setting(2400, "Training steps", adapt=500, test=60, test_lora=40, group=TRAINING, low=1)
     learning_rate: float = setting(
-        5e-3, "Highest learning rate", adapt=2e-3, lora=4e-3, test=8e-3, group=TRAINING, low=0, low_open=True
+        5e-3,
+        "Highest learning rate",
+        adapt=2e-3,
+        lora=4e-3,
+        rslora=2e-3,
+        vera=16e-3,
+        adalora=8e-3,
+        test=8e-3,
+        group=TRAINING,
+        low=0,
+        low_open=True,
     )
     min_lr: float = setting(0.0, "Learning rate at the end of the cosine", group=TRAINING, low=0)
     warmup_iters: int = setting(

@@ -19,7 +19,7 @@ from runtime.errors import UsageError
 
 # Where a setting has several defaults, the last of these modes that a run is in decides.
 MODES = {"adapt": "from a base", "lora": "LoRA", "test": "TEST_MODE", "test_lora": "TEST_MODE with LoRA"}
-MODES |= {"vera": "vera", "adalora": "adalora", "variants": "--variants"}
+MODES |= {"rslora": "rslora", "vera": "vera", "adalora": "adalora", "variants": "--variants"}
 BOOLEANS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
 WHOLE = re.compile(r"[+-]?[0-9]{1,18}")  # int() also takes "1_0" and Arabic digits, and fails on 5,000 digits
 DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")  # one way to read each: long text is quick
