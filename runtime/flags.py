@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from runtime.errors import UsageError
 from runtime.fields import Setting, Table, in_words, settings_of
 from runtime.listing import PRECEDENCE, explained, groups, other_defaults
+from runtime.spelling import nearest
 
 DASHES = "--\0"  # stands for the value in --prompt=--, which argparse drops; no command line can hold a NUL
 PLACEHOLDERS = {int: "N", float: "X", str: "TEXT", tuple: "TEXT", bool: "BOOL"}
@@ -129,7 +130,7 @@ def _unknown_flag(word: str, rows: Mapping[str, Setting]) -> str:
     if not word.startswith("-") and any(row.rule.place for row in rows.values()):
         return f"{in_words(word) or repr('')} is one argument too many; --help tells what there may be"
     asked = "--" + word.partition("=")[0].strip("-").replace("_", "-").lower()
-    close = difflib.get_close_matches(asked, rows, n=1, cutoff=0.75)
+    meant = nearest(asked, difflib.get_close_matches(asked, rows, cutoff=0.75))
     return f"{in_words(word) or repr('')} is not a flag; " + (
-        f"did you mean {close[0]}?" if close else "--help lists them all"
+        f"did you mean {meant}?" if meant else "--help lists them all"
     )

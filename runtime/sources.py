@@ -15,6 +15,7 @@ from dotenv.variables import Variable, parse_variables
 from runtime.errors import UsageError
 from runtime.fields import ContradictionError, Setting, Table, in_words, resolve, settings_of
 from runtime.flags import read_flags
+from runtime.spelling import is_near_miss, nearest
 
 ENVIRONMENT, DOTENV = "environment", ".env"
 
@@ -159,39 +160,6 @@ def _expanded(value: str, known: Mapping[str, str], where: str | None) -> str:
 def _refuse_near_misses(rows: Mapping[str, Setting], names: Iterable[str], where: str) -> None:
     distinctive = [name for name in rows if "_" in name]
     for name in names:
-        meant = None if name in rows else next((row for row in distinctive if is_near_miss(name, row)), None)
-        if meant:
+        near = [] if name in rows else [row for row in distinctive if is_near_miss(name, row)]
+        if meant := nearest(name.upper(), near):
             raise UsageError(f"{in_words(name)} ({where}) is not a setting; did you mean {meant}?")
-
-
-def is_near_miss(name: str, meant: str) -> bool:
-    """Whether `name` looks like a misspelt `meant`: other case or separators, one typing error, or two in a long name.
-
-    With two errors each word must still be mostly right, or USE_LOCAL, BIN_NAME and META_DIR, which belong to others,
-    would be taken for USE_LORA, RUN_NAME and DATA_DIR.
-    """
-    limit = 2 if len(meant) >= 8 else 1
-    name = re.sub(r"[-. ]", "_", name.upper())
-    if name.replace("_", "") == meant.replace("_", ""):
-        return True
-    # One error changes the length by at most one and the set of letters by at most two: cheap to rule out first.
-    if abs(len(name) - len(meant)) > limit or len(set(name) ^ set(meant)) > 2 * limit:
-        return False
-    errors = typing_errors(name, meant)
-    words = list(zip(name.split("_"), meant.split("_"), strict=False))
-    whole = name.count("_") == meant.count("_") and all(2 * typing_errors(a, b) < len(b) for a, b in words)
-    return errors <= 1 or (errors <= limit and whole)
-
-
-def typing_errors(a: str, b: str) -> int:
-    """Letters missing, added, wrong or swapped with their neighbour (Damerau 1964, optimal string alignment)."""
-    before, above = [], list(range(len(b) + 1))
-    for i, letter in enumerate(a, 1):
-        row = [i]
-        for j, other in enumerate(b, 1):
-            cost = min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (letter != other))
-            if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
-                cost = min(cost, before[j - 2] + 1)
-            row.append(cost)
-        before, above = above, row
-    return above[-1]

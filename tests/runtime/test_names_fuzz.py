@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from runtime.config import Settings
 from runtime.fields import settings_of
-from runtime.sources import Resolved, typing_errors
+from runtime.sources import Resolved
+from runtime.spelling import typing_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLES = [row.variable for row in settings_of(Settings) if row.rule.env]
@@ -59,6 +60,11 @@ def test_a_misspelt_variable_is_refused_and_the_meant_one_named(source, tmp_path
         check_named(outcome(Settings, found, tmp_path), f"{typed} ({source}) is not a setting", typed, meant)
         struck.append((typed, meant))
     report(f"misspelt {source}", counted, struck)
+
+
+def test_of_two_names_that_could_be_meant_the_nearer_one_is_named(tmp_path):
+    assert "did you mean BATCH_SIZE?" in outcome(Settings, Given(environ=(("BLTCH_SIZE", "1"),)), tmp_path)
+    assert "did you mean --n-embd?" in outcome(Settings, Given(("--n-eabd=1",)), tmp_path)
 
 
 @pytest.mark.parametrize("command", TABLES)

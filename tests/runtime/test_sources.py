@@ -16,7 +16,8 @@ from runtime.config import Machine, Settings, from_command_line
 from runtime.errors import UsageError
 from runtime.fields import setting as field
 from runtime.fields import settings_of
-from runtime.sources import describe, is_near_miss, read_settings, typing_errors
+from runtime.sources import describe, read_settings
+from runtime.spelling import is_near_miss, typing_errors
 
 ROWS = settings_of(Settings)
 NOWHERE = Path("no such folder") / ".env"
