@@ -106,10 +106,10 @@ class Settings(Machine):
     )
     vocab_size: int = setting(1024, "Number of different tokens, with TOKENIZER=bpe", group=DATA, low=257, high=65535)
 
-    n_layer: int = setting(4, "Transformer blocks", test=2, group=MODEL, low=1)
-    n_head: int = setting(4, "Attention heads in each block", group=MODEL, low=1)
-    n_embd: int = setting(128, "Width of the model, a multiple of N_HEAD", test=64, group=MODEL, low=1)
-    block_size: int = setting(128, "Longest context, in tokens", test=64, group=MODEL, low=1)
+    n_layer: int = setting(4, "Transformer blocks", test=2, group=MODEL, low=1, high=1000)
+    n_head: int = setting(4, "Attention heads in each block", group=MODEL, low=1, high=1000)
+    n_embd: int = setting(128, "Width of the model, a multiple of N_HEAD", test=64, group=MODEL, low=1, high=65536)
+    block_size: int = setting(128, "Longest context, in tokens", test=64, group=MODEL, low=1, high=65536)
     bias: bool = setting(False, "Give linear layers and layer norms a bias", group=MODEL)
     dropout: float = setting(
         0.0, "Share of activations dropped in training", group=MODEL, low=0, high=1, high_open=True
@@ -162,9 +162,13 @@ class Settings(Machine):
     )
     lora_train_embeddings: bool = setting(True, "Train the embeddings beside the adapters", group=LORA)
 
-    batch_size: int = setting(16, "Sequences in a batch", group=TRAINING, low=1)
-    gradient_accumulation_steps: int = setting(1, "Batches that make up one training step", group=TRAINING, low=1)
-    max_iters: int = setting(2400, "Training steps", adapt=500, test=60, test_lora=40, group=TRAINING, low=1)
+    batch_size: int = setting(16, "Sequences in a batch", group=TRAINING, low=1, high=10**6)
+    gradient_accumulation_steps: int = setting(
+        1, "Batches that make up one training step", group=TRAINING, low=1, high=10**6
+    )
+    max_iters: int = setting(
+        2400, "Training steps", adapt=500, test=60, test_lora=40, group=TRAINING, low=1, high=10**9
+    )
     learning_rate: float = setting(
         5e-3,
         "Highest learning rate",
@@ -186,6 +190,7 @@ class Settings(Machine):
         test=5,
         group=TRAINING,
         low=0,
+        high=10**9,
     )
     weight_decay: float = setting(0.1, "AdamW's pull of the weights towards zero", lora=0.0, group=TRAINING, low=0)
     beta1: float = setting(0.9, "AdamW's memory of the gradient", group=TRAINING, low=0, high=1, high_open=True)
@@ -194,13 +199,15 @@ class Settings(Machine):
     )
     grad_clip: float = setting(1.0, "Longest gradient that is not shortened; 0 is off", group=TRAINING, low=0)
 
-    eval_interval: int = setting(400, "Steps between evaluations", adapt=100, test=20, group=SAVING, low=1)
-    eval_iters: int = setting(40, "Batches of held-out text in an evaluation", group=SAVING, low=1)
-    patience: int = setting(0, "Stop after this many evaluations without improvement; 0 is off", group=SAVING, low=0)
-    save_interval: int = setting(
-        400, "Steps between checkpoints", adapt=100, test=20, group=SAVING, low=1, identity=False
+    eval_interval: int = setting(400, "Steps between evaluations", adapt=100, test=20, group=SAVING, low=1, high=10**9)
+    eval_iters: int = setting(40, "Batches of held-out text in an evaluation", group=SAVING, low=1, high=10**9)
+    patience: int = setting(
+        0, "Stop after this many evaluations without improvement; 0 is off", group=SAVING, low=0, high=10**9
     )
-    keep_checkpoints: int = setting(2, "How many checkpoints are kept", group=SAVING, low=1, identity=False)
+    save_interval: int = setting(
+        400, "Steps between checkpoints", adapt=100, test=20, group=SAVING, low=1, high=10**9, identity=False
+    )
+    keep_checkpoints: int = setting(2, "How many checkpoints are kept", group=SAVING, low=1, high=10**6, identity=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,6 +22,9 @@ class UsageError(UserError):
     status = 2
 
 
+LESS_MEMORY = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS by the same factor, or make the model smaller"
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and exit: errors of the user's become one line on stderr, never a traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -53,4 +56,14 @@ def _outcome(main: Callable[[], None]) -> tuple[int, str]:
             raise
         verb = "write" if error.errno == errno.ENOSPC else "read or write"
         return 1, f"error: could not {verb} {error.filename or 'the results'}: {error.strerror}\n"
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return 1, f"error: out of memory; {LESS_MEMORY}\n"
     return 0, ""
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether there is no room, in Python's words, an accelerator's or those of torch on the CPU."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)

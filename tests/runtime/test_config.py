@@ -108,8 +108,8 @@ def test_choices(row):
     ("environ", "message"),
     [
         (
-            {"N_HEAD": "5003"},
-            f"N_EMBD={PLAIN.n_embd} (default) must be divisible by N_HEAD=5003 (from the environment)",
+            {"N_HEAD": "503"},
+            f"N_EMBD={PLAIN.n_embd} (default) must be divisible by N_HEAD=503 (from the environment)",
         ),
         (
             {"MAX_ITERS": "10", "WARMUP_ITERS": "11"},
@@ -126,12 +126,12 @@ def test_contradictions_name_both_settings(environ, message):
 
 
 def test_a_contradicting_flag_is_named_as_a_flag():
-    with pytest.raises(UsageError, match=r"--n-head 5003 \(flag\)"):
-        read_settings(Settings, ["--n-head", "5003"], {}, "no .env", prog="", description="")
+    with pytest.raises(UsageError, match=r"--n-head 503 \(flag\)"):
+        read_settings(Settings, ["--n-head", "503"], {}, "no .env", prog="", description="")
 
 
 def test_a_shape_is_not_compared_with_defaults_where_it_comes_from_the_base():
-    assert read(USE_LORA="1", N_HEAD="5003").n_head == 5003
+    assert read(USE_LORA="1", N_HEAD="503").n_head == 503
 
 
 @pytest.mark.parametrize(("iters", "warmup"), [(1, 0), (4, 0), (50, 10), (10_000, PLAIN.warmup_iters)])
@@ -197,7 +197,7 @@ def test_texts_with_a_form(name, good, bad):
             "base": st.sampled_from(["", "a", "/b"]),
             "lora_alpha": st.floats(1e-300, 1e300),
             "learning_rate": st.floats(0.1, 1e300),
-            "max_iters": st.integers(1, 10**17),
+            "max_iters": st.integers(1, 10**9),
             "seed": st.integers(0, 2**31 - 1),
         },
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import UsageError, UserError
+from runtime.errors import LESS_MEMORY, UsageError, UserError
 from runtime.steps import NonFiniteError
 from runtime.storage import DamagedError
 
@@ -50,6 +50,9 @@ def ended(body: str, **environ: str) -> tuple[int, str, str]:
         ("print('done'); raise UserError('the disk is full: free some')", 1, "error: the disk is full: free some\n"),
         ("print('done'); raise UsageError('SEED=x: a number')", 2, "error: SEED=x: a number\n"),
         ("print('done'); raise KeyboardInterrupt", 130, "\nstopped\n"),
+        ("print('done'); raise MemoryError", 1, f"error: out of memory; {LESS_MEMORY}\n"),
+        ("print('done'); import torch; torch.empty(2**45)", 1, f"error: out of memory; {LESS_MEMORY}\n"),
+        ("print('done'); import torch; raise torch.OutOfMemoryError", 1, f"error: out of memory; {LESS_MEMORY}\n"),
         (
             "print('done'); raise UserError('a  b.txt\\n\\tis\\u2028damaged\\x1b[2J')",
             1,
