@@ -36,6 +36,7 @@ from runtime.steps import evaluate
 
 COMPARED = "What to compare"
 NUMBERS = r"[0-9]{1,4}( *, *[0-9]{1,4})*"
+BEST = {"lora": {"learning_rate": 8e-3}}  # of the grid in benchmarks/README.md; all others' are their defaults
 PLAIN, *OTHERS = ({"lora_variant": name} for name in VARIANTS)
 KINDS = {"lora": PLAIN | {"lora_plus_ratio": 1.0}, "lora+": PLAIN} | {kind["lora_variant"]: kind for kind in OTHERS}
 
@@ -89,7 +90,7 @@ def lora_settings(options: Options, explicit: Mapping[str, Any]) -> dict[str, di
     targets = [{"lora_targets": name} for name in options.targets] or [{}]
     found = {}
     for kind, target, rank in itertools.product(kinds or [""], targets, ranks):
-        values = {**explicit, "use_lora": True} | KINDS.get(kind, {}) | target | rank
+        values = {**BEST.get(kind, {}), **explicit, "use_lora": True} | KINDS.get(kind, {}) | target | rank
         parts = [kind or options.lora_variant, f"r{Settings.from_dict(values).lora_rank}", *target.values()]
         found[" ".join(parts)] = values
     return found
