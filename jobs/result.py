@@ -44,7 +44,7 @@ def tell_ranks(job: Job) -> None:
     ranks = {path: v.rank_left() for path, host in hosts(job.model).items() for v in getattr(host, "variants", list)()}
     if len(set(ranks.values())) < 2:
         return
-    print(f"   Ranks: {sum(ranks.values())} of {len(ranks)} modules, {statistics.mean(ranks.values()):.2f} on average")
+    print(f"   Ranks: {sum(ranks.values())} in {len(ranks)} modules, {statistics.mean(ranks.values()):.2f} on average")
     blocks: dict[str, list[str]] = {}
     for path, rank in ranks.items():
         parent, _, name = path.rpartition(".")

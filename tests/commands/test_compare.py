@@ -6,6 +6,11 @@ import json
 
 from command_line import run
 
+from compare import Options, lora_settings
+from lora.variants import VARIANTS
+from runtime.config import Settings
+from runtime.fields import resolve
+
 
 def test_compare_measures_both_and_says_what_lora_buys(tmp_path, data_dir):
     trained = run(tmp_path, data_dir, "training.py", TEST_MODE="1", MAX_ITERS="30")
@@ -25,6 +30,39 @@ def test_compare_measures_both_and_says_what_lora_buys(tmp_path, data_dir):
         assert [point[0] for point in row["curve"]] == [0, 20] and row["file_bytes"] > 1000
     assert lora["file_bytes"] < full["file_bytes"]
     assert saved.with_name("results.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_kinds_of_adapters_are_compared_over_seeds(tmp_path, data_dir):
+    assert run(tmp_path, data_dir, "training.py", TEST_MODE="1", MAX_ITERS="30").returncode == 0
+    kinds = ("--variants", "lora", "--variants", "adalora", "--seeds", "2", "--max-iters", "4", "--lora-rank", "6")
+    done = run(tmp_path, data_dir, "compare.py", *kinds, TEST_MODE="1", LORA_PLUS_RATIO="2")
+    assert done.returncode == 0, done.stderr
+    (saved,) = tmp_path.glob("checkpoints/compare-*/results.json")
+    rows = json.loads(saved.read_bytes())["methods"]
+    assert [row["method"] for row in rows] == ["full", "lora r6", "adalora r6"]
+    for row in rows:
+        assert len(set(row["losses"])) == 2 and row["peak_memory"] > 0
+        assert row["loss_at_equal_steps"] == sum(row["losses"]) / 2
+        assert f"{min(row['losses']):.3f} to {max(row['losses']):.3f}" in done.stdout
+    assert saved.with_name("kinds.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_all_kinds_are_every_variant_and_lora_with_and_without_lora_plus():
+    def found(**given) -> dict[str, dict]:
+        return lora_settings(
+            resolve(Options, given), {k: v for k, v in given.items() if k not in ("variants", "ranks")}
+        )
+
+    kinds = found(variants=("all",), lora_plus_ratio=3.0)
+    assert {label.split()[0] for label in kinds} == {"lora+", *VARIANTS}
+    ratios = {label: Settings.from_dict(values).lora_plus_ratio for label, values in kinds.items()}
+    assert [label for label, ratio in ratios.items() if ratio != 3] == ["lora r8"] and ratios["lora r8"] == 1
+    assert {"vera r64", "adalora r12"} <= kinds.keys()
+    rates = {label: Settings.from_dict(values).learning_rate for label, values in kinds.items()}
+    assert len(set(rates.values())) > 3  # each has its own, unless one is given
+    given = found(variants=("all",), learning_rate=1e-3, ranks="4").values()
+    assert {Settings.from_dict(values).learning_rate for values in given} == {1e-3}
+    assert {values["lora_rank"] for values in given} == {4}
 
 
 def test_a_sweep_keeps_its_cells_and_measures_only_what_is_missing(tmp_path, data_dir):

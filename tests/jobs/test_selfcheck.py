@@ -116,7 +116,7 @@ def test_an_honest_run_passes(root: Path, changes: dict) -> None:
     assert f"| validation loss | {run.result['best']:.4f} |" in card
 
 
-def test_an_adalora_run_whose_best_step_has_other_ranks_than_its_last_passes(root: Path, monkeypatch) -> None:
+def test_an_adalora_run_whose_best_step_has_other_ranks_than_its_last_passes(root: Path, monkeypatch, capsys) -> None:
     losses = iter([3.0])
     monkeypatch.setattr(Job, "evaluate", lambda self, limit=None: next(losses, 3.5))
     last: list[Adapter] = []
@@ -124,6 +124,7 @@ def test_an_adalora_run_whose_best_step_has_other_ranks_than_its_last_passes(roo
     run = adapt(root, lora_variant="adalora", lora_rank=6, max_iters=6, lora_target_rank=2)
     ranks = [sum(len(group.get("E", ())) for group in a.tensors.values()) for a in (load_adapter(run.product), *last)]
     assert run.result["best_step"] == 1
+    assert "Ranks: 30 in 7 modules, 4.29 on average" in capsys.readouterr().out
     assert ranks == [30, 2 * 7]  # of 6 * 7: 14 + 28 * (1 - 0.4 / 2.4)^3 after one step
 
 
