@@ -22,6 +22,7 @@ from runtime import storage
 from runtime.checkpoint import fingerprint, pack, read_json, to_json, unpack
 from runtime.errors import UsageError, UserError
 
+HIGHEST_RANK = 4096  # that a run may have
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 EMBEDDINGS = ["token_embedding", "position_embedding"]
@@ -187,6 +188,7 @@ def from_files(files: dict[str, bytes], where: str) -> Adapter:
     if shared:  # what counts is what was stored, whatever was noted of it
         facts[SHARED] = fingerprint(shared)
     largest = max((size for group in tensors.values() for t in group.values() for size in t.shape), default=0)
+    largest = max(largest, HIGHEST_RANK)  # of what a variant took ranks away from, no tensor may be left that size
     if (rank := max(config.rank, *config.rank_pattern.values(), 0)) > largest:  # before anybody makes room for it
         raise UserError(f"{where}: a rank of {rank:,} is more than any tensor in {TENSORS} has")
     return Adapter(config, tensors, facts)

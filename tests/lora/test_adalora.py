@@ -16,6 +16,7 @@ from lora.adalora import AdaLoRA, budget
 from lora.adapter import Adapter
 from lora.attach import activate, attach, base_tensors, merged
 from lora.combine import combine, diff, size
+from lora.files import from_files, to_files
 from lora.optim import extra_losses
 from lora.variants import LoRAConfig
 from runtime.errors import UsageError
@@ -227,3 +228,15 @@ def test_what_makes_no_sense_for_it_is_refused_by_name(wrong: dict) -> None:
     with pytest.raises(UsageError, match=rf"^(lora_)?{next(iter(wrong))}\b.*: ") as error:
         LoRAConfig(rank=4, variant="adalora", **wrong)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_is_read_whose_first_rank_is_above_all_sizes_that_are_left() -> None:
+    config = LoRAConfig(rank=100, variant="adalora", targets="lm_head", train_embeddings=False)
+    model = adapted(config)
+    entry = model.lm_head.lora["default"]
+    with torch.no_grad():
+        entry.kept[2:] = False
+        entry.E[2:] = 0
+    fresh = tiny()
+    from_files(to_files(Adapter.of(model)), "here").put_on(fresh)
+    assert torch.allclose(logits(fresh), logits(model), atol=1e-6)
