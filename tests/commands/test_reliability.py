@@ -53,6 +53,7 @@ def test_a_disk_that_fills_during_a_run_keeps_the_last_good_step(tmp_path, data_
     error = told.splitlines()[-1]
     assert child.returncode == 1 and NO_TRACEBACK not in told, told
     assert error.startswith("error: could not save") and "MB are needed there; free some space" in error
+    assert not list((tmp_path / "checkpoints" / NAME).glob(".tmp*"))
     assert (before := good_steps(tmp_path)) and before[-1] % 5 == 0
     with start(tmp_path, data_dir, "--max-iters=2000") as child:
         while newest_step(tmp_path) <= before[-1] and child.poll() is None:
