@@ -8,6 +8,7 @@ from pathlib import Path
 from data.corpora import distinct_words, load_corpus, words
 from jobs.job import Job
 from lora.attach import hosts
+from lora.layers import LoRALinear
 from models.sampling import Sampling, generate
 from runtime import report
 from runtime.checkpoint import Run, say
@@ -41,7 +42,8 @@ def tell_result(job: Job, run: Run, result: dict) -> None:
 
 def tell_ranks(job: Job) -> None:
     """The ranks of the modules, where they are not all the same: a line for each block."""
-    ranks = {path: v.rank_left() for path, host in hosts(job.model).items() for v in getattr(host, "variants", list)()}
+    linears = {path: host for path, host in hosts(job.model).items() if isinstance(host, LoRALinear)}
+    ranks = {path: variant.rank_left() for path, linear in linears.items() for variant in linear.variants()}
     if len(set(ranks.values())) < 2:
         return
     print(f"   Ranks: {sum(ranks.values())} in {len(ranks)} modules, {statistics.mean(ranks.values()):.2f} on average")
