@@ -69,3 +69,18 @@ def close(name: str, rows: list[dict], keep: bool) -> None:
         about = {"machine": machine_name(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
         storage.write_file(path, (json.dumps(about, indent=1) + "\n").encode())
         print(f"Written to {path}")
+
+
+def by_size(
+    name: str, description: str, measure: Callable[..., list[dict]], rounds: int, sizes: list[str], tokens: list[int]
+) -> None:
+    """A benchmark of steps: measure(size, tokens, rounds, device) -> rows, for each size and number of tokens asked."""
+    flags = parser(description, rounds)
+    flags.add_argument("--sizes", nargs="+", choices=SIZES, default=sizes)
+    flags.add_argument("--tokens", nargs="+", type=int, default=tokens)
+    options, rows = flags.parse_args(), []
+    for size in options.sizes:
+        for count in options.tokens:
+            rows += (found := measure(size, count, options.rounds, options.device))
+            tell(found)
+    close(name, rows, options.record)

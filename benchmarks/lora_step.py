@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import peers
-from benchmarks.contest import SIZES, close, parser, ratio, take_turns, tell
+from benchmarks.contest import SIZES, by_size, ratio, take_turns
 from lora.optim import after_steps, extra_losses, make_optimizer
 from runtime.device import Machine, pick_machine
 from runtime.errors import run_command
@@ -75,16 +75,7 @@ def measure(size: str, tokens: int, rounds: int, device: str) -> list[dict]:
 
 def main() -> None:
     """Run the command."""
-    flags = parser(__doc__, rounds=9)
-    flags.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.8M", "3.2M", "10.7M"])
-    flags.add_argument("--tokens", nargs="+", type=int, default=[4096, 1024])
-    options = flags.parse_args()
-    rows = []
-    for size in options.sizes:
-        for tokens in options.tokens:
-            rows += (found := measure(size, tokens, options.rounds, options.device))
-            tell(found)
-    close("lora_step", rows, options.record)
+    by_size("lora_step", __doc__, measure, rounds=9, sizes=["0.8M", "3.2M", "10.7M"], tokens=[4096, 1024])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import peers
-from benchmarks.contest import SIZES, close, parser, ratio, take_turns, tell
+from benchmarks.contest import SIZES, by_size, ratio, take_turns
 from benchmarks.lora_step import make_step
 from jobs.job import lora_config
 from lora.attach import attach
@@ -55,16 +55,7 @@ def measure(size: str, tokens: int, rounds: int, device: str) -> list[dict]:
 
 def main() -> None:
     """Run the command."""
-    flags = parser(__doc__, rounds=15)
-    flags.add_argument("--sizes", nargs="+", choices=SIZES, default=["3.2M", "10.7M"])
-    flags.add_argument("--tokens", nargs="+", type=int, default=[4096])
-    options = flags.parse_args()
-    rows = []
-    for size in options.sizes:
-        for tokens in options.tokens:
-            rows += (found := measure(size, tokens, options.rounds, options.device))
-            tell(found)
-    close("variants", rows, options.record)
+    by_size("variants", __doc__, measure, rounds=15, sizes=["3.2M", "10.7M"], tokens=[4096])
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 CALLS = {
     "lora_step": ("--sizes", "tiny", "--tokens", "64", "--rounds", "1"),
+    "variants": ("--sizes", "tiny", "--tokens", "64", "--rounds", "1"),
     "generate": ("--sizes", "tiny", "--rounds", "1"),
     "memory": ("--sizes", "tiny", "--tokens", "64", "--rounds", "1"),
     "saving": ("--sizes", "tiny", "--rounds", "1"),
