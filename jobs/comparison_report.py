@@ -12,7 +12,7 @@ Rows = list[dict[str, Any]]
 
 def over_seeds(runs: list[Rows]) -> Rows:
     """One row a method: medians of what was measured with each seed, the range of its losses, its part of full
-    fine-tuning's time a step; curves and peak memory are those of the first seed."""
+    fine-tuning's time a step; curves and file sizes are those of the first seed."""
     ratios = [[row["milliseconds"]["step"] / rows[0]["milliseconds"]["step"] for row in rows] for rows in runs]
     merged = []
     for i, same in enumerate(zip(*runs, strict=True)):

@@ -20,9 +20,9 @@ from lora.equations import LoRA
 from lora.variants import VARIANTS, LoRAConfig
 from runtime import storage
 from runtime.checkpoint import fingerprint, pack, read_json, to_json, unpack
+from runtime.config import HIGHEST_RANK
 from runtime.errors import UsageError, UserError
 
-HIGHEST_RANK = 4096  # that a run may have
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 EMBEDDINGS = ["token_embedding", "position_embedding"]

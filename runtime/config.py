@@ -28,6 +28,7 @@ MODULES = r"[A-Za-z_][\w.]*( *, *[A-Za-z_][\w.]*)*"
 NAMED = "a name that any system takes for a folder (letters, digits, '_', '-', and '.' inside; at most 100)"
 SHAPE = ("tokenizer", "vocab_size", "n_layer", "n_head", "n_embd", "block_size", "bias")
 WARMUP_SHARE = 5  # the default warm-up never takes more than a fifth of a run that was asked to be short
+HIGHEST_RANK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,13 @@ class Settings(Machine):
     )
 
     lora_rank: int = setting(
-        8, "Rank of the adapters: higher learns more and costs more", vera=64, adalora=12, group=LORA, low=1, high=4096
+        8,
+        "Rank of the adapters: higher learns more and costs more",
+        vera=64,
+        adalora=12,
+        group=LORA,
+        low=1,
+        high=HIGHEST_RANK,
     )
     lora_alpha: float = setting(
         16.0,
@@ -147,7 +154,7 @@ class Settings(Machine):
         "Mean rank of the modules that adalora ends with; none is two thirds of LORA_RANK",
         group=LORA,
         low=1,
-        high=4096,
+        high=HIGHEST_RANK,
     )
     lora_bias: str = setting(
         "none", "Which biases are trained beside the adapters", group=LORA, choices=("none", "all", "lora_only")

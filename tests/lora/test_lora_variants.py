@@ -184,6 +184,31 @@ def test_the_fused_product_in_bf16_keeps_the_dtypes_of_what_trains() -> None:
         assert (mine - its).norm() < 0.02 * its.norm()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_dropout_is_on_what_the_adapter_adds(variant: str, bias: bool, dtype: torch.dtype, tolerance: float) -> None:
+    layer = LoRALinear(12, 7, bias=bias)
+    attach(torch.nn.Sequential(layer), LoRAConfig(rank=3, dropout=0.4, targets="0", variant=variant))
+    randomise(layer)
+    (entry,) = layer.to(dtype).train().variants()
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    leaves = [x, *(p for p in entry.parameters() if p.requires_grad)]
+    torch.manual_seed(3)
+    kept = dropout_of(torch.ones_like(x), 0.4)
+    B, A = entry.thin()
+    added = entry.scale * B @ A
+    plain = F.linear(x, layer.weight) + F.linear(x * kept, added)
+    if (magnitude := getattr(entry, "magnitude", None)) is not None:
+        plain = plain * (magnitude / (layer.weight + added).detach().norm(dim=1))
+    plain = plain + layer.bias if bias else plain
+    torch.manual_seed(3)
+    found = entry(x, layer, layer.bias)
+    assert near(found, plain, tolerance) and not near(found, layer(x.detach()), 10 * tolerance)
+    for mine, its in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (found, plain)), strict=True):
+        assert (mine - its).norm() <= 10 * tolerance * its.norm()
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_an_adapter_of_a_half_precision_base_is_in_fp32(autocast: bool) -> None:
     config = LoRAConfig(rank=4, bias="all")
