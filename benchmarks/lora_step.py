@@ -14,6 +14,7 @@ import torch
 from benchmarks import peers
 from benchmarks.contest import SIZES, by_size, ratio, take_turns
 from lora.optim import after_steps, extra_losses, make_optimizer
+from runtime.batch import Batch
 from runtime.device import Machine, pick_machine
 from runtime.errors import run_command
 from runtime.steps import Schedule, Stepper
@@ -57,7 +58,7 @@ def make_step(
     x, y = (t.contiguous().to(machine.device) for t in (rows[:, :-1], rows[:, 1:]))
     optimizer = make_optimizer(model.to(machine.device), (0.9, 0.99), 0.1, lora_plus_ratio)
     own = {"extra_losses": extra_losses(model), "after_steps": after_steps(model, 1_000)}
-    stepper = Stepper(model, optimizer, Schedule(1e-4, 1e-4, 0, 1), lambda step: (x, y), machine, seed=0, **own)
+    stepper = Stepper(model, optimizer, Schedule(1e-4, 1e-4, 0, 1), lambda step: Batch(x, y), machine, seed=0, **own)
     return lambda: stepper.step(0)
 
 

@@ -35,6 +35,7 @@ from benchmarks.contest import SIZES, close, parser, ratio, take_turns, tell
 from benchmarks.runs import ROOT, RUNS
 from jobs.job import Job
 from lora.optim import make_optimizer
+from runtime.batch import Batch
 from runtime.checkpoint import Run
 from runtime.config import Settings
 from runtime.device import Machine, pick_machine
@@ -56,7 +57,7 @@ def stepped(size: tuple[int, ...], lora: bool, machine: Machine) -> Stepper:
     """A stepper after one step, so that its optimizer has something to save."""
     model, tokens = peers.ours(size, lora).to(machine.device), torch.zeros(1, size[-1], dtype=torch.long)
     optimizer = make_optimizer(model, (0.9, 0.99), 0.1)
-    stepper = Stepper(model, optimizer, Schedule(1e-4, 1e-4, 0, 1), lambda step: (tokens, tokens), machine, seed=0)
+    stepper = Stepper(model, optimizer, Schedule(1e-4, 1e-4, 0, 1), lambda step: Batch(tokens, tokens), machine, seed=0)
     stepper.step(0)
     return stepper
 

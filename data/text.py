@@ -9,13 +9,13 @@ import torch
 
 from data.cache import cached
 from data.tokenizers import Tokenizer
+from runtime.batch import Batch
 from runtime.errors import UserError
 from runtime.storage import sha256
 
 TOKENS = "tokens.bin"  # little-endian ids and nothing else
 
 # Shapes: B sequences in a batch, T tokens in a sequence (BLOCK_SIZE), N windows in a text.
-Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def tokens_of(text: str, tokenizer: Tokenizer, data_dir: Path) -> np.ndarray:
@@ -71,7 +71,7 @@ class TextBatches:
         random = np.random.Philox(key=self.seed, counter=step << 64).random_raw(self.batch_size)
         starts_B = (random % np.uint64(self.starts)).astype(np.int64)
         windows_BT1 = self.tokens[starts_B[:, None] + self.offsets_T1]
-        return _tensor(windows_BT1[:, :-1]), _tensor(windows_BT1[:, 1:])
+        return Batch(_tensor(windows_BT1[:, :-1]), _tensor(windows_BT1[:, 1:]))
 
 
 def validation_windows(tokens: np.ndarray, block_size: int, batch_size: int, limit: int | None) -> list[Batch]:
@@ -87,4 +87,4 @@ def validation_windows(tokens: np.ndarray, block_size: int, batch_size: int, lim
     x_NT = tokens[: n * block_size].reshape(n, block_size)[rows]
     y_NT = tokens[1 : n * block_size + 1].reshape(n, block_size)[rows]
     cuts = range(0, kept, batch_size)
-    return [(_tensor(x_NT[i : i + batch_size]), _tensor(y_NT[i : i + batch_size])) for i in cuts]
+    return [Batch(_tensor(x_NT[i : i + batch_size]), _tensor(y_NT[i : i + batch_size])) for i in cuts]

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from data.corpora import CORPORA
-from data.text import Batch
 from jobs.adapters import Adapted, Base, about_made, check_free, publish, texts_of
 from jobs.job import TOKENIZER
 from lora import files as adapter_files
@@ -18,6 +17,7 @@ from lora.combine import Combined, combine
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime import storage
+from runtime.batch import Batch
 from runtime.checkpoint import Run, fingerprint
 from runtime.errors import UserError
 
@@ -27,7 +27,7 @@ TOLERANCE = 1e-4  # of the largest logit: sums in another order differ by less t
 @torch.no_grad()
 def _logits(model: BigramLanguageModelLoRA, windows: list[Batch]) -> torch.Tensor:
     """Logits on some held-out text in fp32, (windows, T, V)."""
-    return torch.cat([model.eval()(x)[0].float() for x, _ in windows])
+    return torch.cat([model.eval()(window.tokens)[0].float() for window in windows])
 
 
 def merge_run(adapted: Adapted, folder: Path, windows: list[Batch]) -> tuple[Run, float]:

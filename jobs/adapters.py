@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.corpora import Corpus, load_corpus
-from data.text import Batch, tokens_of, validation_windows
+from data.text import tokens_of, validation_windows
 from data.tokenizers import Tokenizer
 from jobs.job import TEST_CHARACTERS, load_trained
 from lora import files as adapter_files
@@ -20,6 +20,7 @@ from lora.adapter import Adapter, cut_short
 from lora.attach import base_tensors
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime import storage
+from runtime.batch import Batch
 from runtime.checkpoint import PRODUCTS, Run, all_runs, find_run, identity_of, open_run
 from runtime.encoding import fingerprint, to_sealed_json
 from runtime.errors import UsageError, UserError

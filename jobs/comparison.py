@@ -12,11 +12,12 @@ from data.corpora import load_corpus
 from data.text import tokens_of, validation_windows
 from jobs.job import Job, prepare
 from lora.attach import activate
+from runtime.batch import Batch
 from runtime.checkpoint import Run
 from runtime.config import Settings
 from runtime.device import Machine
 from runtime.sources import Resolved
-from runtime.steps import Batch, Stepper, evaluate
+from runtime.steps import Stepper, evaluate
 
 PHASES = ("forward", "backward", "optimizer")
 

@@ -21,13 +21,14 @@ from lora.optim import after_steps, extra_losses, make_optimizer
 from lora.variants import VARIANTS, LoRAConfig
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
+from runtime.batch import Batch
 from runtime.checkpoint import Run, fingerprint, identity_of, say
 from runtime.config import SHAPE, Settings
 from runtime.device import Machine, check_compiler
 from runtime.errors import UserError
 from runtime.fields import settings_of
 from runtime.sources import Resolved
-from runtime.steps import Batch, Schedule, Stepper, evaluate
+from runtime.steps import Schedule, Stepper, evaluate
 
 TOKENIZER = "tokenizer.json"
 TEST_CHARACTERS = (300_000, 30_000)  # of training and held-out text that a TEST_MODE run sees

@@ -18,7 +18,7 @@ def with_batch(error: NonFiniteError, job: Job, run: Run, stepper: Stepper) -> N
     """
     if error.step is None:
         return error
-    rows = stepper.batch(error.step)[0].tolist()
+    rows = stepper.batch(error.step).tokens.tolist()
     about = {"step": error.step, "learning_rate": stepper.schedule(error.step), "error": str(error), "tokens": rows}
     about["text"] = [job.tokenizer.decode(row) for row in rows]
     path = run.folder / BAD_BATCH

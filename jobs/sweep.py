@@ -20,6 +20,7 @@ from lora.attach import attach
 from lora.optim import make_optimizer
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
 from runtime import storage
+from runtime.batch import Batch
 from runtime.checkpoint import read_json
 from runtime.config import Settings
 from runtime.device import Machine
@@ -41,7 +42,7 @@ def make_stepper(settings: Settings, machine: Machine, width: int, batch: int, r
     tokens = torch.randint(VOCABULARY, (batch, T + 1))
     optimizer = make_optimizer(model, (s.beta1, s.beta2), s.weight_decay, s.lora_plus_ratio)
     still = Schedule(1e-4, 1e-4, 0, 1)
-    return Stepper(model, optimizer, still, lambda step: (tokens[:, :-1], tokens[:, 1:]), machine, seed=s.seed)
+    return Stepper(model, optimizer, still, lambda step: Batch(tokens[:, :-1], tokens[:, 1:]), machine, seed=s.seed)
 
 
 def time_in_turns(steppers: dict[str, Stepper], rounds: int, machine: Machine) -> dict[str, list[float]]:

@@ -20,6 +20,7 @@ from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, side_by_side
 from lora.variants import LoRAConfig
 from models import sampling
 from models.attention import causal_attention
+from runtime.batch import mean_cross_entropy
 
 if TYPE_CHECKING:
     from models.sampling import LayerCache
@@ -161,7 +162,8 @@ class BigramLanguageModelLoRA(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: sampling.KVCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Token ids (B, T) -> logits (B, T, V), and the mean cross-entropy in nats where targets (B, T) are given.
+        """Token ids (B, T) -> logits (B, T, V), and the mean cross-entropy in nats where targets (B, T) are given;
+        targets of -100 do not count, and where none counts the loss is 0.
 
         With a cache, idx are the positions that follow what it holds, and the logits are (B, 1, V): those of each
         row's last position. Raises ValueError where T exceeds block_size.
@@ -180,7 +182,7 @@ class BigramLanguageModelLoRA(nn.Module):
         logits_BTV = self.lm_head(x_BTC.to(compute_dtype(x_BTC)))
         if targets is None:
             return logits_BTV, None
-        return logits_BTV, F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets.flatten())
+        return logits_BTV, mean_cross_entropy(logits_BTV, targets)
 
     def generate(self, idx: Tensor, max_new_tokens: int, seed: int | None = None, **options) -> Tensor:
         """Continue token ids (B, T) by sampling: (B, T + max_new_tokens).

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from runtime.batch import Batch
 from runtime.device import Machine
 from runtime.errors import UserError
-
-Batch = tuple[Tensor, Tensor]
 
 
 class NonFiniteError(UserError):
@@ -55,9 +54,11 @@ def step_seed(seed: int, step: int) -> int:
 class Stepper:
     """Takes optimisation steps on a model: accumulate, clip, update, unless something is not finite.
 
-    model(x, targets) -> (logits, loss). optimizer: a fused one, as the others cannot skip an update without the host;
-    parameter groups may carry `lr_scale`, a factor on the schedule.
-    batch(step) -> (x, targets), of batch_size * accumulation rows, which are cut into `accumulation` parts.
+    model(tokens, targets) -> (logits, mean loss over the targets that count, 0 where none does).
+    optimizer: a fused one, as the others cannot skip an update without the host; parameter
+    groups may carry `lr_scale`, a factor on the schedule.
+    batch(step): all rows of a step, which are cut into `accumulation` parts. The loss of a step is a sum over all its
+    targets that count, divided by their number, however they are spread over the parts.
     extra_losses() -> () each: terms of the loss beside the batch's, which `self.loss` leaves out.
     after_steps(step): called after each update, while the gradients are still there.
     lap(phase) is called after each `forward`, `backward` and `optimizer` phase, for whoever has a clock.
@@ -99,20 +100,21 @@ class Stepper:
             group["lr"] = self.schedule(step) * group.get("lr_scale", 1.0)
         if not self.model.training:  # walking through the modules takes 1 % of a small model's step
             self.model.train()
-        self.loss = self.backward(*self.batch(step))
+        self.loss = self.backward(self.batch(step))
         self.update(step)
         for after_step in self.after_steps:
             after_step(step)
         self.optimizer.zero_grad(set_to_none=True)
         self.lap("optimizer")
 
-    def backward(self, x: Tensor, targets: Tensor) -> Tensor:
+    def backward(self, batch: Batch) -> Tensor:
         """Gradients of the mean loss over the whole batch, part by part, and of what is added; returns that mean."""
-        loss = torch.zeros((), device=self.machine.device)
-        for part, wanted in zip(x.chunk(self.accumulation), targets.chunk(self.accumulation), strict=True):
-            part, wanted = (t.to(self.machine.device, non_blocking=True) for t in (part, wanted))
+        loss, parts = torch.zeros((), device=self.machine.device), batch.chunk(self.accumulation)
+        counts = torch.stack([part.count() for part in parts]).to(self.machine.device, non_blocking=True)
+        for part, share in zip(parts, counts / counts.sum().clamp(min=1), strict=True):
+            part = part.to(self.machine.device)
             with self.machine.autocast():
-                part_loss = self.forward(part, wanted)[1] * (len(part) / len(x))
+                part_loss = self.forward(part.tokens, part.targets, **part.inputs())[1] * share
             self.lap("forward")
             self.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
@@ -158,20 +160,21 @@ class Stepper:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Batch], machine: Machine) -> float:
-    """Mean cross-entropy in nats a token over batches of (x, targets). The model's mode is left as it was.
+    """Mean cross-entropy in nats over all targets that count. The model's mode is left as it was.
 
-    Raises ValueError where there are no batches.
+    Raises ValueError where there are none.
     """
     training, losses, counts = model.training, [], []
     model.eval()
     try:
-        for x, targets in batches:
+        for batch in (batch.to(machine.device) for batch in batches):
             with machine.autocast():
-                losses.append(model(x.to(machine.device), targets.to(machine.device))[1])
-            counts.append(targets.numel())
+                losses.append(model(batch.tokens, batch.targets, **batch.inputs())[1])
+            counts.append(batch.count())
     finally:
         model.train(training)
-    if not counts:
-        raise ValueError("there are no batches to evaluate on")
     # Read all at once, as reading makes an accelerator wait; summed here in doubles, which MPS does not have.
+    counts = torch.stack(counts).tolist() if counts else []
+    if not any(counts):
+        raise ValueError("there are no batches with a target to evaluate on")
     return sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True)) / sum(counts)

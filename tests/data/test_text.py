@@ -13,9 +13,15 @@ from hypothesis import strategies as st
 
 from data.text import TextBatches, tokens_of, validation_windows
 from data.tokenizers import build_tokenizer
+from runtime.batch import Batch
 from runtime.errors import UserError
 
 TOKENS = np.arange(5000, dtype=np.uint16)
+
+
+def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and targets."""
+    return batch.tokens, batch.targets
 
 
 def test_tokens_are_cached_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -54,11 +60,11 @@ def test_batches_are_functions_of_seed_and_step() -> None:
     batches = TextBatches(TOKENS, 16, 8, seed=1337)
     expected = [batches.batch(step) for step in range(5)]
     for step in (4, 0, 3, 3, 1):
-        x, y = TextBatches(TOKENS, 16, 8, seed=1337).batch(step)
-        assert torch.equal(x, expected[step][0])
-        assert torch.equal(y, expected[step][1])
-    assert not torch.equal(expected[0][0], expected[1][0])
-    assert not torch.equal(TextBatches(TOKENS, 16, 8, seed=1338).batch(0)[0], expected[0][0])
+        again = TextBatches(TOKENS, 16, 8, seed=1337).batch(step)
+        assert torch.equal(again.tokens, expected[step].tokens)
+        assert torch.equal(again.targets, expected[step].targets)
+    assert not torch.equal(expected[0].tokens, expected[1].tokens)
+    assert not torch.equal(TextBatches(TOKENS, 16, 8, seed=1338).batch(0).tokens, expected[0].tokens)
 
 
 def test_batches_do_not_touch_the_global_generators() -> None:
@@ -71,12 +77,12 @@ def test_batches_do_not_touch_the_global_generators() -> None:
 
 
 def test_batches_stay_the_same_across_versions() -> None:
-    x, _ = TextBatches(TOKENS, 16, 4, seed=1337).batch(7)
+    x, _ = pair(TextBatches(TOKENS, 16, 4, seed=1337).batch(7))
     assert x[:, 0].tolist() == [2710, 2090, 1923, 1842]
 
 
 def test_target_is_the_next_token() -> None:
-    x, y = TextBatches(TOKENS, 16, 8, seed=1).batch(3)
+    x, y = pair(TextBatches(TOKENS, 16, 8, seed=1).batch(3))
     assert x.dtype == y.dtype == torch.int64
     assert x.shape == y.shape == (8, 16)
     assert x.is_contiguous()
@@ -87,28 +93,28 @@ def test_target_is_the_next_token() -> None:
 
 def test_neighbouring_steps_share_no_numbers() -> None:
     batches = TextBatches(np.arange(2**20, dtype=np.uint32), 1, 32, seed=5)
-    starts = torch.cat([batches.batch(step)[0].flatten() for step in range(100)])
+    starts = torch.cat([batches.batch(step).tokens.flatten() for step in range(100)])
     assert len(starts.unique()) > 0.99 * len(starts)  # chance alone repeats about five
 
 
 @given(seed=st.integers(0, 2**63), step=st.integers(0, 10**9))
 def test_any_seed_and_step(seed: int, step: int) -> None:
-    x, y = TextBatches(TOKENS, 16, 4, seed).batch(step)
+    x, y = pair(TextBatches(TOKENS, 16, 4, seed).batch(step))
     assert torch.equal(y, x + 1)
 
 
 def test_windows_reach_both_ends() -> None:
     batches = TextBatches(TOKENS[:20], 16, 64, seed=0)
-    x, y = batches.batch(0)
+    x, y = pair(batches.batch(0))
     assert x.min() == 0
     assert y.max() == 19
 
 
 def test_text_of_exactly_one_window() -> None:
-    x, y = TextBatches(TOKENS[:17], 16, 2, seed=0).batch(9)
+    x, y = pair(TextBatches(TOKENS[:17], 16, 2, seed=0).batch(9))
     assert x.tolist() == [list(range(16))] * 2
-    ((x, y),) = validation_windows(TOKENS[:17], 16, 2, None)
-    assert y.tolist() == [list(range(1, 17))]
+    (window,) = validation_windows(TOKENS[:17], 16, 2, None)
+    assert window.targets.tolist() == [list(range(1, 17))]
 
 
 @pytest.mark.parametrize("length", [0, 1, 16])
@@ -137,17 +143,17 @@ def test_a_batch_takes_well_under_a_millisecond() -> None:
 @given(length=st.integers(11, 400), block=st.integers(1, 10), batch=st.integers(1, 7))
 def test_validation_predicts_each_token_once(length: int, block: int, batch: int) -> None:
     windows = validation_windows(TOKENS[:length], block, batch, None)
-    targets = torch.cat([y.flatten() for _, y in windows])
+    targets = torch.cat([window.targets.flatten() for window in windows])
     assert targets.tolist() == list(range(1, (length - 1) // block * block + 1))
-    assert all(torch.equal(y, x + 1) for x, y in windows)
-    assert all(len(x) == batch for x, _ in windows[:-1])
-    assert 1 <= len(windows[-1][0]) <= batch
+    assert all(torch.equal(window.targets, window.tokens + 1) for window in windows)
+    assert all(len(window.tokens) == batch for window in windows[:-1])
+    assert 1 <= len(windows[-1].tokens) <= batch
 
 
 def test_validation_with_a_limit_is_spread_over_the_text() -> None:
     windows = validation_windows(TOKENS, 10, 4, limit=5)
-    assert [x.shape for x, _ in windows] == [(4, 10)] * 5
-    starts = torch.cat([x[:, 0] for x, _ in windows])
+    assert [window.tokens.shape for window in windows] == [(4, 10)] * 5
+    starts = torch.cat([window.tokens[:, 0] for window in windows])
     gaps = starts.diff()
     assert starts[0] == 0
     assert starts[-1] > 4700
@@ -158,6 +164,5 @@ def test_validation_with_a_limit_is_spread_over_the_text() -> None:
 def test_validation_with_a_limit_beyond_the_text_is_all_of_it() -> None:
     every = validation_windows(TOKENS[:300], 10, 4, None)
     limited = validation_windows(TOKENS[:300], 10, 4, limit=1000)
-    assert all(
-        torch.equal(a, b) for one, two in zip(every, limited, strict=True) for a, b in zip(one, two, strict=True)
-    )
+    for one, two in zip(every, limited, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(pair(one), pair(two), strict=True))

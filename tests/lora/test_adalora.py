@@ -171,9 +171,9 @@ def test_its_term_of_the_loss_is_the_formula_with_its_gradient() -> None:
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_step_learns_from_it_once_and_reports_the_loss_without_it(accumulation: int) -> None:
     model = adapted(CONFIG)
-    plain = model(*batch(0))[1]
+    plain = model(batch(0).tokens, batch(0).targets)[1]
     wanted = torch.autograd.grad(plain + plain_term(model), list(trained(model).values()))
-    loss = stepper(model, STEPS, accumulation=accumulation).backward(*batch(0))
+    loss = stepper(model, STEPS, accumulation=accumulation).backward(batch(0))
     assert torch.isclose(loss, plain, rtol=1e-5)
     for (name, p), gradient in zip(trained(model).items(), wanted, strict=True):
         assert torch.allclose(p.grad, gradient, rtol=1e-3, atol=1e-5), name

@@ -83,11 +83,11 @@ def test_it_trains_with_its_term_and_its_hook() -> None:
     model, before = tiny(), logits(tiny())
     attach(model, config())
     assert torch.equal(logits(model), before)
-    plain = model(*batch(0))[1]
+    plain = model(batch(0).tokens, batch(0).targets)[1]
     terms = 0.1 * sum((entry.gain - 1).square().sum() for entry in variants(model).values())
     wanted = torch.autograd.grad(plain + terms, list(trained(model).values()))
     steps, start = stepper(model, STEPS), state(model)
-    assert torch.isclose(steps.backward(*batch(0)), plain, rtol=1e-5)
+    assert torch.isclose(steps.backward(batch(0)), plain, rtol=1e-5)
     for (name, p), gradient in zip(trained(model).items(), wanted, strict=True):
         assert torch.allclose(p.grad, gradient, rtol=1e-3, atol=1e-6), name
     steps.optimizer.zero_grad()

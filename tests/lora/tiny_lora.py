@@ -12,8 +12,9 @@ from lora.equations import LoRA
 from lora.optim import after_steps, extra_losses, make_optimizer
 from lora.variants import LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from runtime.batch import Batch
 from runtime.device import Machine
-from runtime.steps import Batch, Schedule, Stepper
+from runtime.steps import Schedule, Stepper
 
 IDX = torch.arange(24).reshape(2, 12) * 7 % 50
 TARGETS = torch.arange(24).reshape(2, 12) * 11 % 50
@@ -62,7 +63,7 @@ def variants(model: torch.nn.Module) -> dict[str, LoRA]:
 def batch(step: int) -> Batch:
     """Tokens of a step, and what follows them."""
     tokens = torch.randint(0, 50, (4, 13), generator=torch.Generator().manual_seed(step))
-    return tokens[:, :-1], tokens[:, 1:]
+    return Batch(tokens[:, :-1], tokens[:, 1:])
 
 
 def stepper(model: BigramLanguageModelLoRA, steps: int, **options) -> Stepper:

@@ -9,6 +9,7 @@ import torch
 
 from lora.optim import make_optimizer
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from runtime.batch import Batch
 from runtime.device import Machine, check_compiler
 from runtime.errors import UserError
 from runtime.resume import State, restore, to_files
@@ -22,7 +23,7 @@ def stepper(compiled: bool) -> Stepper:
     torch.manual_seed(0)
     model = BigramLanguageModelLoRA(20, 16, 8, n_head=2, n_layer=1, use_lora=True, lora_rank=2)
     optimizer = make_optimizer(model, (0.9, 0.99), 0.0)
-    batch = TOKENS[:, :-1], TOKENS[:, 1:]
+    batch = Batch(TOKENS[:, :-1], TOKENS[:, 1:])
     return Stepper(model, optimizer, Schedule(1e-2, 1e-2, 0, 9), lambda step: batch, CPU, seed=0, compile=compiled)
 
 

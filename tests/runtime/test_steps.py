@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from itertools import pairwise
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_steps import BAD_GRADIENT, BAD_LOSS, CPU, ROWS, Fp16, Tiny, adamw, batch, same, stepper, weights
+from tiny_steps import BAD_GRADIENT, BAD_LOSS, CPU, LENGTH, ROWS, Fp16, Tiny, adamw, batch, pair, same, stepper, weights
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from runtime.batch import IGNORED, Batch, mean_cross_entropy
 from runtime.device import Machine
 from runtime.steps import NonFiniteError, Schedule, Stepper, evaluate, step_seed
 
@@ -67,7 +69,7 @@ def test_no_two_steps_of_any_seed_share_their_dropout():
 def gradients(accumulation: int, rows: int) -> tuple[dict[str, Tensor], Tensor]:
     one = stepper(Tiny(dropout=0.0), accumulation=accumulation)
     one.model.train()
-    loss = one.backward(*batch(0, rows))
+    loss = one.backward(batch(0, rows))
     return {name: p.grad for name, p in one.model.named_parameters() if p.grad is not None}, loss
 
 
@@ -76,7 +78,7 @@ def test_parts_add_up_to_the_gradient_and_loss_of_the_whole_batch(accumulation, 
     (whole, loss), (parts, parts_loss) = gradients(1, rows), gradients(accumulation, rows)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(parts_loss, loss)
-    torch.testing.assert_close(loss, Tiny(dropout=0.0)(*batch(0, rows))[1])
+    torch.testing.assert_close(loss, Tiny(dropout=0.0)(*pair(0, rows))[1])
     assert "frozen" not in whole and not loss.requires_grad
 
 
@@ -97,7 +99,7 @@ def step_of(gradient_norm: float, grad_clip: float) -> float:
         model,
         torch.optim.SGD(model.parameters(), lr=0.0, fused=True),
         Schedule(1.0, 1.0, 0, 10),
-        lambda _: (torch.ones(4, 2), torch.ones(4, 2)),
+        lambda _: Batch(torch.ones(4, 2), torch.ones(4, 2)),
         CPU,
         seed=0,
         accumulation=2,
@@ -137,7 +139,7 @@ def test_the_batch_is_asked_for_by_the_number_of_the_step_alone():
 def test_a_step_leaves_the_model_training_no_gradient_and_its_loss():
     one = stepper(Tiny(dropout=0.0))
     one.model.eval()
-    expected = one.model(*batch(0))[1].item()
+    expected = one.model(*pair(0))[1].item()
     one.step(0)
     assert one.model.training and all(p.grad is None for p in one.parameters)
     assert one.read_loss() == pytest.approx(expected, rel=1e-6)
@@ -148,7 +150,7 @@ def test_dropout_is_a_function_of_seed_and_step_alone():
     def after(seed: int, step: int, disturb: bool) -> dict[str, Tensor]:
         one = stepper(Tiny(), seed=seed, accumulation=2)
         if disturb:
-            one.model(*batch(3))
+            one.model(*pair(3))
             torch.manual_seed(99)
             torch.rand(1000)
         one.step(step)
@@ -159,7 +161,7 @@ def test_dropout_is_a_function_of_seed_and_step_alone():
 
 
 def test_parts_of_a_batch_do_not_share_their_dropout():
-    seen, one = [], stepper(accumulation=2, batch=lambda _: tuple(torch.cat([t, t]) for t in batch(0, 3)))
+    seen, one = [], stepper(accumulation=2, batch=lambda _: Batch(*(torch.cat([t, t]) for t in pair(0, 3))))
     one.model.dropout.register_forward_hook(lambda *args: seen.append(args[2] == 0))
     one.step(0)
     assert len(seen) == 2 and not torch.equal(*seen)
@@ -192,6 +194,90 @@ def test_a_step_never_waits_for_the_device(machine):
         float(one.loss)
 
 
+# --- targets that do not count --------------------------------------------------------------------------------------
+
+MASKS = {
+    "none": lambda row, column: False,
+    "some": lambda row, column: (row + 2 * column) % 3 == 0,
+    "prompts of rows": lambda row, column: column < row % LENGTH,
+    "a whole part": lambda row, column: row < 3,
+    "all but one": lambda row, column: (row, column) != (4, 1),
+    "all": lambda row, column: True,
+}
+
+
+def masked(step: int, mask: str) -> Batch:
+    """The batch of a step, of which the mask's targets do not count."""
+    x, targets = pair(step)
+    targets = targets.clone()
+    for row, column in itertools.product(range(ROWS), range(LENGTH)):
+        if MASKS[mask](row, column):
+            targets[row, column] = IGNORED
+    return Batch(x, targets)
+
+
+def slow_losses(mask: str, steps: int) -> list[float]:
+    """Losses of some steps in float64, each summed token by token over the whole step, with AdamW as published."""
+    model, found, moments = Tiny(dropout=0.0).double(), [], {}
+    for step in range(steps):
+        x, targets = masked(step, mask).tokens, masked(step, mask).targets
+        log_p = model.head(model.norm(model.embedding(x) + model.frozen)).log_softmax(-1)
+        terms = [-log_p[i, j, targets[i, j]] for i in range(ROWS) for j in range(LENGTH) if targets[i, j] >= 0]
+        loss = sum(terms) / len(terms) if terms else 0 * log_p.sum()
+        found.append(loss.item())
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(loss, parameters)
+        shrink = min(1.0, 1.0 / (sum((g**2).sum() for g in grads).sqrt().item() + 1e-6))
+        for p, g in zip(parameters, (g * shrink for g in grads), strict=True):
+            m, v = moments.get(p, (0.0, 0.0))
+            m, v = moments[p] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            update = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            p.data -= Schedule(1e-2, 1e-3, 2, 10)(step) * update
+    return found
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_loss_is_a_mean_over_what_counts_in_the_whole_step_however_it_is_cut(mask):
+    expected = slow_losses(mask, 4)
+    for accumulation in (1, 2, 3, 4, 6):
+        one = stepper(Tiny(dropout=0.0).double(), accumulation=accumulation, batch=lambda step: masked(step, mask))
+        for step, loss in enumerate(expected):
+            one.step(step)
+            assert one.read_loss() == pytest.approx(loss, rel=1e-6), (accumulation, step)
+
+
+def test_an_evaluation_weighs_batches_by_what_counts_in_them():
+    model, masks = Tiny(dropout=0.0), ["none", "some", "all but one", "all"]
+    batches = [masked(step, mask) for step, mask in enumerate(masks)]
+    x, targets = torch.cat([each.tokens for each in batches]), torch.cat([each.targets for each in batches])
+    assert evaluate(model, batches, CPU) == pytest.approx(model(x, targets)[1].item(), rel=1e-6)
+    with pytest.raises(ValueError, match="no batches with a target"):
+        evaluate(model, [masked(0, "all")], CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_all_targets_count_the_loss_is_pytorchs_bit_for_bit(dtype):
+    logits = torch.randn(5, 33, 97, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    targets = torch.randint(97, (5, 33), generator=torch.Generator().manual_seed(2))
+    ours, theirs = mean_cross_entropy(logits, targets), F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    assert torch.equal(ours, theirs)
+    assert torch.equal(*(torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)))
+    nothing = mean_cross_entropy(logits, torch.full_like(targets, IGNORED))
+    assert nothing == 0 and not torch.autograd.grad(nothing, logits)[0].any()
+
+
+def test_packed_batches_reach_the_model_whole_or_not_at_all():
+    x, targets = pair(0)
+    one = stepper(Tiny(), accumulation=2, batch=lambda _: Batch(x, targets, positions=x, segments=targets))
+    with pytest.raises(TypeError, match="positions"):
+        one.step(0)
+    seen = []
+    one.forward = lambda *tensors, **more: seen.append((*tensors, *more.values())) or one.model(*tensors)
+    one.step(0)
+    for tensor, parts in zip((x, targets, x, targets), zip(*seen, strict=True), strict=True):
+        assert torch.equal(torch.cat(parts), tensor)
+
+
 # --- what is not finite ---------------------------------------------------------------------------------------------
 
 
@@ -199,10 +285,10 @@ def spoilt(bad: int, *steps: int):
     """Batches of which those of these steps have a bad token."""
 
     def spoilt_batch(step: int):
-        x, targets = batch(step)
+        found = batch(step)
         if step in steps:
-            x[0, 0] = bad
-        return x, targets
+            found.tokens[0, 0] = bad
+        return found
 
     return spoilt_batch
 
@@ -270,19 +356,20 @@ def test_an_optimizer_that_could_not_skip_an_update_is_refused():
 
 def test_the_mean_is_over_tokens_also_where_the_last_batch_is_smaller():
     model = Tiny()
-    batches = [batch(0, 6), batch(1, 6), batch(2, 1)]
+    pairs = [pair(0, 6), pair(1, 6), pair(2, 1)]
+    batches = [Batch(*each) for each in pairs]
     model.eval()
-    x, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+    x, targets = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
     whole = model(x, targets)[1].item()
     assert evaluate(model, batches, CPU) == pytest.approx(whole, rel=1e-6)
     assert evaluate(model, iter(batches), CPU) == pytest.approx(whole, rel=1e-6)
-    assert abs(whole - sum(model(*each)[1].item() for each in batches) / 3) > 1e-3, "the plain mean is another"
+    assert abs(whole - sum(model(*each)[1].item() for each in pairs) / 3) > 1e-3, "the plain mean is another"
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_an_evaluation_disturbs_nothing(training):
     model = Tiny()
-    model(*batch(0))[1].backward()
+    model(*pair(0))[1].backward()
     graphs = []
     model.register_forward_hook(lambda *args: graphs.append(args[2][1].requires_grad))
     grads = {name: p.grad for name, p in model.named_parameters()}

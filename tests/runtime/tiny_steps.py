@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from runtime.batch import Batch, mean_cross_entropy
 from runtime.device import Machine
-from runtime.steps import Batch, Schedule, Stepper
+from runtime.steps import Schedule, Stepper
 
 CPU = Machine(torch.device("cpu"), torch.float32)
 VOCABULARY, ROWS, LENGTH = 11, 6, 4
@@ -47,15 +47,20 @@ class Tiny(nn.Module):
         logits = self.head(self.dropout(self.norm(self.embedding(x) + self.frozen)))
         if x[0, 0] == BAD_GRADIENT:
             logits = Explode.apply(logits)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss = mean_cross_entropy(logits, targets)
         return logits, loss + torch.nan if x[0, 0] == BAD_LOSS else loss  # and every gradient is finite
 
 
-def batch(step: int, rows: int = ROWS) -> Batch:
-    """The batch of a step; none of its tokens is a bad one."""
+def pair(step: int, rows: int = ROWS) -> tuple[Tensor, Tensor]:
+    """Tokens and targets of a step; none of the tokens is a bad one."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, BAD_LOSS, (rows, LENGTH + 1), generator=generator)
     return tokens[:, :-1], tokens[:, 1:]
+
+
+def batch(step: int, rows: int = ROWS) -> Batch:
+    """The batch of a step."""
+    return Batch(*pair(step, rows))
 
 
 def adamw(model: nn.Module, **options) -> torch.optim.Optimizer:
