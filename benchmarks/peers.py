@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 from torch.nn import functional as F
 
-from lora.attach import TARGETS
 from lora.layers import LoRALinear
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
@@ -94,8 +93,8 @@ def peft_on_ours(size: tuple[int, ...]) -> nn.Module:
     config = peft.LoraConfig(
         r=8,
         lora_alpha=16,
-        target_modules=list(TARGETS["all"]),
-        modules_to_save=["token_embedding", "position_embedding"],
+        target_modules=list(BigramLanguageModelLoRA.lora_presets["all"]),
+        modules_to_save=list(BigramLanguageModelLoRA.lora_embeddings),
     )
     return peft.get_peft_model(ours(size), config)
 

@@ -17,8 +17,9 @@ from jobs.base import check_shape
 from lora import files as adapter_files
 from lora.adapter import Adapter
 from lora.attach import attach, base_tensors, detach
+from lora.config import LoRAConfig
 from lora.optim import after_steps, extra_losses, make_optimizer
-from lora.variants import VARIANTS, LoRAConfig
+from lora.variants import VARIANTS
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
 from runtime.batch import Batch

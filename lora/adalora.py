@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lora.config import LoRAConfig
 from lora.equations import LoRA
-
-if TYPE_CHECKING:
-    from lora.variants import LoRAConfig
 
 ORTHOGONALITY = 0.5  # weight of its term of the loss; the paper tries 0.1 to 0.5, PEFT takes this
 SMOOTHING = 0.85  # of sensitivity and of its uncertainty, as in the paper
@@ -45,18 +43,18 @@ class AdaLoRA(LoRA):
     peft_fields: ClassVar[dict[str, str]] = {"rank": "init_r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
     peft_names: ClassVar[dict[str, str]] = {"A": "lora_A", "B": "lora_B", "E": "lora_E"}
 
-    def make(self, linear: nn.Linear) -> None:
+    def make(self) -> None:
         """Give it its tensors, such that W' is W."""
-        self.A = self.parameter(linear, self.rank, linear.in_features)
-        self.B = self.parameter(linear, linear.out_features, self.rank)
-        self.E = self.parameter(linear, self.rank, 1)
+        self.A = self.parameter(self.rank, self.in_features)
+        self.B = self.parameter(self.out_features, self.rank)
+        self.E = self.parameter(self.rank, 1)
         nn.init.normal_(self.A, std=0.02)
         nn.init.normal_(self.B, std=0.02)
         # Of each rank: E, its row of A and its column of B, side by side.
-        triplets = torch.zeros(self.rank, 1 + linear.in_features + linear.out_features, device=linear.weight.device)
+        triplets = torch.zeros(self.rank, 1 + self.in_features + self.out_features)
         self.register_buffer("sensitivity", triplets)
         self.register_buffer("uncertainty", triplets.clone())
-        self.register_buffer("kept", torch.ones(self.rank, dtype=torch.bool, device=linear.weight.device))
+        self.register_buffer("kept", torch.ones(self.rank, dtype=torch.bool))
 
     @classmethod
     def problems(cls, config: LoRAConfig) -> list[str]:

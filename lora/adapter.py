@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from lora.attach import base_tensors, check_attached, hosts, install, make_entries
+from lora.attach import base_tensors, check_attached, hosts, install, make_entries, target_names
+from lora.config import LoRAConfig
 from lora.equations import AdapterTensors, LoRA
-from lora.variants import VARIANTS, LoRAConfig
+from lora.variants import VARIANTS
 from runtime.checkpoint import fingerprint
 from runtime.errors import UsageError, UserError
 
@@ -49,6 +50,13 @@ class Adapter:
         """The paths of the linears that it changes."""
         return [path for path, group in self.tensors.items() if not group.keys() <= {"weight", "bias"}]
 
+    def target_modules(self) -> list[str]:
+        """The names of the linears that it changes, as its config gives them; for a preset of its model, which is no
+        name, what it stood for there."""
+        paths, names = self.targets(), target_names(self.config.targets, {})
+        named = all(any(f".{path}".endswith(f".{name}") for path in paths) for name in names)
+        return list(names) if named else list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+
     def copies(self) -> Iterator[tuple[str, str, Tensor]]:
         """Path, name and tensor of each base tensor that it has a trained copy of."""
         for path, group in self.tensors.items():
@@ -59,10 +67,8 @@ class Adapter:
         if path not in self.targets():
             return None
         W, variant = base[f"{path}.weight"], VARIANTS[self.config.variant]
-        linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(W, requires_grad=False)
-        with torch.random.fork_rng(devices=[]):
-            entry = variant(linear, self.config, path, self.shared(base))
+        with torch.random.fork_rng(devices=[]), W.device:
+            entry = variant(W.shape, self.config, path, self.shared(base))
         entry.take_back({name: t for name, t in self.tensors[path].items() if name not in ("weight", "bias")})
         return entry
 

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from lora.config import LoRAConfig
 from lora.equations import AdapterTensors
-from lora.layers import Adaptable, LoRAEmbedding, LoRALinear
-from lora.variants import VARIANTS, LoRAConfig
+from lora.layers import Adaptable, LoRALinear
+from lora.variants import checked
 from runtime.errors import UsageError
 
-TARGETS = {
-    "minimal": ("q_proj", "v_proj"),
-    "standard": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"),
-}
+MERGED, UNCHANGING = "merged", "unchanging"  # what may hold a model
 
 REGEX = "re:"  # before a regular expression for whole module paths, as adapters of PEFT may name their targets
 
@@ -38,28 +36,29 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for host in hosts(model).values() for name in host.lora))
 
 
-def target_names(targets: str) -> tuple[str, ...]:
+def target_names(targets: str, presets: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
     """The names that `targets` (a preset, or names separated by commas) stands for."""
-    return TARGETS.get(targets) or tuple(name.strip() for name in targets.split(",") if name.strip())
+    return presets.get(targets) or tuple(name.strip() for name in targets.split(",") if name.strip())
 
 
 def target_paths(model: nn.Module, targets: str) -> list[str]:
-    """The paths of the linears that `targets` (as in `target_names`) stands for.
+    """The paths of the linears that `targets` (as in `LoRAConfig`) stands for.
 
     Raises UsageError that names every target that matches nothing, and what there is.
     """
     linears = [path for path, host in hosts(model).items() if isinstance(host, LoRALinear)]
+    presets = getattr(model, "lora_presets", {})
     if targets.startswith(REGEX):
         names, pattern = (targets,), targets.removeprefix(REGEX)
         matched = {targets: [path for path in linears if re.fullmatch(pattern, path)]}
     else:
-        names = target_names(targets)
+        names = target_names(targets, presets)
         matched = {name: [path for path in linears if f".{path}".endswith(f".{name}")] for name in names}
     if missing := [name for name in names if not matched[name]] or ([targets] if not names else []):
         known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in linears}))
         raise UsageError(
             f"lora_targets: {', '.join(map(repr, missing))} matches no linear of this model; "
-            f"use minimal, standard, all, or names out of: {known}"
+            f"use {', '.join([*presets, 'or names out of'])}: {known}"
         )
     return [path for path in linears if any(path in paths for paths in matched.values())]
 
@@ -67,24 +66,31 @@ def target_paths(model: nn.Module, targets: str) -> list[str]:
 def make_entries(model: nn.Module, config: LoRAConfig) -> dict[str, AdapterTensors]:
     """Fresh tensors of one adapter for every layer it has any on, by path; the model is not touched.
 
-    Raises UsageError for a target that matches nothing, and for trained biases on a model without them.
+    Raises UsageError for a config that makes no sense for its variant, a target that matches nothing, and trained
+    biases on a model without them.
     """
+    variant = checked(config)
     targets = set(target_paths(model, config.targets))
     if config.bias != "none" and not any(getattr(host, "bias", None) is not None for host in hosts(model).values()):
         raise UsageError(
             f"lora_bias={config.bias}: this model has no biases to train; use lora_bias=none, "
             "or a base that was trained with BIAS=True"
         )
-    entries, variant = {}, VARIANTS[config.variant]
+    entries, embeddings = {}, getattr(model, "lora_embeddings", ()) if config.train_embeddings else ()
     shared = variant.share(config, [model.get_submodule(path).weight.shape for path in targets])
     for path, host in hosts(model).items():
-        entry = variant(host, config, path, shared) if path in targets else AdapterTensors(config)
-        if isinstance(host, LoRAEmbedding) and config.train_embeddings:
+        if path in targets:
+            with host.weight.device:
+                entry = variant(host.weight.shape, config, path, shared)
+        else:
+            entry = AdapterTensors(config)
+        if path in embeddings:
             entry.add_copy("weight", host.weight)
         trains_bias = config.bias == "all" or (config.bias == "lora_only" and path in targets)
         if trains_bias and getattr(host, "bias", None) is not None:
             entry.add_copy("bias", host.bias)
         if any(True for _ in entry.parameters()):
+            entry.follow(host.base_tensors())
             entries[path] = entry
     return entries
 
@@ -100,14 +106,21 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> None:
 def install(model: nn.Module, entries: dict[str, AdapterTensors], name: str) -> None:
     """Put an adapter's tensors (as from `make_entries`) on the model under a name, and activate it alone.
 
-    Raises UsageError for a name that is taken or unfit.
+    Raises UsageError for a name that is taken or unfit, or inside `merged` or `unchanging`.
     """
+    check_free(model)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name) or name in adapter_names(model):
         raise UsageError(f"adapter name {name!r}: must be new to this model, in letters, digits, '-' and '_'")
     layers = hosts(model)
     for path, entry in entries.items():
         layers[path].lora[name] = entry.to(layers[path].weight.device).train(model.training)
     activate(model, name)
+
+
+def check_free(model: nn.Module) -> None:
+    """Raises UsageError inside `merged` and `unchanging`, which rely on weights and adapters staying as they are."""
+    for host in hosts(model).values():
+        host.check_free()
 
 
 def check_attached(model: nn.Module, *names: str) -> None:
@@ -118,7 +131,9 @@ def check_attached(model: nn.Module, *names: str) -> None:
 
 
 def _strengths(model: nn.Module, adapters: tuple[str | Mapping[str, float], ...]) -> dict[str, float]:
-    """What `activate` was given, as one strength a name."""
+    """What `activate` was given, as one strength a name. Raises UsageError as it does."""
+    if any(host.held_by == MERGED for host in hosts(model).values()):  # else they would be added once more
+        check_free(model)
     strengths: dict[str, float] = {}
     for given in adapters:
         strengths |= {given: 1.0} if isinstance(given, str) else given
@@ -135,7 +150,7 @@ def activate(model: nn.Module, *adapters: str | Mapping[str, float]) -> None:
     A name counts at strength 1; {name: strength} sets it: the base plus strength times what the adapter adds to
     weights, embeddings and biases alike. What several add is summed. An optimizer is to be made after this choice.
 
-    Raises UsageError for a name that is not attached, or a strength that is not finite.
+    Raises UsageError for a name that is not attached, a strength that is not finite, or inside `merged`.
     """
     _switch(model, _strengths(model, adapters))
     model.requires_grad_(False)
@@ -173,6 +188,7 @@ def detach(model: nn.Module, name: str) -> None:
 
     Raises UsageError for a name that is not attached.
     """
+    check_free(model)
     check_attached(model, name)
     activate(model, {other: s for other, s in active_adapters(model).items() if other != name})
     for host in hosts(model).values():
@@ -186,48 +202,96 @@ def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The base's own parameters by name: what its checkpoint holds, whatever is attached."""
+    """The base's own parameters: what its checkpoint holds, whatever is attached, and one that several layers share
+    under each of its names."""
     own = adapter_parameters(model)
-    return {name: p for name, p in model.named_parameters() if p not in own}
+    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if p not in own}
+
+
+def _changed(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each base tensor that the active adapters change, and what they make of it.
+
+    Raises UsageError, before it comes to it, for one that another layer shares, whose output would change too.
+    """
+    names: dict[tuple, list[str]] = defaultdict(list)  # of all that lies in one place
+    for path, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            names[_place(p)].append(f"{path}.{name}")
+    for host in hosts(model).values():
+        for name, effective in host.effective_tensors().items():
+            base = getattr(host, name)
+            if effective is base:
+                continue
+            if len(shared := names[_place(base)]) > 1:
+                path, _, own = shared[-1].rpartition(".")
+                layer = f"model.get_submodule({path!r})"
+                raise UsageError(
+                    f"{' and '.join(shared)} are one tensor, and merging into one of them would change all; "
+                    f"untie them first: {layer}.{own} = torch.nn.Parameter({layer}.{own}.detach().clone())"
+                )
+            yield base, effective
+
+
+def _place(tensor: Tensor) -> tuple:
+    """Equal for tensors that are one in memory, also where they are different objects."""
+    return tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride()
+
+
+@contextmanager
+def _held(model: nn.Module, by: str) -> Iterator[None]:
+    """The model inside a context manager that relies on nobody changing it, unless it is inside one already."""
+    free = [host for host in hosts(model).values() if not host.held_by]
+    try:
+        for host in free:
+            host.held_by = by
+        yield
+    finally:
+        for host in free:
+            host.held_by = ""
 
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with its active adapters written into its weights, in fp32; afterwards as before, bit for bit."""
-    saved: dict[tuple[str, str], Tensor] = {}
+    """The model with its active adapters written into its weights, in fp32; afterwards as before, bit for bit.
+
+    Raises UsageError inside itself, and for a change of a tensor that several layers share. So do, inside of it,
+    loading a base and all that changes which adapters there are or count.
+    """
+    check_free(model)
+    saved: list[tuple[Tensor, Tensor]] = []
+    active = active_adapters(model)
     try:
         with torch.no_grad():
-            for path, host in hosts(model).items():
-                for name, effective in host.effective_tensors().items():
-                    base = getattr(host, name)
-                    if effective is not base:
-                        saved[path, name] = base.clone()
-                        base.copy_(effective)
-        with using(model):
+            for base, effective in _changed(model):
+                saved.append((base, base.clone()))
+                base.copy_(effective)
+        _switch(model, {})
+        with _held(model, MERGED):
             yield model
     finally:
+        _switch(model, active)
         with torch.no_grad():
-            for (path, name), base in saved.items():
-                getattr(model.get_submodule(path), name).copy_(base)
+            for base, before in saved:
+                base.copy_(before)
 
 
 def merge(model: nn.Module) -> None:
     """Write the active adapters into the model's weights for good, in fp32, and take all adapters off.
 
-    Those that rest come off too: they were trained on a base that is now another one. The model stays frozen.
+    Those that rest come off too: they were trained on a base that is now another one. The model stays frozen. Raises
+    UsageError inside `merged`, and for a change of a tensor that several layers share; nothing is merged then.
     """
+    check_free(model)
     with torch.no_grad():
-        tensors = [(getattr(host, k), t) for host in hosts(model).values() for k, t in host.effective_tensors().items()]
-        for base, effective in tensors:  # all of it is computed by now, so nothing is left half merged
-            if effective is not base:
-                base.copy_(effective)
+        for base, effective in list(_changed(model)):  # all of it is computed by now, so nothing is left half merged
+            base.copy_(effective)
     for name in adapter_names(model):
         detach(model, name)
 
 
 @contextmanager
 def unchanging(model: nn.Module) -> Iterator[nn.Module]:
-    """The model while nobody changes its weights or active adapters: without gradients it keeps what it computes with.
+    """The model while nobody changes its weights or adapters: without gradients it keeps what it computes with.
 
     The weights themselves stay as they are, and so does what is computed with gradients.
     """
@@ -235,7 +299,8 @@ def unchanging(model: nn.Module) -> Iterator[nn.Module]:
     try:
         for linear in linears:
             linear.kept = {}
-        yield model
+        with _held(model, UNCHANGING):
+            yield model
     finally:
         for linear in linears:
             linear.kept = None

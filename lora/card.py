@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
-from lora.variants import VARIANTS, LoRAConfig
-
-if TYPE_CHECKING:
-    from lora.adapter import Adapter
+from lora.adapter import Adapter
+from lora.config import LoRAConfig
+from lora.variants import VARIANTS
 
 CARD = "README.md"
 

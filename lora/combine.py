@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lora.adapter import Adapter
-from lora.attach import REGEX, target_names
+from lora.attach import REGEX
+from lora.config import LoRAConfig
 from lora.equations import LoRA
-from lora.variants import LoRAConfig
 from runtime.checkpoint import fingerprint
 from runtime.errors import UsageError, UserError
 
@@ -158,7 +158,7 @@ def _config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> LoRAConfig
     targets = {config.targets for config in configs}
     if len(targets) > 1:
         exact = any(text.startswith(REGEX) for text in targets)
-        named = dict.fromkeys(name for config in configs for name in target_names(config.targets))
+        named = dict.fromkeys(name for adapter in adapters for name in adapter.target_modules())
         targets = {",".join(ranks if exact else named)}
     biases = {config.bias for config in configs}
     rank = Counter(ranks.values()).most_common(1)[0][0]

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lora.config import LoRAConfig
 from lora.functional import LowRank, lengths, lora_linear, lora_linear_as_written
-
-if TYPE_CHECKING:
-    from lora.layers import LoRALinear
-    from lora.variants import LoRAConfig
+from runtime.encoding import fingerprint
 
 
 class AdapterTensors(nn.Module):
@@ -32,10 +30,33 @@ class AdapterTensors(nn.Module):
     def __init__(self, config: LoRAConfig) -> None:
         super().__init__()
         self.config = config
+        self.taken: dict[str, str] = {}  # what was taken from the base: a fingerprint of its values, by name
 
     def add_copy(self, name: str, base: Tensor) -> None:
-        """Take a trainable copy of the module's tensor `name`."""
-        self.register_parameter(name, nn.Parameter(base.detach().to(torch.float32, copy=True)))
+        """Make room for a trainable copy of the module's tensor `name`, which `follow` then takes."""
+        self.register_parameter(name, nn.Parameter(torch.empty_like(base, dtype=torch.float32)))
+
+    def from_base(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What its tensors that start as something of the base start as, given the module's own tensors by name."""
+        return {name: tensor for name, tensor in base.items() if name in self._parameters}
+
+    @torch.no_grad()
+    def follow(self, base: Mapping[str, Tensor]) -> None:
+        """Take anew from the base what is still as it was taken last; what has been trained since stays."""
+        for name, tensor in self.from_base(base).items():
+            own = self.get_parameter(name)
+            if name not in self.taken or self.taken[name] == fingerprint({"": own}):
+                own.copy_(tensor)
+                self.taken[name] = fingerprint({"": own})
+
+    def _apply(self, *args, **kwargs) -> AdapterTensors:
+        """Move to another device or dtype; in a narrower dtype, what was taken is still what was taken."""
+        before = {name: self.get_parameter(name).detach() for name in self.taken}
+        super()._apply(*args, **kwargs)
+        for name, old in before.items():
+            if (now := self.get_parameter(name)).dtype != old.dtype and self.taken[name] == fingerprint({"": old}):
+                self.taken[name] = fingerprint({"": now})
+        return self
 
     def copy_of(self, name: str) -> Tensor | None:
         """The adapter's own version of the module's tensor `name`, or None where it has none."""
@@ -77,22 +98,26 @@ class LoRA(AdapterTensors):
     # gradients are still there.
     after_step: ClassVar[Callable[[list[LoRA], int, int], None] | None] = None
 
-    def __init__(self, linear: nn.Linear, config: LoRAConfig, path: str = "", shared: nn.Module | None = None) -> None:
+    def __init__(
+        self, shape: tuple[int, int], config: LoRAConfig, path: str = "", shared: nn.Module | None = None
+    ) -> None:
+        """shape: of W, (out, in). path: of the linear, for a rank and an alpha of its own."""
         super().__init__(config)
+        self.out_features, self.in_features = shape
         self.rank, self.shared = config.rank_at(path), shared
         self.scale = self.scaling(config.alpha_at(path))
-        self.make(linear)
+        self.make()
 
-    def make(self, linear: nn.Linear) -> None:
-        """Give it its tensors, such that W' is W."""
-        self.A = self.parameter(linear, self.rank, linear.in_features)
-        self.B = self.parameter(linear, linear.out_features, self.rank)
+    def make(self) -> None:
+        """Give it its tensors, such that W' is W once those that `from_base` names have been taken."""
+        self.A = self.parameter(self.rank, self.in_features)
+        self.B = self.parameter(self.out_features, self.rank)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     @staticmethod
-    def parameter(linear: nn.Linear, *shape: int) -> nn.Parameter:
-        """Zeros in fp32 that train, where the linear is."""
-        return nn.Parameter(torch.zeros(shape, device=linear.weight.device, dtype=torch.float32))
+    def parameter(*shape: int) -> nn.Parameter:
+        """Zeros in fp32 that train, on torch's default device."""
+        return nn.Parameter(torch.zeros(shape, dtype=torch.float32))
 
     @classmethod
     def share(cls, config: LoRAConfig, shapes: Iterable[tuple[int, int]]) -> nn.Module | None:
@@ -138,9 +163,9 @@ class LoRA(AdapterTensors):
         B, A = self.thin()
         return LowRank(W, bias, A, B, self.scale)
 
-    def forward(self, x: Tensor, layer: LoRALinear, bias: Tensor | None) -> Tensor:
-        """x W'^T + bias for x (..., in) in the compute dtype, the fast way; W is the layer's weight."""
-        part = self.low_rank(layer.weight, bias)
+    def forward(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        """x W'^T + bias for x (..., in) in the compute dtype and a base weight W (out, in), the fast way."""
+        part = self.low_rank(W, bias)
         return lora_linear_as_written(x, part, self.dropout) if self.dropout else lora_linear(x, part)
 
     def fast_parameters(self) -> list[nn.Parameter]:
@@ -188,10 +213,14 @@ class DoRA(LoRA):
     peft_flags: ClassVar[dict[str, Any]] = {"use_rslora": False, "use_dora": True}
     peft_names: ClassVar[dict[str, str]] = LoRA.peft_names | {"magnitude": "lora_magnitude_vector"}
 
-    def make(self, linear: nn.Linear) -> None:
-        """Give it its tensors, such that W' is W."""
-        super().make(linear)
-        self.magnitude = nn.Parameter(lengths(linear.weight.float()))
+    def make(self) -> None:
+        """Give it its tensors, such that W' is W once the magnitude has been taken from the base."""
+        super().make()
+        self.magnitude = self.parameter(self.out_features)
+
+    def from_base(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What its tensors that start as something of the base start as: copies, and the lengths of W's rows."""
+        return super().from_base(base) | {"magnitude": lengths(base["weight"].float())}
 
     def effective_weight(self, W: Tensor) -> Tensor:
         """W' for a base weight W of shape (out, in): the equation itself, differentiable."""

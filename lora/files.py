@@ -14,10 +14,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lora.adapter import SHARED, Adapter
-from lora.attach import REGEX, target_names
+from lora.attach import REGEX
 from lora.card import CARD, card
+from lora.config import LoRAConfig
 from lora.equations import LoRA
-from lora.variants import VARIANTS, LoRAConfig
+from lora.variants import VARIANTS, checked
 from runtime import storage
 from runtime.checkpoint import fingerprint, pack, read_json, to_json, unpack
 from runtime.config import HIGHEST_RANK
@@ -25,7 +26,6 @@ from runtime.errors import UsageError, UserError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-EMBEDDINGS = ["token_embedding", "position_embedding"]
 # What PEFT may write into a config that changes what the tensors mean, and that nothing here understands.
 FOREIGN = ("exclude_modules", "layers_to_transform", "layer_replication")
 FOREIGN += ("fan_in_fan_out", "lora_bias", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora")
@@ -39,6 +39,11 @@ def _peft_key(path: str, name: str, targeted: bool, names: Mapping[str, str]) ->
     if name in names:
         return f"{PREFIX}{path}.{names[name]}"
     return f"{PREFIX}{path}.base_layer.{name}" if targeted else f"{PREFIX}{path}.{name}"
+
+
+def whole_modules(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """The paths of the modules whose whole weight an adapter has a copy of."""
+    return [path for path, group in tensors.items() if "weight" in group]
 
 
 def _our_key(key: str, names: Mapping[str, str]) -> tuple[str, str]:
@@ -66,9 +71,9 @@ def to_files(
         "task_type": None,
         "base_model_name_or_path": adapter.facts.get("base"),
         **{theirs: getattr(config, ours) for ours, theirs in variant.peft_fields.items()},
-        "target_modules": config.targets.removeprefix(REGEX) if regex else list(target_names(config.targets)),
+        "target_modules": config.targets.removeprefix(REGEX) if regex else adapter.target_modules(),
         "bias": config.bias,
-        "modules_to_save": EMBEDDINGS if config.train_embeddings else None,
+        "modules_to_save": whole_modules(adapter.tensors) or None,
         "fan_in_fan_out": False,
         "inference_mode": True,
         **variant.peft_flags,
@@ -95,8 +100,8 @@ def _foreign(about: dict) -> list[str]:
     return [f"{name}={value!r} is not supported" for name, value in given.items()]
 
 
-def _unusable(about: dict, variant: type[LoRA]) -> list[str]:
-    """The settings whose values cannot be read, by name."""
+def _unusable(about: dict, variant: type[LoRA], copied: list[str]) -> list[str]:
+    """The settings whose values cannot be read, or do not go with the modules that are copied, by name."""
     problems, targets, saved = [], about.get("target_modules"), about.get("modules_to_save") or []
     for name in variant.peft_fields.values():
         if not _is_number(value := about.get(name, 0.0 if name.endswith("dropout") else None)):
@@ -110,8 +115,8 @@ def _unusable(about: dict, variant: type[LoRA]) -> list[str]:
     named = isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)
     if not named and not _is_regex(targets):
         problems.append(f"target_modules is {targets!r}; only a list of module names or one expression can be read")
-    if not isinstance(saved, list) or sorted(map(str, saved)) not in ([], sorted(EMBEDDINGS)):
-        problems.append(f"modules_to_save is {saved}; only both embeddings, or nothing, can be read")
+    if not isinstance(saved, list) or any(not any(f".{p}".endswith(f".{name}") for p in copied) for name in saved):
+        problems.append(f"modules_to_save is {saved}; the file has whole weights of {', '.join(copied) or 'none'}")
     return problems
 
 
@@ -139,11 +144,11 @@ def _variant(about: dict, where: str) -> str:
     raise UserError(f"{where}: no variant has {told}")
 
 
-def _config(about: dict, where: str) -> LoRAConfig:
-    """Raises UserError that names everything that is not understood."""
+def _config(about: dict, copied: list[str], where: str) -> LoRAConfig:
+    """Raises UserError that names everything that is not understood. copied: the modules with a whole weight."""
     name = _variant(about, where)
     variant = VARIANTS[name]
-    if problems := _foreign(about) + _unusable(about, variant):
+    if problems := _foreign(about) + _unusable(about, variant, copied):
         raise UserError(f"{where}: {'; '.join(problems)}")
     targets = about["target_modules"]
     fields = {
@@ -155,7 +160,9 @@ def _config(about: dict, where: str) -> LoRAConfig:
         **variant.ranks_from_peft(about),
     }
     try:
-        return LoRAConfig(**fields)
+        config = LoRAConfig(**fields)
+        checked(config)
+        return config
     except UsageError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -178,11 +185,11 @@ def from_files(files: dict[str, bytes], where: str) -> Adapter:
     if missing := [name for name in (CONFIG, TENSORS) if name not in files]:
         raise UserError(f"{where}: {missing[0]} is missing, so this is no adapter folder")
     about = read_json(files[CONFIG], f"{where}/{CONFIG}")
-    config = _config(about, f"{where}/{CONFIG}")
-    variant = VARIANTS[config.variant]
+    variant = VARIANTS[_variant(about, f"{where}/{CONFIG}")]
     flat = unpack(files[TENSORS], f"{where}/{TENSORS}")
     shared = {name: flat.pop(key) for name, key in variant.peft_shared.items() if key in flat}
     tensors = _tensors(flat, variant, where)
+    config = _config(about, whole_modules(tensors), f"{where}/{CONFIG}")
     header = json.loads(files[TENSORS][8 : 8 + int.from_bytes(files[TENSORS][:8], "little")])
     facts = {key: value for key, value in header.get("__metadata__", {}).items() if key != "format"}
     if shared:  # what counts is what was stored, whatever was noted of it

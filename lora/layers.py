@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lora.equations import AdapterTensors, LoRA
 from lora.functional import compute_dtype, concatenated, lora_linear
+from runtime.errors import UsageError
 
 
 def added_up(base: Tensor, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
@@ -31,6 +32,7 @@ class Adaptable(nn.Module):
 
     lora: nn.ModuleDict
     active: dict[str, float]  # replaced whole, never changed in place
+    held_by: str = ""  # the context manager that relies on this layer staying as it is, if any
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -52,22 +54,35 @@ class Adaptable(nn.Module):
 
     def effective_tensors(self) -> dict[str, Tensor]:
         """Every base tensor of this layer as the active adapters make it, in its own dtype."""
-        return {name: self.effective(name) for name, _ in self.named_parameters(recurse=False)}
+        return {name: self.effective(name) for name in self.base_tensors()}
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """The layer's own tensors by name, whatever adapters there are."""
+        return dict(self.named_parameters(recurse=False))
+
+    def check_free(self) -> None:
+        """Raises UsageError inside `merged` and `unchanging`, which rely on weights and adapters staying the same."""
+        if self.held_by:
+            raise UsageError(
+                f"inside `with {self.held_by}(model):`, weights and adapters cannot be changed; leave that block first"
+            )
+
+    def _load_from_state_dict(self, *args) -> None:
+        """Load a base, which the adapters that have not been trained yet then follow; theirs are loaded after this."""
+        self.check_free()
+        super()._load_from_state_dict(*args)
+        for entry in self.lora.values():
+            entry.follow(self.base_tensors())
 
 
 class LoRALinear(Adaptable, nn.Linear):
     """An `nn.Linear` with 0..n adapters."""
 
-    _copy: tuple[tuple, Tensor, Tensor] | None = None
     kept: dict | None = None  # while a model is `unchanging`: what it computes with, once made
 
     def __getstate__(self) -> dict:
-        """What pickles and copies of the layer hold: all but the kept copies of the weight."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_copy", "kept")}
-
-    def _apply(self, *args, **kwargs) -> LoRALinear:
-        self._copy = None  # the layer moves to another device or dtype, and memory it leaves behind is to be freed
-        return super()._apply(*args, **kwargs)
+        """What pickles and copies of the layer hold: all but what it keeps while a model is `unchanging`."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("held_by", "kept")}
 
     def variants(self) -> list[LoRA]:
         """The active adapters that change the weight of this layer."""
@@ -80,30 +95,23 @@ class LoRALinear(Adaptable, nn.Linear):
 
     def effective_weight(self) -> Tensor:
         """The weight as the active adapters make it."""
-        W = self.weight
+        W = self.dense_weight()
         with torch.autocast(W.device.type, enabled=False):  # in less than W's precision small changes vanish
             return added_up(W, [(v.effective_weight(W), s) for v, s in self.strengths() if isinstance(v, LoRA)])
 
     def effective_tensors(self) -> dict[str, Tensor]:
         return super().effective_tensors() | {"weight": self.effective_weight()}
 
-    def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The weight in the compute dtype; a frozen one is converted once and kept, outside every checkpoint.
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The values of the weight (out, in), in a dtype or in their own: the one way to them, however they are stored.
 
-        One that trains is converted anew each time: fused optimizers write to it without raising its version. (Nor
-        does a write through `weight.data`, which torch hides from everyone: write under `torch.no_grad()` instead.)
+        No converted copy is kept from call to call: a write through `weight.data`, as PEFT merges, or by a fused
+        optimizer raises no version, so that a copy that went stale could not be told from one that did not.
         """
-        W = self.weight
-        if W.dtype == dtype or W.requires_grad:
-            if self._copy is not None:  # setting an attribute of a module takes longer than a small product
-                self._copy = None
-            return W.to(dtype)
-        key = (dtype, W.device, W.data_ptr(), W._version)
-        if self._copy is None or self._copy[0] != key:
-            with torch.inference_mode(False):  # the copy outlives a generation and then serves training
-                # the original is held too, or its address could be given to the weight that replaces it
-                self._copy = key, W.detach().to(dtype), W.detach()
-        return self._copy[1]
+        return self.weight if dtype is None else self.weight.to(dtype)
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        return super().base_tensors() | {"weight": self.dense_weight()}
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the compute dtype. Dropout is for an adapter that is alone at strength 1."""
@@ -111,11 +119,11 @@ class LoRALinear(Adaptable, nn.Linear):
         if self.kept is not None and not torch.is_grad_enabled():
             return F.linear(x.to(dtype), *unchanging_weights((self,), dtype))
         if not self.active:
-            return F.linear(x, self.weight_in(dtype), self.bias)
+            return F.linear(x, self.dense_weight(dtype), self.bias)
         bias = self.effective("bias")
         if variant := self.alone():
-            return variant(x.to(dtype), self, bias)
-        return F.linear(x, self.effective_weight().to(dtype) if self.variants() else self.weight_in(dtype), bias)
+            return variant(x.to(dtype), self.dense_weight(), bias)
+        return F.linear(x, self.effective_weight().to(dtype) if self.variants() else self.dense_weight(dtype), bias)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -146,12 +154,13 @@ def side_by_side(layers: tuple[LoRALinear, ...], x: Tensor) -> Tensor:
             return F.linear(x.to(dtype), *unchanging_weights(layers, dtype)).unflatten(-1, (len(layers), -1))
         biases = [layer.effective("bias") for layer in layers]
         if not any(layer.variants() for layer in layers):
-            weight = torch.cat([layer.weight_in(dtype) for layer in layers])
+            weight = torch.cat([layer.dense_weight(dtype) for layer in layers])
             return F.linear(x, weight, concatenated(biases)).unflatten(-1, (len(layers), -1))
         alone = [layer.alone() for layer in layers]
         alike = len({type(v) for v in alone}) == 1 and None not in alone
         if alike and torch.is_grad_enabled() and not any(v.dropout for v in alone):
-            parts = [v.low_rank(layer.weight, bias) for v, layer, bias in zip(alone, layers, biases, strict=True)]
+            weights = [layer.dense_weight() for layer in layers]
+            parts = [v.low_rank(W, bias) for v, W, bias in zip(alone, weights, biases, strict=True)]
             return lora_linear(x.to(dtype), *parts).unflatten(-1, (len(layers), -1))
     return torch.stack([layer(x) for layer in layers], -2)
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lora.config import LoRAConfig
 from lora.equations import LoRA
-
-if TYPE_CHECKING:
-    from lora.variants import LoRAConfig
 
 D_AT_FIRST = 0.1  # the paper's choice for most of its experiments, and PEFT's
 
@@ -52,12 +50,11 @@ class VeRA(LoRA):
     peft_names: ClassVar[dict[str, str]] = {"b": "vera_lambda_b", "d": "vera_lambda_d"}
     peft_shared: ClassVar[dict[str, str]] = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
 
-    def make(self, linear: nn.Linear) -> None:
+    def make(self) -> None:
         """Give it its tensors, such that W' is W."""
-        self.b = self.parameter(linear, linear.out_features)
-        self.d = self.parameter(linear, self.rank)
+        self.b = self.parameter(self.out_features)
+        self.d = self.parameter(self.rank)
         nn.init.constant_(self.d, D_AT_FIRST)
-        self.sizes = linear.in_features, linear.out_features
 
     @classmethod
     def share(cls, config: LoRAConfig, shapes: Iterable[tuple[int, int]]) -> Projections:
@@ -79,8 +76,8 @@ class VeRA(LoRA):
 
     def thin(self) -> tuple[Tensor, Tensor]:
         """diag(b) B diag(d), and A; differentiable."""
-        width, height = self.sizes
-        return self.b[:, None] * self.shared.B[:height] * self.d, self.shared.A[:, :width]
+        B, A = self.shared.B[: self.out_features], self.shared.A[:, : self.in_features]
+        return self.b[:, None] * B * self.d, A
 
     def fast_parameters(self) -> list[nn.Parameter]:
         """The tensors that LoRA+ lets learn faster: those that start at zero."""

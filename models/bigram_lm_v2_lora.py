@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora.attach import adapter_parameters, attach
+from lora.config import LoRAConfig
 from lora.functional import compute_dtype, dropout
 from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, side_by_side
-from lora.variants import LoRAConfig
 from models import sampling
 from models.attention import causal_attention
 from runtime.batch import mean_cross_entropy
@@ -97,11 +97,19 @@ class BigramLanguageModelLoRA(nn.Module):
 
     vocab_size, n_embd, block_size, n_head, n_layer, bias: the shape. dropout: probability on embeddings, attention
     weights and both branches of a block. device: where the weights are made. use_lora: attach a fresh adapter named
-    `default` (to a base that is still untrained: load trained weights with `load_state_dict`, or attach after
-    loading as `training.py` does). lora_*: see `lora.variants.LoRAConfig`.
+    `default`; trained weights of a base may be loaded under it, with `load_state_dict(base, strict=False)`, as long as
+    it is untrained. lora_*: see `lora.config.LoRAConfig`; lora_presets, lora_embeddings: what lora_targets may name
+    together, and what lora_train_embeddings trains copies of.
 
     Raises ValueError where n_embd is not a multiple of n_head, UsageError for LoRA settings that make no sense.
     """
+
+    lora_presets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "minimal": ("q_proj", "v_proj"),
+        "standard": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "all": ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"),
+    }
+    lora_embeddings: ClassVar[tuple[str, ...]] = ("token_embedding", "position_embedding")
 
     def __init__(
         self,

@@ -16,9 +16,10 @@ from lora.adalora import AdaLoRA, budget
 from lora.adapter import Adapter
 from lora.attach import activate, attach, base_tensors, merged
 from lora.combine import combine, diff, size
+from lora.config import LoRAConfig
 from lora.files import from_files, to_files
 from lora.optim import extra_losses
-from lora.variants import LoRAConfig
+from lora.variants import checked
 from runtime.errors import UsageError
 
 TARGETED = "q_proj,up_proj,lm_head"
@@ -226,7 +227,7 @@ WRONG += [{"rank_pattern": {"q_proj": 5}}, {"rank_pattern": {"q_proj": -1}}, {"a
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_what_makes_no_sense_for_it_is_refused_by_name(wrong: dict) -> None:
     with pytest.raises(UsageError, match=rf"^(lora_)?{next(iter(wrong))}\b.*: ") as error:
-        LoRAConfig(rank=4, variant="adalora", **wrong)
+        checked(LoRAConfig(rank=4, variant="adalora", **wrong))
     assert "\n" not in str(error.value)
 
 

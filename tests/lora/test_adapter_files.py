@@ -16,8 +16,10 @@ from tiny_lora import adapted, logits, randomise, same, state, tiny, trained
 from lora.adapter import Adapter
 from lora.attach import activate, active_adapters, adapter_names, attach, base_tensors, detach, target_names
 from lora.card import CARD
+from lora.config import LoRAConfig
 from lora.files import CONFIG, TENSORS, from_files, load_adapter, save_adapter, to_files
-from lora.variants import VARIANTS, LoRAConfig
+from lora.variants import VARIANTS
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.checkpoint import fingerprint
 from runtime.errors import UsageError, UserError
 from runtime.storage import DamagedError
@@ -70,7 +72,7 @@ def test_the_file_holds_what_was_trained_and_nothing_else(config: LoRAConfig) ->
     assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in trained(model).values())
     assert len(stored) == len(trained(model))
     names = json.loads(to_files(of(model))[CONFIG])["target_modules"]
-    assert names == list(target_names(config.targets))
+    assert names == list(target_names(config.targets, BigramLanguageModelLoRA.lora_presets))
     assert all(names)
     assert all(key.startswith("base_model.model.") and "default" not in key for key in stored)
 

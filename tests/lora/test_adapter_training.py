@@ -10,8 +10,9 @@ from tiny_lora import EVERYTHING, IDX, TARGETS, adapted, same, state, stepper, t
 from torch.utils.checkpoint import checkpoint
 
 from lora.attach import activate, attach, base_tensors
+from lora.config import LoRAConfig
 from lora.optim import make_optimizer
-from lora.variants import VARIANTS, LoRAConfig
+from lora.variants import VARIANTS
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.checkpoint import fingerprint
 from runtime.config import Settings

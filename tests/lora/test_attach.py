@@ -19,8 +19,8 @@ from lora.attach import (
     unchanging,
     using,
 )
+from lora.config import LoRAConfig
 from lora.optim import make_optimizer
-from lora.variants import LoRAConfig
 from runtime.errors import UsageError
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")

@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora.adapter import Adapter
 from lora.attach import base_tensors
 from lora.combine import change, combine, cosine, diff, size
+from lora.config import LoRAConfig
 from lora.equations import LoRA
 from lora.files import save_adapter
-from lora.variants import VARIANTS, LoRAConfig
+from lora.variants import VARIANTS, checked
 from runtime.checkpoint import fingerprint
 from runtime.errors import UsageError, UserError
 
@@ -74,6 +75,7 @@ def configs(draw: st.DrawFn) -> LoRAConfig:
     patterns = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"up_proj": 2.0}}
     patterns = {name: pattern for name, pattern in patterns.items() if draw(st.booleans())}
     try:
+        checked(replace(config, **patterns))
         return replace(config, **patterns)
     except UsageError:  # a variant that has one rank
         return config

@@ -15,9 +15,10 @@ from lora.adapter import Adapter
 from lora.attach import activate, attach, base_tensors, detach, merged
 from lora.card import CARD
 from lora.combine import combine, diff, size
+from lora.config import LoRAConfig
 from lora.equations import LoRA
 from lora.files import CONFIG, load_adapter, save_adapter
-from lora.variants import VARIANTS, LoRAConfig
+from lora.variants import VARIANTS, checked
 from runtime import resume
 from runtime.errors import UsageError
 from runtime.steps import Stepper
@@ -31,9 +32,9 @@ class Toy(LoRA):
     peft_flags: ClassVar[dict] = {}
     peft_names: ClassVar[dict] = LoRA.peft_names | {"gain": "toy_gain"}
 
-    def make(self, linear):
-        super().make(linear)
-        self.gain = torch.nn.Parameter(torch.ones(linear.out_features))
+    def make(self):
+        super().make()
+        self.gain = torch.nn.Parameter(torch.ones(self.out_features))
         self.register_buffer("bound", torch.tensor(2.0))
 
     @classmethod
@@ -142,6 +143,6 @@ def test_it_is_combined_as_its_thin_factors_are() -> None:
 
 def test_what_it_refuses_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match=r"^lora_rank=13: is unlucky$"):
-        LoRAConfig(rank=13, variant="toy")
+        checked(LoRAConfig(rank=13, variant="toy"))
     with pytest.raises(UsageError, match=r"^lora_variant='tom': must be one of lora, .*, toy$"):
-        LoRAConfig(variant="tom")
+        checked(LoRAConfig(variant="tom"))

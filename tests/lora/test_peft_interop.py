@@ -16,8 +16,9 @@ from tiny_lora import IDX, TARGETS, adapted, logits, randomise, tiny, variants
 
 from lora.adapter import SHARED, Adapter
 from lora.attach import base_tensors
+from lora.config import LoRAConfig
 from lora.files import CONFIG, TENSORS, load_adapter, to_files
-from lora.variants import VARIANTS, LoRAConfig
+from lora.variants import VARIANTS
 from runtime import storage
 from runtime.errors import UserError
 

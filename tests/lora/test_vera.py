@@ -19,9 +19,10 @@ from lora import vera
 from lora.adapter import SHARED, Adapter
 from lora.attach import activate, adapter_names, attach, base_tensors, merged
 from lora.combine import combine, size
+from lora.config import LoRAConfig
 from lora.files import CONFIG, TENSORS, from_files, to_files
 from lora.optim import make_optimizer
-from lora.variants import LoRAConfig
+from lora.variants import checked
 from runtime import resume
 from runtime.checkpoint import fingerprint, pack, unpack
 from runtime.errors import UsageError, UserError
@@ -68,7 +69,7 @@ def test_they_stay_one_wherever_the_model_moves(move: Callable) -> None:
 def test_they_are_in_nothing_that_is_counted_trained_or_saved() -> None:
     model, count = adapted(replace(VERA, train_embeddings=False)), 0
     for entry in variants(model).values():
-        count += entry.rank + entry.sizes[1]
+        count += entry.rank + entry.out_features
         assert set(entry.state_dict()) == {"b", "d"}
     assert sum(p.numel() for p in trained(model).values()) == count
     assert (
@@ -178,7 +179,7 @@ def test_two_of_them_with_other_seeds_add_up_and_merge() -> None:
 @pytest.mark.parametrize("wrong", [{"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2.0}}], ids=str)
 def test_it_has_no_ranks_and_alphas_of_single_modules(wrong: dict) -> None:
     with pytest.raises(UsageError, match=f"^{next(iter(wrong))}: vera has one rank for all modules") as error:
-        LoRAConfig(rank=4, variant="vera", **wrong)
+        checked(LoRAConfig(rank=4, variant="vera", **wrong))
     assert "\n" not in str(error.value)
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lora.attach import activate, adapter_parameters, attach, hosts
+from lora.config import LoRAConfig
 from lora.equations import LoRA
 from lora.optim import after_steps, extra_losses, make_optimizer
-from lora.variants import LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.batch import Batch
 from runtime.device import Machine
@@ -88,7 +88,10 @@ def plain_weights(model: BigramLanguageModelLoRA, config: LoRAConfig, name: str 
     each row at its magnitude where there is one; W + b B d A with the shared matrices of VeRA; or the copy."""
     scale = config.alpha / (math.sqrt(config.rank) if config.variant == "rslora" else config.rank)
     shared = [
-        m.sizes for module in model.modules() for m in getattr(module, "lora", {}).values() if hasattr(m, "sizes")
+        (m.in_features, m.out_features)
+        for module in model.modules()
+        for m in getattr(module, "lora", {}).values()
+        if isinstance(m, LoRA)
     ]
     everything, marker = dict(model.named_parameters()), f".lora.{name}."
     own = adapter_parameters(model)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora.attach import activate, attach, detach
-from lora.variants import LoRAConfig
+from lora.config import LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 IDX = torch.arange(24).reshape(2, 12) * 7 % 50

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora.attach import attach
-from lora.variants import LoRAConfig
+from lora.config import LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.files import CONFIG, WEIGHTS, from_files, load_weights, shape_from, to_files
 from runtime.checkpoint import pack, unpack

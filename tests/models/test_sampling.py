@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora.attach import activate, active_adapters, attach
-from lora.variants import LoRAConfig
+from lora.config import LoRAConfig
 from models import per_row, sampling
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.choosing import Sampling, choose

@@ -19,7 +19,7 @@ from data.tokenizers import build_tokenizer, load_tokenizer
 from lora import files as adapter_files
 from lora.adapter import Adapter
 from lora.attach import attach
-from lora.variants import LoRAConfig
+from lora.config import LoRAConfig
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
 from runtime import resume, storage
