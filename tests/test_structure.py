@@ -34,16 +34,10 @@ def room(name: str) -> str:
     return first if first in MAY_IMPORT else "command"
 
 
-def without_type_checking(tree: ast.Module) -> list[ast.stmt]:
-    guarded = (node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
-    hidden = {inner for node in guarded for inner in ast.walk(node)}
-    return [node for node in ast.walk(tree) if node not in hidden]
-
-
 def imports(path: Path) -> set[str]:
-    """The modules of ours that a file imports when it runs."""
+    """The modules of ours that a file imports, for its annotations too."""
     found = set()
-    for node in without_type_checking(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -59,8 +53,14 @@ def test_imports_follow_the_map(path):
     assert not strangers, f"{module(path)} ({mine}) may not import {', '.join(sorted(strangers))}"
 
 
+# Imports for annotations that still close a circle: none may be added, and what no longer does is to be taken out.
+CLOSE_A_CIRCLE = {("models.sampling", "models.bigram_lm_v2_lora"), ("runtime.lock", "runtime.checkpoint")}
+
+
 def test_there_are_no_cycles():
     graph = {module(path): imports(path) - {module(path)} for path in FILES}
+    for importer, imported in CLOSE_A_CIRCLE:
+        graph[importer].remove(imported)
     assert len(list(TopologicalSorter(graph).static_order())) >= len(FILES)
 
 
