@@ -17,7 +17,7 @@ FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 RUNS = FIXTURES / "runs"
 LOGITS = load_file(FIXTURES / "logits.safetensors")
 IDX = torch.arange(32).view(2, 16) * 7 % 90
-SETTINGS = "--dtype fp32 --batch-size 4 --max-iters 20 --warmup-iters 2 --eval-interval 10 --save-interval 10".split()
+SETTINGS = "--dtype fp32 --batch-size 4 --max-iters 20 --warmup-iters 2 --eval-interval 10 --save-interval 10"
 STOPPED = {
     "stopped-base": ("base", "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --dataset text.txt"),
     "stopped-adalora": ("adalora", "--use-lora --base base --dataset other.txt --lora-rank 4 --lora-variant adalora"),
@@ -43,7 +43,7 @@ def test_a_stopped_run_goes_on_to_the_weights_of_one_that_was_not_stopped(name, 
     for text in ("text.txt", "other.txt"):
         shutil.copy(FIXTURES / text, tmp_path)
     where = ["--checkpoints-dir", "runs", "--data-dir", "cache", "--run-name", name]
-    done = run_command(tmp_path, data_dir, "training.py", *SETTINGS, *flags.split(), *where)
+    done = run_command(tmp_path, data_dir, "training.py", *SETTINGS.split(), *flags.split(), *where)
     assert done.returncode == 0, done.stderr
     assert f"Going on with {name} after step 10 of 20" in done.stderr
     product = "adapter/adapter_model.safetensors" if whole == "adalora" else "model/model.safetensors"
