@@ -66,9 +66,10 @@ def target_paths(model: nn.Module, targets: str) -> list[str]:
 def make_entries(model: nn.Module, config: LoRAConfig) -> dict[str, AdapterTensors]:
     """Fresh tensors of one adapter for every layer it has any on, by path; the model is not touched.
 
-    Raises UsageError for a config that makes no sense for its variant, a target that matches nothing, and trained
-    biases on a model without them.
+    Raises UsageError for a config that makes no sense for its variant, a target that matches nothing, trained biases
+    on a model without them, and inside `merged` and `unchanging`.
     """
+    check_free(model)
     variant = checked(config)
     targets = set(target_paths(model, config.targets))
     if config.bias != "none" and not any(getattr(host, "bias", None) is not None for host in hosts(model).values()):
@@ -77,11 +78,11 @@ def make_entries(model: nn.Module, config: LoRAConfig) -> dict[str, AdapterTenso
             "or a base that was trained with BIAS=True"
         )
     entries, embeddings = {}, getattr(model, "lora_embeddings", ()) if config.train_embeddings else ()
-    shared = variant.share(config, [model.get_submodule(path).weight.shape for path in targets])
+    shared = variant.share(config, [model.get_submodule(path).shape for path in targets])
     for path, host in hosts(model).items():
         if path in targets:
             with host.weight.device:
-                entry = variant(host.weight.shape, config, path, shared)
+                entry = variant(host.shape, config, path, shared)
         else:
             entry = AdapterTensors(config)
         if path in embeddings:
@@ -106,9 +107,8 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default") -> None:
 def install(model: nn.Module, entries: dict[str, AdapterTensors], name: str) -> None:
     """Put an adapter's tensors (as from `make_entries`) on the model under a name, and activate it alone.
 
-    Raises UsageError for a name that is taken or unfit, or inside `merged` or `unchanging`.
+    Raises UsageError for a name that is taken or unfit.
     """
-    check_free(model)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name) or name in adapter_names(model):
         raise UsageError(f"adapter name {name!r}: must be new to this model, in letters, digits, '-' and '_'")
     layers = hosts(model)

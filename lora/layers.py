@@ -38,6 +38,10 @@ class Adaptable(nn.Module):
         super().__init__(*args, **kwargs)
         self.lora, self.active = nn.ModuleDict(), {}
 
+    def __getstate__(self) -> dict:
+        """What pickles and copies of the layer hold: they are inside no context manager, and keep nothing."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("held_by", "kept")}
+
     def entries(self) -> list[AdapterTensors]:
         """The tensors of the active adapters that have any on this layer."""
         return [self.lora[name] for name in self.active if name in self.lora]
@@ -80,9 +84,10 @@ class LoRALinear(Adaptable, nn.Linear):
 
     kept: dict | None = None  # while a model is `unchanging`: what it computes with, once made
 
-    def __getstate__(self) -> dict:
-        """What pickles and copies of the layer hold: all but what it keeps while a model is `unchanging`."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("held_by", "kept")}
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight, however it is stored: (out, in)."""
+        return self.out_features, self.in_features
 
     def variants(self) -> list[LoRA]:
         """The active adapters that change the weight of this layer."""

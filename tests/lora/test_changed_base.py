@@ -83,7 +83,7 @@ INSIDE = [
     lambda model: detach(model, "default"),
     lambda model: activate(model, "default"),
     lambda model: using(model).__enter__(),
-    lambda model: Adapter.of(adapted(EVERYTHING, bias=True)).put_on(model, "another"),
+    lambda model: Adapter.of(model, base_sha256="of the base").put_on(model, "another"),
     lambda model: model.load_state_dict(state(model)),
 ]
 
@@ -203,11 +203,14 @@ def test_peft_merges_and_unmerges_on_our_layers(autocast: bool) -> None:
             assert (compute(model) - base).norm() < near
 
 
-def test_a_copy_of_a_model_that_keeps_things_keeps_nothing() -> None:
+@pytest.mark.parametrize("held", [merged, unchanging])
+def test_a_copy_of_a_model_that_is_held_is_free_and_keeps_nothing(held: Callable) -> None:
     model = adapted(LoRAConfig())
-    with unchanging(model):
+    with held(model):
         logits(model)
         twin = copy.deepcopy(model)
+    detach(twin, "default")
+    attach(twin, LoRAConfig())
     randomise(twin)
     assert not torch.allclose(logits(twin), logits(model), atol=1e-2)
     assert twin(IDX, TARGETS)[1].item() > 0 and len(variants(twin)) == len(variants(model))
