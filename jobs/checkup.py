@@ -161,8 +161,7 @@ def flaws(adapter: Adapter) -> list[str]:
                 problems.append(f"{path}.{name} is missing")
             elif not _fits(shape := tuple(group[name].shape), wanted):
                 problems.append(f"{path}.{name} is {shape}, not ({', '.join(map(str, wanted))})")
-    flat = {f"{path}.{name}": t for path, group in adapter.tensors.items() for name, t in group.items()}
-    return problems + not_finite(flat)
+    return problems + not_finite(adapter.named_tensors())
 
 
 def _fits(shape: tuple[int, ...], wanted: list[int | str]) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from jobs.job import Job, load_trained
 from lora import files as adapter_files
@@ -30,15 +30,10 @@ SAME = 1e-4  # relative difference of losses; products may be summed in another 
 Names = dict[str, str]  # <module path>.<tensor> -> fingerprint
 
 
-def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
-    """Its tensors as <module path>.<tensor>."""
-    return {f"{path}.{key}": t for path, group in adapter.tensors.items() for key, t in group.items()}
-
-
 def digests(adapter: Adapter) -> Names:
     """A fingerprint of each tensor. Of the adapter as a job is prepared it is the start of the run, also where the run
     goes on from a saved step: the A matrices come from the seed, the copies from the base."""
-    return {name: fingerprint({name: t}) for name, t in tensors_of(adapter).items()}
+    return {name: fingerprint({name: t}) for name, t in adapter.named_tensors().items()}
 
 
 def self_check(job: Job, run: Run, state: State, start: Names) -> None:
@@ -107,7 +102,7 @@ def check_saved(job: Job, adapter: Adapter, state: State) -> None:
     """Raises UserError where the adapter on disk has other tensors than the one in memory or, where no step came after
     it, other values. (A GPU that passes a step again after a stop may differ in last bits from what it saved then.)"""
     exact = state.best_step == state.step and job.machine.device.type == "cpu"
-    here, there = tensors_of(Adapter.of(job.model)), tensors_of(adapter)
+    here, there = Adapter.of(job.model).named_tensors(), adapter.named_tensors()
     if wrong := sorted(here.keys() ^ there.keys()):
         side = "on disk" if wrong[0] in here else "in memory"
         raise UserError(f"{wrong[0]} is missing {side}")

@@ -46,6 +46,10 @@ class Adapter:
         config = replace(config, rank_pattern=others | dict(config.rank_pattern) | others) if others else config
         return cls(config, tensors, facts | shared_fact(entries.values()))
 
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Its tensors as {<module path>.<tensor name>: tensor}."""
+        return {f"{path}.{key}": t for path, group in self.tensors.items() for key, t in group.items()}
+
     def targets(self) -> list[str]:
         """The paths of the linears that it changes."""
         return [path for path, group in self.tensors.items() if not group.keys() <= {"weight", "bias"}]
@@ -80,7 +84,7 @@ class Adapter:
     @property
     def sha256(self) -> str:
         """A fingerprint of all its tensors."""
-        return fingerprint({f"{path}.{key}": t for path, group in self.tensors.items() for key, t in group.items()})
+        return fingerprint(self.named_tensors())
 
     def put_on(self, model: nn.Module, name: str = "default") -> None:
         """Attach this adapter to a model that has its base's weights, and activate it.
@@ -126,7 +130,7 @@ class Adapter:
     def mismatches(self, model: nn.Module, entries: dict[str, AdapterTensors]) -> list[str]:
         """Every way in which this adapter does not fit the model, in words."""
         wanted = {f"{path}.{key}": p.shape for path, entry in entries.items() for key, p in entry.named_parameters()}
-        here = {f"{path}.{key}": t for path, tensors in self.tensors.items() for key, t in tensors.items()}
+        here = self.named_tensors()
         problems = self.wrong_base(model) + self.wrong_shared(entries)
         problems += [f"{key} is missing" for key in sorted(wanted.keys() - here.keys())]
         problems += [f"{key} is unexpected" for key in sorted(here.keys() - wanted.keys())]

@@ -23,7 +23,7 @@ def _made_of(adapter: Adapter) -> dict[str, str]:
     ranks = sorted({config.rank_at(path) for path in adapter.targets()})
     alphas = sorted({config.alpha_at(path) for path in adapter.targets()})
     about = {"rank": ", ".join(map(str, ranks)), "alpha": ", ".join(f"{alpha:g}" for alpha in alphas)}
-    count = sum(tensor.numel() for group in adapter.tensors.values() for tensor in group.values())
+    count = sum(tensor.numel() for tensor in adapter.named_tensors().values())
     return {
         "variant": config.variant,
         **{name: text for name, text in about.items() if name not in VARIANTS[config.variant].unread},

@@ -194,7 +194,7 @@ def from_files(files: dict[str, bytes], where: str) -> Adapter:
     facts = {key: value for key, value in header.get("__metadata__", {}).items() if key != "format"}
     if shared:  # what counts is what was stored, whatever was noted of it
         facts[SHARED] = fingerprint(shared)
-    largest = max((size for group in tensors.values() for t in group.values() for size in t.shape), default=0)
+    largest = max((size for tensor in flat.values() for size in tensor.shape), default=0)
     largest = max(largest, HIGHEST_RANK)  # of what a variant took ranks away from, no tensor may be left that size
     if (rank := max(config.rank, *config.rank_pattern.values(), 0)) > largest:  # before anybody makes room for it
         raise UserError(f"{where}: a rank of {rank:,} is more than any tensor in {TENSORS} has")
