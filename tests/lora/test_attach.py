@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_lora import IDX, TARGETS, adapted, logits, same, state, tiny, trained, two_adapters
 
+from lora.adapter import Adapter
 from lora.attach import (
     activate,
     active_adapters,
@@ -20,6 +21,8 @@ from lora.attach import (
     using,
 )
 from lora.config import LoRAConfig
+from lora.files import from_files, to_files
+from lora.layers import LoRAEmbedding, LoRALinear
 from lora.optim import make_optimizer
 from runtime.errors import UsageError
 
@@ -54,6 +57,20 @@ def test_a_target_may_be_a_path_but_not_half_a_name() -> None:
         assert all(name in str(error.value) for name in (*LINEARS, "lm_head"))
         assert same(state(model), before)
         assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_presets_are_the_models_own() -> None:
+    model = torch.nn.ModuleDict({"first": LoRALinear(4, 4), "second": LoRALinear(4, 4), "table": LoRAEmbedding(4, 4)})
+    with pytest.raises(UsageError, match=r"'all' matches no linear of this model; use names out of: first, second$"):
+        attach(model, LoRAConfig(targets="all"))
+    model.lora_presets, model.lora_embeddings = {"some": ("second",), "all": ("first", "second")}, ("table",)
+    with pytest.raises(UsageError, match=r"'third' matches no .*; use some, all or names out of: first, second$"):
+        attach(model, LoRAConfig(targets="third"))
+    attach(model, LoRAConfig(rank=2, targets="some"))
+    names = ["second.lora.default.A", "second.lora.default.B", "table.lora.default.weight"]
+    assert list(trained(model)) == names
+    again = from_files(to_files(Adapter.of(model)), "here")
+    assert again.config.targets == "second" and again.config.train_embeddings
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
