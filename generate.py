@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.tokenizers import Tokenizer
+from data.tokenizers import Tokenizer, listed
 from jobs.choice import Choice, choose, in_words, parse_adapters
 from jobs.prompts import Request, read_requests
 from lora.attach import using
@@ -91,10 +91,15 @@ class Patience:
 
 def encode(tokenizer: Tokenizer, request: Request) -> list[int]:
     """A prompt as token ids, at least one. Raises UserError for characters that the tokenizer does not know."""
-    try:
-        return tokenizer.encode(request.prompt or "\n").tolist()
-    except UserError as error:
-        raise UserError(f"{request.where}: {error}" if request.where else str(error)) from None
+    if unknown := tokenizer.unknown(request.prompt):
+        where = f"{request.where}: " if request.where else ""
+        known = "".join(token.decode() for token in tokenizer.tokens if not token.isascii())
+        others = f" and {known if len(known) <= 60 else f'{len(known)} others'}" if known else ""
+        raise UserError(
+            f"{where}the tokenizer has no {listed(unknown)}; it knows the characters of ASCII{others}; leave out what "
+            "it lacks, or name a run on a text that has it with --run"
+        )
+    return tokenizer.encode(request.prompt or "\n").tolist()
 
 
 def print_streaming(tokenizer: Tokenizer, prompt: str, tokens: Sequence[Sequence[int]]) -> None:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from jobs.base import base_settings, find_base
-from jobs.job import Job, prepare, unread
+from jobs.job import Job, prepare, unread, unread_names
 from jobs.postmortem import with_batch
 from jobs.result import sample, tell_next, tell_result, tell_samples
 from jobs.selfcheck import Names, digests, self_check
@@ -165,7 +165,7 @@ def train(given: Resolved) -> Run:
     if run.finished:
         tell_finished(run)
         return run
-    print(report.banner(settings))
+    print(report.banner(settings, unread_names(settings)))
     if base:
         print(f"   Base: {base.name}, text: {job.corpus.name}")
     print(report.statistics(job.model.get_parameter_info(), settings.use_lora), flush=True)

@@ -89,7 +89,7 @@ def _is_surrogate(char: str) -> bool:
     return "\ud800" <= char <= "\udfff"
 
 
-def _listed(unknown: dict[str, int], most: int = 8) -> str:
+def listed(unknown: dict[str, int], most: int = 8) -> str:
     """Characters with code point and count, the most frequent first."""
     ranked = sorted(unknown.items(), key=lambda item: (-item[1], item[0]))
     shown = ", ".join(f"{char!r} (U+{ord(char):04X}) {count} times" for char, count in ranked[:most])
@@ -122,7 +122,7 @@ class CharTokenizer(Tokenizer):
             ids = self._ids[codes]
             if ids.max() == NO_ID:
                 raise UserError(
-                    f"the tokenizer has no {_listed(self.unknown(text))}; choose a DATASET that the base's tokenizer"
+                    f"the tokenizer has no {listed(self.unknown(text))}; choose a DATASET that the base's tokenizer"
                     " covers, or train a base on this text or with TOKENIZER=bpe"
                 )
             tokens[start : start + len(ids)] = ids

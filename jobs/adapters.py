@@ -21,7 +21,7 @@ from lora.attach import base_tensors
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime import storage
 from runtime.batch import Batch
-from runtime.checkpoint import PRODUCTS, Run, all_runs, find_run, identity_of, open_run
+from runtime.checkpoint import PRODUCTS, Run, all_runs, find_run, identity_of, open_run, suggest
 from runtime.encoding import fingerprint, to_sealed_json
 from runtime.errors import UsageError, UserError
 
@@ -72,9 +72,9 @@ def find_adapter(root: Path, name: str) -> Run:
     """The LoRA run of that name. Raises UsageError with those there are."""
     run = open_run(root / name)
     if run is None or run.kind != "lora":
-        known = ", ".join(run.name for run in all_runs(root) if run.kind == "lora") or "none yet"
+        known = suggest(name, [run for run in all_runs(root) if run.kind == "lora"], "adapters")
         what = f"{name} is no LoRA run" if run else f"there is no adapter {name!r} in {root}"
-        raise UsageError(f"{what}; adapters there: {known}")
+        raise UsageError(f"{what}; {known}")
     return run
 
 

@@ -23,7 +23,7 @@ def find_base(settings: Settings) -> Run | None:
         run = find_run(root, settings.base)
         check_base(run, settings)
         return run
-    bases = [run for run in all_runs(root) if run.kind == "base" and run.finished]
+    bases = [run for run in all_runs(root) if run.kind == "base" and run.finished and not run.aside]
     bases = [run for run in bases if run.about["settings"]["test_mode"] == settings.test_mode]
     return bases[-1] if bases else None
 

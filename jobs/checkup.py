@@ -55,12 +55,15 @@ class Checkup:
         run = self.attempt(lambda: open_run(folder))
         if run and self.attempt(lambda: run.result) is not None:
             self.checked.append(f"{folder.name}: run.json, result.json")
+        before = len(self.problems) + len(self.checked)
         for name in sorted(path.name for path in folder.iterdir() if path.is_dir()):
             if name == "adapter" or (name.startswith("best-") and run and run.kind == "lora"):
                 about = run.about.get("base") if run else None
                 self.adapter(folder / name, self.base or (about or {}).get("run", ""))
             elif name == "model" or name.startswith("best-"):
                 self.model(folder / name)
+        if len(self.problems) + len(self.checked) == before:
+            self.problems.append(f"{folder} has no weights: nothing of it can be used before it has saved some")
         return self
 
     def attempt(self, read):

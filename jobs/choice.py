@@ -87,9 +87,11 @@ def choose(root: Path, run_name: str, wanted: Strengths | None, others: Iterable
 
 
 def _newest(root: Path) -> Run:
-    if not (runs := all_runs(root)):
-        raise UserError(f"there is no run in {root} yet; train one with: python training.py")
-    return runs[-1]
+    """The newest finished run; where none has finished, the newest that has saved something."""
+    runs = [run for run in all_runs(root) if not run.aside]
+    if not (usable := [run for run in runs if run.finished] or [run for run in runs if run.saved("best")]):
+        raise UserError(f"there is no run in {root} yet that has saved anything; train one with: python training.py")
+    return usable[-1]
 
 
 def _name_in(root: Path, run: Run) -> str:

@@ -176,11 +176,15 @@ def lora_config(settings: Settings) -> LoRAConfig:
     return LoRAConfig(**{name: getattr(settings, f"lora_{name}") for name in names}, seed=settings.seed)
 
 
+def unread_names(settings: Settings) -> list[str]:
+    """The LoRA settings that this variant of LoRA does not read."""
+    return [f"lora_{name}" for name in VARIANTS[settings.lora_variant].unread] if settings.use_lora else []
+
+
 def unread(given: Resolved) -> list[str]:
     """A line for each setting that was given and that this variant of LoRA does not read."""
     s = given.settings
-    names = [f"lora_{name}" for name in VARIANTS[s.lora_variant].unread] if s.use_lora else []
-    told = [f"{name.upper()}={getattr(s, name)}" for name in names if given.explicit(name)]
+    told = [f"{name.upper()}={getattr(s, name)}" for name in unread_names(s) if given.explicit(name)]
     return [f"{what} means nothing to LORA_VARIANT={s.lora_variant}, and is not used" for what in told]
 
 

@@ -11,6 +11,7 @@ checkpoints/<run>/
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import sys
@@ -62,6 +63,11 @@ class Run:
     def finished(self) -> bool:
         """Whether the run came to its end."""
         return self.product.is_dir()
+
+    @property
+    def aside(self) -> bool:
+        """Whether FRESH=True moved it aside: it can be used by its name, but is never picked without."""
+        return re.fullmatch(r".+\.old\d+", self.name) is not None
 
     @property
     def result(self) -> dict:
@@ -181,11 +187,11 @@ def _read_about(data: bytes, name: str) -> dict:
 
 
 def all_runs(root: Path) -> list[Run]:
-    """Every run below `root`, by when it finished or else began, the newest last."""
+    """Every run below `root`, by when it finished or else began, the newest last; drafts are none."""
     runs = []
     with storage.plain_errors(root, "read"):
         folders = sorted(root.iterdir()) if root.is_dir() else []
-    for folder in folders:
+    for folder in (folder for folder in folders if not folder.name.startswith(".")):
         try:
             runs += [run] if (run := open_run(folder)) else []
         except UserError as error:
@@ -201,12 +207,21 @@ def _last_written(run: Run) -> int:
 
 
 def find_run(root: Path, name: str) -> Run:
-    """The run of that name (or at that path). Raises UsageError with the names there are."""
+    """The run of that name (or at that path). Raises UsageError with the nearest name and a few others."""
     for folder in (root / name, Path(name)):
         if run := open_run(folder):
             return run
-    known = ", ".join(run.name for run in all_runs(root)) or "none yet"
-    raise UsageError(f"there is no run {name!r} in {root}; runs there: {known}")
+    raise UsageError(f"there is no run {name!r} in {root}; {suggest(name, all_runs(root), 'runs')}")
+
+
+def suggest(name: str, runs: list[Run], what: str) -> str:
+    """The run whose name is nearest to `name`, and the newest few of the others, in words."""
+    names = [run.name for run in runs]
+    near = difflib.get_close_matches(name, names, 1)
+    names = [other for other in names if other not in near]
+    more = f", and {len(names) - 3} more: python adapters.py list" if len(names) > 3 else ""
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"{meant}{what} there: {', '.join(names[-3:]) or 'none yet'}{more}"
 
 
 def identity_of(about: dict) -> str:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from runtime.config import Settings
 
 
-def banner(settings: Settings) -> str:
-    """One line on what kind of run this is, and for LoRA its settings."""
+def banner(settings: Settings, unread: Collection[str]) -> str:
+    """One line on what kind of run this is, and for LoRA its settings without those that its variant does not read."""
     if settings.use_lora:
-        return (
-            "🔧 Using LoRA for efficient fine-tuning\n"
-            f"   LoRA rank: {settings.lora_rank}, alpha: {settings.lora_alpha}, dropout: {settings.lora_dropout}"
-        )
+        names = [name for name in ("rank", "alpha", "dropout") if f"lora_{name}" not in unread]
+        told = ", ".join(f"{name}: {getattr(settings, f'lora_{name}')}" for name in names)
+        return f"🔧 Using LoRA for efficient fine-tuning\n   LoRA {told}"
     return "🔧 Fine-tuning all weights of a base" if settings.base else "🔧 Training all weights of a new base"
 
 

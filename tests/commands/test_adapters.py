@@ -326,7 +326,9 @@ def rewritten(here: Path, name: str, **changes) -> None:
 
 
 REFUSED = [
-    (("inspect", "nobody"), 2, "there is no adapter 'nobody' in checkpoints; adapters there: folio, milton, both"),
+    (("inspect", "nobody"), 2, "there is no adapter 'nobody' in checkpoints; adapters there: "),
+    (("inspect", "nobody"), 2, "more: python adapters.py list"),
+    (("inspect", "miltn"), 2, "did you mean milton?"),
     (("inspect", "base"), 2, "base is no LoRA run; adapters there: folio"),
     (("inspect", "../folio"), 2, "NAME=../folio (argument): must be a run's name, not a path"),
     (("inspect", "/etc"), 2, "must be a run's name, not a path"),

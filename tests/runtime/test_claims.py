@@ -108,7 +108,7 @@ def test_a_run_is_found_by_name_or_path_and_else_the_names_are_told(tmp_path, mo
         assert find_run(tmp_path, name).name == name
     for path in (tmp_path / "base-x", Path("base-x")):
         assert find_run(tmp_path / "nowhere", str(path)).name == "base-x"
-    with pytest.raises(UsageError, match=r"'base-y'.*50% \[a\] \*.*base-x, base-x\.old1.*łódź"):
+    with pytest.raises(UsageError, match=r"'base-y'.*mean base-x\?.*50% \[a\] \*, base-x\.old1, łódź"):
         find_run(tmp_path, "base-y")
 
 
