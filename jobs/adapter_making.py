@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data.corpora import CORPORA
-from jobs.adapters import Adapted, Base, about_made, check_free, publish, texts_of
+from jobs.adapters import Adapted, Base, check_free, metadata_of_made, publish, texts_of
 from jobs.job import TOKENIZER
 from lora import files as adapter_files
 from lora.adapter import Adapter, cut_short
@@ -39,7 +39,7 @@ def merge_run(adapted: Adapted, folder: Path, windows: list[Batch]) -> tuple[Run
     check_free(folder)
     model, adapter, base = adapted.base.model, adapted.adapter, adapted.base
     texts, origin = texts_of(adapted.run), {"how": "merge", "adapter": adapted.run.name, "sha256": adapter.sha256}
-    about = about_made("full", base, texts, origin)
+    about = metadata_of_made("full", base, adapter, texts, origin)
     adapter.put_on(model)
     expected = _logits(model, windows)
     merge(model)
@@ -75,7 +75,7 @@ def combine_runs(parts: list[Adapted], weights: list[float], method: str, rank: 
         notes["relative error of svd"] = f"{made.error:.3g}"
     facts = made.adapter.facts | {"base": base.run.name, "base_sha256": fingerprint(base.tensors)}
     files = adapter_files.to_files(replace(made.adapter, facts=facts), notes)
-    publish(folder, about_made("lora", base, texts, origin), files, {})
+    publish(folder, metadata_of_made("lora", base, made.adapter, texts, origin), files, {})
     return made
 
 
@@ -94,7 +94,7 @@ def import_folder(source: Path, base: Base, folder: Path) -> Adapter:
     texts = [text for text in (adapter.facts.get("dataset"),) if text in CORPORA]
     origin = {"how": "import", "sha256": adapter.sha256}
     files = adapter_files.to_files(adapter, {"imported": "from an adapter folder"})
-    publish(folder, about_made("lora", base, texts, origin), files, {})
+    publish(folder, metadata_of_made("lora", base, adapter, texts, origin), files, {})
     return adapter
 
 

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from data.corpora import Corpus, load_corpus
 from data.text import tokens_of, validation_windows
 from data.tokenizers import Tokenizer
-from jobs.job import TEST_CHARACTERS, load_trained
+from jobs.job import IN_CONFIG, TEST_CHARACTERS, load_trained, run_metadata
 from lora import files as adapter_files
 from lora.adapter import Adapter, cut_short
 from lora.attach import base_tensors
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime import storage
 from runtime.batch import Batch
-from runtime.checkpoint import PRODUCTS, Run, all_runs, find_run, identity_of, open_run, suggest
+from runtime.checkpoint import PRODUCTS, Run, all_runs, find_run, open_run, suggest
 from runtime.encoding import fingerprint, to_sealed_json
 from runtime.errors import UsageError, UserError
 
@@ -127,24 +125,18 @@ def held_out(name: str, base: Base, data_dir: Path, batches: int) -> list[Batch]
 # --- new runs -----------------------------------------------------------------------------------------------------
 
 
-def about_made(kind: str, base: Base, texts: list[str], made: dict) -> dict:
-    """What `run.json` says of a run that was made, not trained: `made` tells out of what, and how."""
-    old = base.run.about
-    about = {
-        "kind": kind,
-        "settings": old["settings"] | {"use_lora": kind == "lora", "base": base.run.name, "run_name": ""},
-        "shape": old.get("shape"),
-        "base": {"run": base.run.name, "sha256": fingerprint(base.tensors)},
-        "tokenizer_sha256": base.tokenizer.sha256,
-        "texts": texts,
-        "made": made,
-    }
-    if texts:
-        about["settings"]["dataset"] = texts[0]
-    return about | {
-        "identity": identity_of(about),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
+def metadata_of_made(kind: str, base: Base, adapter: Adapter, texts: list[str], made: dict) -> dict:
+    """What `run.json` says of a run that was made, not trained: `made` tells out of what, and how.
+
+    Of settings it has what the adapter is, and none of those that its base was trained with.
+    """
+    test_mode = base.run.about["settings"]["test_mode"]
+    settings = {"use_lora": kind == "lora", "test_mode": test_mode, "base": base.run.name}
+    settings["dataset"] = texts[0] if texts else ""
+    if kind == "lora":
+        settings |= {f"lora_{name}": getattr(adapter.config, name) for name in IN_CONFIG}
+    named = {"run": base.run.name, "sha256": fingerprint(base.tensors)}
+    return run_metadata(kind, settings, base.model.shape, named, base.tokenizer, texts=texts, made=made)
 
 
 def check_free(folder: Path) -> None:

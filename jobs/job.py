@@ -6,6 +6,7 @@ import platform
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from runtime.sources import Resolved
 from runtime.steps import Schedule, Stepper, evaluate
 
 TOKENIZER = "tokenizer.json"
+IN_CONFIG = ("rank", "alpha", "dropout", "targets", "variant", "bias", "train_embeddings", "target_rank")  # of LORA_*
 TEST_CHARACTERS = (300_000, 30_000)  # of training and held-out text that a TEST_MODE run sees
 
 
@@ -96,18 +98,12 @@ class Job:
 
     def about(self) -> dict:
         """What `run.json` says: enough to know the run again, and to tell how it came about."""
-        about = {
-            "kind": self.kind,
-            "settings": self.settings.identity(),
-            "shape": asdict(self.model.shape),
-            "base": {"run": self.base.name, "sha256": self.base_sha256} if self.base else None,
-            "dataset": {"name": self.corpus.name, "sha256": self.corpus.sha256},
-            "tokenizer_sha256": self.tokenizer.sha256,
-        }
+        base = {"run": self.base.name, "sha256": self.base_sha256} if self.base else None
+        dataset = {"name": self.corpus.name, "sha256": self.corpus.sha256}
+        settings = self.settings.identity()
+        about = run_metadata(self.kind, settings, self.model.shape, base, self.tokenizer, dataset=dataset)
         return about | {
-            "identity": identity_of(about),
             "settings": self.settings.as_dict(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "machine": f"{platform.machine()}, {self.machine}, {torch.get_num_threads()} threads",
         }
 
@@ -132,6 +128,17 @@ class Job:
         else:
             model_files.load_weights(self.model, files, where)
         self.model.requires_grad_(False)
+
+
+def run_metadata(
+    kind: str, settings: dict, shape: ModelShape, base: dict | None, tokenizer: Tokenizer, **origin: Any
+) -> dict:
+    """What `run.json` says of any run. settings: those that decide its result; base: its name and fingerprint;
+    origin: the text it was trained on, or what it was made of."""
+    about = {"kind": kind, "settings": settings, "shape": asdict(shape), "base": base} | origin
+    about["tokenizer_sha256"] = tokenizer.sha256
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return about | {"identity": identity_of(about), "versions": versions}
 
 
 def load_trained(run: Run, dropout: float = 0.0) -> tuple[BigramLanguageModelLoRA, Tokenizer]:
@@ -172,8 +179,7 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
 
 def lora_config(settings: Settings) -> LoRAConfig:
     """The LoRA settings as an adapter's config."""
-    names = ("rank", "alpha", "dropout", "targets", "variant", "bias", "train_embeddings", "target_rank")
-    return LoRAConfig(**{name: getattr(settings, f"lora_{name}") for name in names}, seed=settings.seed)
+    return LoRAConfig(**{name: getattr(settings, f"lora_{name}") for name in IN_CONFIG}, seed=settings.seed)
 
 
 def unread_names(settings: Settings) -> list[str]:

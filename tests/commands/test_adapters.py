@@ -22,7 +22,7 @@ from command_line import NO_TRACEBACK, ROOT, run
 
 import adapters
 from jobs import adapter_making, checkup
-from jobs.adapters import about_made, open_adapters, publish
+from jobs.adapters import metadata_of_made, open_adapters, publish
 from jobs.job import load_trained
 from lora.combine import change
 from lora.files import to_files
@@ -320,7 +320,7 @@ def rewritten(here: Path, name: str, **changes) -> None:
     """A LoRA run like folio, with other facts in its adapter's file or another base in run.json."""
     (source,) = open_adapters(Path("checkpoints"), ("folio",))
     adapter = replace(source.adapter, facts=source.adapter.facts | changes.get("facts", {}))
-    about = about_made("lora", source.base, [], {"how": "test"})
+    about = metadata_of_made("lora", source.base, adapter, [], {"how": "test"})
     about["base"]["run"] = changes.get("base", "base")
     publish(here / "checkpoints" / name, about, to_files(adapter), {})
 
@@ -329,7 +329,7 @@ REFUSED = [
     (("inspect", "nobody"), 2, "there is no adapter 'nobody' in checkpoints; adapters there: "),
     (("inspect", "nobody"), 2, "more: python adapters.py list"),
     (("inspect", "miltn"), 2, "did you mean milton?"),
-    (("inspect", "base"), 2, "base is no LoRA run; adapters there: folio"),
+    (("inspect", "base"), 2, "base is no LoRA run; adapters there: "),
     (("inspect", "../folio"), 2, "NAME=../folio (argument): must be a run's name, not a path"),
     (("inspect", "/etc"), 2, "must be a run's name, not a path"),
     (("inspect", "a\nb"), 2, "must be a run's name, not a path"),

@@ -92,7 +92,11 @@ def test_without_names_the_newest_run_counts(text) -> None:
 
 
 REFUSED = [
-    (("--adapter", "foli"), 2, "there is no adapter 'foli' in checkpoints; did you mean folio? adapters there: milton, stranger"),
+    (
+        ("--adapter", "foli"),
+        2,
+        "there is no adapter 'foli' in checkpoints; did you mean folio? adapters there: milton, stranger",
+    ),
     (("--adapter", "base"), 2, "base is no LoRA run; adapters there: folio, milton, stranger"),
     (("--adapter", "folio", "--adapter", "stranger"), 1, "folio of base, stranger of other"),
     (("--run", "other", "--adapter", "folio"), 1, "folio: it was trained on base, and other is another model"),

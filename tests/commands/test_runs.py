@@ -11,6 +11,7 @@ import pytest
 
 import adapters
 import generate
+from jobs.adapters import open_adapters
 from jobs.base import find_base
 from runtime import report
 from runtime.checkpoint import all_runs, find_run
@@ -116,3 +117,26 @@ def test_the_banner_shows_an_alpha_where_it_is_read(variant, has):
 
     settings = Settings.from_dict({"use_lora": True, "lora_variant": variant})
     assert ("alpha" in report.banner(settings, unread_names(settings))) is has
+
+
+def test_runs_that_were_made_tell_of_the_adapter_and_nothing_that_is_not_known(root, monkeypatch, capsys):
+    for words in (
+        "export lora --out folder",
+        "import folder --base base --out in",
+        "merge lora --out whole --dataset text.txt",
+        "combine lora rslora --out both",
+    ):
+        shutil.copy(RUNS.parent / "text.txt", ".")
+        shutil.copy(RUNS.parent / "other.txt", ".")
+        status, _, err = call(monkeypatch, capsys, adapters, *words.split())
+        assert status == 0, err
+    trained = find_run(root, "lora").about["settings"]
+    for name in ("in", "whole", "both"):
+        settings = find_run(root, name).about["settings"]
+        assert not settings.keys() & {"learning_rate", "max_iters", "n_layer", "seed", "lora_plus_ratio"}
+        assert settings["dataset"] == ("" if name == "in" else "other.txt")
+    (both,) = open_adapters(root, ("both",))
+    for name, rank in (("in", trained["lora_rank"]), ("both", both.adapter.config.rank)):
+        settings = find_run(root, name).about["settings"]
+        assert (settings["lora_rank"], settings["lora_variant"]) == (rank, "lora")
+    assert "lora_rank" not in find_run(root, "whole").about["settings"]
