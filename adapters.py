@@ -9,6 +9,7 @@ python adapters.py combine lora-folio-r8 other --weights 0.5,0.5 --out both
 python adapters.py check checkpoints/lora-folio-r8                        everything that can be wrong with files
 python adapters.py export lora-folio-r8 --out folder                      a folder that PEFT reads
 python adapters.py import folder --base base-shakespeare --out name       and one that PEFT wrote
+python adapters.py remove folio both --yes         runs that are no longer needed
 
 python adapters.py COMMAND --help tells what each takes.
 """
@@ -17,31 +18,34 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jobs import adapter_making as making
-from jobs import adapter_options as options
 from jobs import adapter_report, forgetting
 from jobs.adapters import Adapted, Base, check_free, held_out, open_adapters, texts_of
 from jobs.checkup import Checkup
+from jobs.family import orphaned_by, remove_runs
 from runtime import storage
-from runtime.checkpoint import say
-from runtime.config import from_command_line
+from runtime.checkpoint import all_runs, say, suggest
+from runtime.config import FOLDER, NAME, NAMED, Machine, from_command_line
 from runtime.device import pick_machine
 from runtime.errors import UsageError, UserError, run_command
-from runtime.fields import Table
+from runtime.fields import setting
 from runtime.flags import subcommand
+
+WHAT = "What to do"
+NUMBER = r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18})([eE][+-]?[0-9]{1,2})?"
+ONLY_HERE = {"group": WHAT, "env": False}
+NUMBERS = {"pattern": rf"|{NUMBER}( *, *{NUMBER})*", "allowed": "numbers with commas between them", **ONLY_HERE}
+A_NAME = {"pattern": rf"|{NAME}", "allowed": f"a run's name, not a path: {NAMED}", **ONLY_HERE}
+A_PATH = {"pattern": rf"|{FOLDER}", "allowed": "a path", **ONLY_HERE}
+A_TEXT = {"pattern": rf"|{FOLDER}", "allowed": "the name of a corpus or a path", **ONLY_HERE}
 
 
 def numbers(text: str) -> list[float]:
     """The numbers of a text with commas between them."""
     return [float(part) for part in text.split(",")]
-
-
-def root_of(o: options.Machine) -> Path:
-    """The folder of the runs."""
-    return Path(o.checkpoints_dir)
 
 
 def save_picture(folder: Path, name: str, out: str, draw: Callable[[], bytes]) -> None:
@@ -58,50 +62,6 @@ def save_picture(folder: Path, name: str, out: str, draw: Callable[[], bytes]) -
     print(f"Picture: {path}")
 
 
-def list_runs(o: options.List) -> None:
-    """Every run and adapter: its base, what it is made of, what it was trained on, its loss and size."""
-    print(adapter_report.list_runs(root_of(o)))
-
-
-def inspect(o: options.Inspect) -> None:
-    """How much an adapter changes each module, as a table and a picture."""
-    if o.out:
-        check_free(Path(o.out))
-    (adapted,) = open_adapters(root_of(o), (o.name,))
-    found = adapter_report.sizes(adapted)
-    print(adapter_report.inspected(adapted, found))
-
-    def draw() -> bytes:
-        from jobs.adapter_plots import draw_sizes
-
-        return draw_sizes(found, f"What {o.name} changes in {adapted.base.run.name}")
-
-    save_picture(adapted.run.folder, "inspect", o.out, draw)
-
-
-def diff(o: options.Diff) -> None:
-    """The cosine between two adapters' changes, module by module: 1 the same direction, 0 unrelated, -1 opposite."""
-    print(adapter_report.compared(*open_adapters(root_of(o), (o.one, o.other))))
-
-
-def strength(o: options.Strength) -> None:
-    """The forgetting meter: held-out loss on the adapter's text and on the base's, at several strengths."""
-    if o.out:
-        check_free(Path(o.out))
-    machine = pick_machine(o.device, o.dtype)
-    (adapted,) = open_adapters(root_of(o), (o.name,))
-    strengths, roles = numbers(o.strengths or "1"), forgetting.texts_to_measure(adapted, o.dataset)
-    losses = forgetting.measure(adapted, list(roles), strengths, o.eval_iters, Path(o.data_dir), machine)
-    print(forgetting.told(roles, strengths, losses))
-
-    def draw() -> bytes:
-        from jobs.adapter_plots import draw_strengths
-
-        return draw_strengths(strengths, losses, roles, f"{o.name}: what it gains and what the base forgets")
-
-    save_picture(adapted.run.folder, "strength", o.out, draw)
-
-
 def text_for(adapted: Adapted, dataset: str) -> str:
     """The text to verify on. Raises UserError where none is known."""
     for text in (dataset, *texts_of(adapted.run), *texts_of(adapted.base.run)):
@@ -110,87 +70,224 @@ def text_for(adapted: Adapted, dataset: str) -> str:
     raise UserError(f"{adapted.run.name} does not tell what it was trained on; name a text with --dataset")
 
 
-def merge(o: options.Merge) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Command(Machine):
+    """A command of adapters.py: its arguments, and what it does with them."""
+
+    @property
+    def root(self) -> Path:
+        """The folder of the runs."""
+        return Path(self.checkpoints_dir)
+
+    def run(self) -> None:
+        """Do it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class List(Command):
+    """Every run, below its base: variant and rank, targets, text, tokenizer, steps, losses, when it finished.
+
+    loss: nats per token of held-out text; bits: per character of it, which compares across tokenizers.
+    """
+
+    def run(self) -> None:
+        print(adapter_report.list_runs(self.root))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(Command):
+    """How much an adapter changes each module, as a table and a picture."""
+
+    name: str = setting("", "The LoRA run to look into", place="NAME", **A_NAME)
+    out: str = setting("", "File for the picture; empty puts it into the run's folder", **A_PATH)
+
+    def run(self) -> None:
+        if self.out:
+            check_free(Path(self.out))
+        (adapted,) = open_adapters(self.root, (self.name,))
+        found = adapter_report.sizes(adapted)
+        print(adapter_report.inspected(adapted, found))
+
+        def draw() -> bytes:
+            from jobs.adapter_plots import draw_sizes
+
+            return draw_sizes(found, f"What {self.name} changes in {adapted.base.run.name}")
+
+        save_picture(adapted.run.folder, "inspect", self.out, draw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diff(Command):
+    """The cosine between two adapters' changes, module by module: 1 the same direction, 0 unrelated, -1 opposite."""
+
+    one: str = setting("", "A LoRA run", place="A", **A_NAME)
+    other: str = setting("", "Another on the same base", place="B", **A_NAME)
+
+    def run(self) -> None:
+        print(adapter_report.compared(*open_adapters(self.root, (self.one, self.other))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strength(Inspect):
+    """The forgetting meter: held-out loss on the adapter's text and on the base's, at several strengths."""
+
+    strengths: str = setting("0,0.25,0.5,0.75,1", "Strengths to measure at", **NUMBERS)
+    dataset: str = setting("", "The adapter's text; empty takes the one it was trained on", **A_TEXT)
+    eval_iters: int = setting(40, "Batches of held-out text", low=1, **ONLY_HERE)
+
+    def run(self) -> None:
+        if self.out:
+            check_free(Path(self.out))
+        machine = pick_machine(self.device, self.dtype)
+        (adapted,) = open_adapters(self.root, (self.name,))
+        strengths, roles = numbers(self.strengths or "1"), forgetting.texts_to_measure(adapted, self.dataset)
+        losses = forgetting.measure(adapted, list(roles), strengths, self.eval_iters, Path(self.data_dir), machine)
+        print(forgetting.told(roles, strengths, losses))
+
+        def draw() -> bytes:
+            from jobs.adapter_plots import draw_strengths
+
+            return draw_strengths(strengths, losses, roles, f"{self.name}: what it gains and what the base forgets")
+
+        save_picture(adapted.run.folder, "strength", self.out, draw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(Command):
     """Write an adapter into its base's weights, as a new run that needs no adapter, and verify what was written."""
-    root = root_of(o)
-    check_free(root / o.out)
-    (adapted,) = open_adapters(root, (o.name,))
-    text = text_for(adapted, o.dataset)
-    windows = held_out(text, adapted.base, Path(o.data_dir), 1)
-    run, difference = making.merge_run(adapted, root / o.out, windows)
-    print(f"{run.product}: {adapted.base.run.name} with {o.name} merged into it")
-    told = f"{difference:.1e} of the largest (up to {making.TOLERANCE:g} is rounding)"
-    print(f"Verified on held-out text of {Path(text).name}: its logits differ from base and adapter by {told}")
-    print(f"➡️  Next: python generate.py --run {run.name}")
+
+    name: str = setting("", "The LoRA run to merge into its base", place="NAME", **A_NAME)
+    out: str = setting("", "Name of the new run", required=True, **A_NAME)
+    dataset: str = setting("", "The text to verify on; empty takes the adapter's or else the base's", **A_TEXT)
+
+    def run(self) -> None:
+        check_free(self.root / self.out)
+        (adapted,) = open_adapters(self.root, (self.name,))
+        text = text_for(adapted, self.dataset)
+        windows = held_out(text, adapted.base, Path(self.data_dir), 1)
+        run, difference = making.merge_run(adapted, self.root / self.out, windows)
+        print(f"{run.product}: {adapted.base.run.name} with {self.name} merged into it")
+        told = f"{difference:.1e} of the largest (up to {making.TOLERANCE:g} is rounding)"
+        print(f"Verified on held-out text of {Path(text).name}: its logits differ from base and adapter by {told}")
+        print(f"➡️  Next: python generate.py --run {run.name}")
 
 
-def combine(o: options.Combine) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Combine(Command):
     """A new adapter that changes the base by the weighted sum of what others change."""
-    root = root_of(o)
-    weights = numbers(o.weights) if o.weights else [1 / len(o.names)] * len(o.names)
-    if len(weights) != len(o.names):
-        raise UsageError(f"--weights {o.weights}: {len(weights)} for {len(o.names)} adapters; one for each is needed")
-    if (o.method == "svd") != (o.rank is not None):
-        raise UsageError("--method svd needs --rank" if o.rank is None else f"--method {o.method} takes no --rank")
-    check_free(root / o.out)
-    made = making.combine_runs(open_adapters(root, o.names), weights, o.method, o.rank, root / o.out)
-    terms = " + ".join(f"{weight:g} x {name}" for weight, name in zip(weights, o.names, strict=True))
-    print(f"{root / o.out}: {terms}, by {o.method}, rank {adapter_report.ranks_in_words(made.adapter)}")
-    if o.method == "svd":
-        path, worst = max(made.errors.items(), key=lambda item: item[1])
-        print(f"Relative error of the change (Frobenius): {made.error:.4f}; most in {path}, {worst:.4f}")
-    print(f"➡️  Next: python generate.py --run {o.out}")
+
+    names: tuple[str, ...] = setting((), "LoRA runs on one base", place="NAME", **A_NAME)
+    weights: str = setting("", "A number for each; empty gives all the same, 1 together", **NUMBERS)
+    method: str = setting(
+        "linear", "linear and cat are exact, cat with all ranks stacked; svd cuts to --rank",
+        choices=("linear", "cat", "svd"), **ONLY_HERE,
+    )  # fmt: skip
+    rank: int | None = setting(None, "The rank that svd cuts to", low=1, **ONLY_HERE)
+    out: str = setting("", "Name of the new run", required=True, **A_NAME)
+
+    def run(self) -> None:
+        weights = numbers(self.weights) if self.weights else [1 / len(self.names)] * len(self.names)
+        if len(weights) != len(self.names):
+            raise UsageError(
+                f"--weights {self.weights}: {len(weights)} for {len(self.names)} adapters; one for each is needed"
+            )
+        if (self.method == "svd") != (self.rank is not None):
+            raise UsageError(
+                "--method svd needs --rank" if self.rank is None else f"--method {self.method} takes no --rank"
+            )
+        check_free(self.root / self.out)
+        made = making.combine_runs(
+            open_adapters(self.root, self.names), weights, self.method, self.rank, self.root / self.out
+        )
+        terms = " + ".join(f"{weight:g} x {name}" for weight, name in zip(weights, self.names, strict=True))
+        print(f"{self.root / self.out}: {terms}, by {self.method}, rank {adapter_report.ranks_in_words(made.adapter)}")
+        if self.method == "svd":
+            path, worst = max(made.errors.items(), key=lambda item: item[1])
+            print(f"Relative error of the change (Frobenius): {made.error:.4f}; most in {path}, {worst:.4f}")
+        print(f"➡️  Next: python generate.py --run {self.out}")
 
 
-def check(o: options.Check) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Check(Command):
     """Everything that loading checks, without putting it to use; every problem is named, and the status is 1."""
-    path = Path(o.path)
-    found = Checkup(root_of(o), o.base).path(path if path.exists() else root_of(o) / o.path)
-    for note in found.notes:
-        say(f"Note: {note}")
-    for problem in found.problems:
-        print(problem)
-    if found.problems:
-        raise UserError(f"{o.path}: {len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}")
-    print(f"{o.path}: good ({'; '.join(found.checked)})")
+
+    path: str = setting("", "A run, an adapter's or a model's folder, or a file", place="FILE_OR_FOLDER", **A_PATH)
+    base: str = setting("", "The base to compare with; empty takes the one it names", **A_NAME)
+
+    def run(self) -> None:
+        path = Path(self.path)
+        found = Checkup(self.root, self.base).path(path if path.exists() else self.root / self.path)
+        for note in found.notes:
+            say(f"Note: {note}")
+        for problem in found.problems:
+            print(problem)
+        if found.problems:
+            raise UserError(f"{self.path}: {len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}")
+        print(f"{self.path}: good ({'; '.join(found.checked)})")
 
 
-def import_folder(o: options.Import) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Import(Command):
     """An adapter's folder, PEFT's or ours, as a LoRA run on a base that is here."""
-    root = root_of(o)
-    check_free(root / o.out)
-    adapter = making.import_folder(Path(o.folder), Base.open(root, o.base), root / o.out)
-    told = f"rank {adapter_report.ranks_in_words(adapter)} on {len(adapter.targets())} modules"
-    print(f"{root / o.out}: {o.folder} as an adapter of {o.base}, {told}")
-    print(f"➡️  Next: python generate.py --run {o.out}")
+
+    folder: str = setting("", "An adapter's folder, as PEFT writes it", place="FOLDER", **A_PATH)
+    base: str = setting("", "The run whose model it was trained on", required=True, **A_NAME)
+    out: str = setting("", "Name of the new run", required=True, **A_NAME)
+
+    def run(self) -> None:
+        check_free(self.root / self.out)
+        adapter = making.import_folder(Path(self.folder), Base.open(self.root, self.base), self.root / self.out)
+        told = f"rank {adapter_report.ranks_in_words(adapter)} on {len(adapter.targets())} modules"
+        print(f"{self.root / self.out}: {self.folder} as an adapter of {self.base}, {told}")
+        print(f"➡️  Next: python generate.py --run {self.out}")
 
 
-def export_folder(o: options.Export) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Export(Command):
     """An adapter as a folder that PEFT reads."""
-    check_free(Path(o.out))
-    (adapted,) = open_adapters(root_of(o), (o.name,))
-    making.export_folder(adapted, Path(o.out))
-    print(f"{o.out}: {o.name} as PEFT reads it, peft.PeftModel.from_pretrained(model, {o.out!r})")
+
+    name: str = setting("", "The LoRA run to export", place="NAME", **A_NAME)
+    out: str = setting("", "The new folder", required=True, **A_PATH)
+
+    def run(self) -> None:
+        check_free(Path(self.out))
+        (adapted,) = open_adapters(self.root, (self.name,))
+        making.export_folder(adapted, Path(self.out))
+        print(f"{self.out}: {self.name} as PEFT reads it, peft.PeftModel.from_pretrained(model, {self.out!r})")
 
 
-COMMANDS: dict[str, tuple[type[Table], Callable[[Any], None]]] = {
-    "list": (options.List, list_runs),
-    "inspect": (options.Inspect, inspect),
-    "diff": (options.Diff, diff),
-    "strength": (options.Strength, strength),
-    "merge": (options.Merge, merge),
-    "combine": (options.Combine, combine),
-    "check": (options.Check, check),
-    "import": (options.Import, import_folder),
-    "export": (options.Export, export_folder),
+@dataclass(frozen=True, kw_only=True)
+class Remove(Command):
+    """Remove runs for good; which adapters that leaves without their base is told before."""
+
+    names: tuple[str, ...] = setting((), "Runs", place="NAME", **A_NAME)
+    yes: bool = setting(False, "Really remove them", **ONLY_HERE)
+
+    def run(self) -> None:
+        there = all_runs(self.root)
+        for name in self.names:
+            if name not in [run.name for run in there]:
+                raise UsageError(f"there is no run {name!r} in {self.root}; {suggest(name, there, 'runs')}")
+        runs = [run for run in there if run.name in self.names]
+        lost = ", ".join(run.name for run in orphaned_by(runs, there))
+        told = f"{', '.join(run.name for run in runs)}{f', and leaves without a base: {lost}' if lost else ''}"
+        if not self.yes:
+            raise UsageError(f"nothing is removed without --yes; it removes {told}")
+        remove_runs(runs)
+        print(f"Removed {told}")
+
+
+COMMANDS: dict[str, type[Command]] = {
+    command.__name__.lower(): command
+    for command in (List, Inspect, Diff, Strength, Merge, Combine, Check, Import, Export, Remove)
 }
 
 
 def main() -> None:
     """Run the command."""
     word = subcommand(sys.argv[1:], COMMANDS, __doc__)
-    table, act = COMMANDS[word]
-    act(from_command_line(table, act.__doc__, word).settings)
+    from_command_line(COMMANDS[word], COMMANDS[word].__doc__, word).settings.run()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from jobs.base import base_settings, find_base
 from jobs.job import Job, prepare, unread, unread_names
 from jobs.postmortem import with_batch
-from jobs.result import sample, tell_next, tell_result, tell_samples
+from jobs.result import bits_per_character, sample, tell_next, tell_result, tell_samples
 from jobs.selfcheck import Names, digests, self_check
 from lora.adapter import Adapter
 from lora.attach import using
@@ -137,6 +137,7 @@ def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
     job.load_product(run.read(), str(run.folder))
     result = asdict(state) | {"val_loss": job.evaluate(), "peak_memory": peak_memory}
     result["tokens_per_second"] = state.step * job.tokens_per_step / state.seconds
+    result["bits_per_character"] = bits_per_character(job, result["val_loss"])
     samples = {"Sample": sample(job)}
     if job.kind == "lora":
         with using(job.model):

@@ -56,7 +56,7 @@ def merge_run(adapted: Adapted, folder: Path, windows: list[Batch]) -> tuple[Run
                 f"{TOLERANCE:g}; nothing was saved"
             )
 
-    result = {key: adapted.run.result[key] for key in ("val_loss",) if key in adapted.run.result}
+    result = {key: value for key, value in adapted.run.result.items() if key in ("val_loss", "bits_per_character")}
     return publish(folder, about, files, result, verify), difference
 
 

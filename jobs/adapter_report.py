@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from datetime import datetime
 from pathlib import Path
 
-from jobs.adapters import Adapted, base_name, read_adapter, texts_of
+from jobs.adapters import Adapted, texts_of
+from jobs.family import Family
+from lora import files as adapter_files
 from lora.adapter import Adapter
 from lora.combine import Size, diff, size, target_paths
 from lora.variants import VARIANTS
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime import report
 from runtime.checkpoint import Run, all_runs
 from runtime.errors import UserError
 
-HEADS = ("run", "kind", "base", "variant", "rank", "targets", "trained on", "val loss", "size", "state")
+HEADS = ("run", "kind", "targets", "text", "tokens", "steps", "loss", "bits", "finished")
 
 
 def ranks_in_words(adapter: Adapter) -> str:
@@ -21,33 +26,56 @@ def ranks_in_words(adapter: Adapter) -> str:
     return "-".join(map(str, ranks if len(ranks) < 3 else (ranks[0], ranks[-1]))) or "none"
 
 
-def _row(run: Run) -> tuple[str, ...]:
+def _row(run: Run, tokens: str, depth: int) -> tuple[str, ...]:
     """One run; what cannot be read of it is told in its last column, and hides no other run."""
+    name = "  " * depth + run.name
     try:
-        loss = run.result.get("val_loss")
-        texts = ", ".join(Path(text).name for text in texts_of(run))
-        about = (f"{loss:.4f}" if isinstance(loss, float) else "", report.size(sum(map(len, run.read().values()))))
-        state = "" if run.finished else "unfinished"
-        if run.kind != "lora":
-            return (run.name, run.kind, base_name(run) if run.kind == "full" else "", "", "", "", texts, *about, state)
-        adapter = read_adapter(run)
-        config = adapter.config
-        made_of = (base_name(run), config.variant, ranks_in_words(adapter), _short(config.targets))
-        return (run.name, run.kind, *made_of, texts, *about, state)
+        result, kind, targets = run.result, run.kind, ""
+        files = run.read()
+        if run.kind == "lora":
+            adapter = adapter_files.from_files(files, str(run.product))
+            kind, targets = f"{adapter.config.variant} {ranks_in_words(adapter)}", targets_in_words(adapter)
+        steps = result.get("step") or max((step for step, _ in run.saved("step")), default="")
+        loss = result.get("val_loss")
+        bits = result.get("bits_per_character") or (loss / math.log(2) if loss and tokens == "char" else None)
+        losses = (f"{value:.4f}" if isinstance(value, float) else "" for value in (loss, bits))
+        texts = ",".join(Path(text).name for text in texts_of(run))
+        finished = f"{datetime.fromtimestamp(run.written):%Y-%m-%d}" if run.finished else "unfinished"
+        return (name, kind, _short(targets), _short(texts), tokens, str(steps), *losses, finished)
     except UserError as error:
-        return (run.name, run.kind, *[""] * (len(HEADS) - 3), str(error))
+        return (name, run.kind, *[""] * (len(HEADS) - 3), str(error))
+
+
+def targets_in_words(adapter: Adapter) -> str:
+    """What an adapter changes: the name of a preset where it is one."""
+    names = set(adapter.target_modules())
+    presets = BigramLanguageModelLoRA.lora_presets.items()
+    return next((preset for preset, members in presets if set(members) == names), adapter.config.targets)
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 30 else text[:27] + "..."
+    return text if len(text) <= 11 else text[:8] + "..."
 
 
 def list_runs(root: Path) -> str:
-    """A table of every run in the folder, the newest last."""
-    rows = [_row(run) for run in all_runs(root)]
-    if not rows:
+    """A table of every run in the folder: below each base what was trained on it, and the newest last."""
+    if not (runs := all_runs(root)):
         raise UserError(f"there is no run in {root} yet; train one with: python training.py")
-    return report.table([HEADS, *rows])
+    family = Family.of(runs)
+    gone = {orphan.about["base"]["run"]: None for orphan in family.orphans()}
+    rows = [HEADS, *_rows_below(family, None, 0)]
+    for base in gone:
+        rows.append((f"(missing base: {base})", *[""] * (len(HEADS) - 1)))
+        rows += [_row(run, "", 1) for run in family.orphans() if run.about["base"]["run"] == base]
+    return report.table(rows)
+
+
+def _rows_below(family: Family, base: Run | None, depth: int) -> list[tuple[str, ...]]:
+    rows = []
+    for run in family.trained_on(base):
+        rows += [_row(run, family.tokenizers.get(run.about.get("tokenizer_sha256"), ""), depth)]
+        rows += _rows_below(family, run, depth + 1)
+    return rows
 
 
 def sizes(adapted: Adapted) -> dict[str, Size]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 
@@ -27,6 +28,11 @@ def sample(job: Job) -> str:
     return job.tokenizer.decode(rows[0][len(start) :])
 
 
+def bits_per_character(job: Job, loss: float) -> float:
+    """A loss in nats per token of the held-out text in bits per character of it, whatever its tokens are."""
+    return loss * len(job.validation) / len(job.corpus.validation) / math.log(2)
+
+
 def tell_result(job: Job, run: Run, result: dict) -> None:
     """Time, speed, memory, losses, files."""
     print(f"✅ {run.name} has finished: {result['step']:,} steps in {result['seconds']:.0f} s of training")
@@ -35,6 +41,7 @@ def tell_result(job: Job, run: Run, result: dict) -> None:
     print(f"   Best validation loss: {result['best']:.4f} at step {result['best_step']:,}")
     base = f" (the base without the adapter: {result['base_val_loss']:.4f})" if "base_val_loss" in result else ""
     print(f"   Loss over the whole held-out text: {result['val_loss']:.4f}{base}")
+    print(f"   Bits per character of it: {result['bits_per_character']:.4f}")
     tell_ranks(job)
     files = sum(path.stat().st_size for path in run.product.iterdir())
     print(f"   Files: {run.product} ({report.size(files)}), {run.folder / 'metrics.jsonl'}")

@@ -76,6 +76,14 @@ class Run:
         with storage.plain_errors(path, "read"):
             return read_sealed_json(path.read_bytes(), str(path)) if path.exists() else {}
 
+    @property
+    def written(self) -> float:
+        """When it finished or else began, in seconds since 1970; 0 where it was moved away since it was listed."""
+        for path in (self.folder / "result.json", self.folder / "run.json"):
+            with suppress(OSError):
+                return path.stat().st_mtime_ns / 1e9
+        return 0.0
+
     def saved(self, prefix: str) -> list[tuple[int, Path]]:
         """The committed folders `<prefix>-<step>`, oldest first."""
         with storage.plain_errors(self.folder, "read"):
@@ -196,14 +204,7 @@ def all_runs(root: Path) -> list[Run]:
             runs += [run] if (run := open_run(folder)) else []
         except UserError as error:
             say(f"{error}; leaving that run out")
-    return sorted(runs, key=_last_written)
-
-
-def _last_written(run: Run) -> int:
-    for path in (run.folder / "result.json", run.folder / "run.json"):
-        with suppress(OSError):
-            return path.stat().st_mtime_ns
-    return 0  # moved away since it was listed
+    return sorted(runs, key=lambda run: run.written)
 
 
 def find_run(root: Path, name: str) -> Run:

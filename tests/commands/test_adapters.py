@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -119,8 +120,10 @@ def test_the_list_tells_of_every_run(walked):
     text = walked[1]["adapters.py list"][1]
     rows = {line.split()[0]: line for line in text.splitlines()}
     assert list(rows) == ["run", "base", "folio", "milton"]
-    assert re.search(r"lora +base +lora +4 +q_proj,k_proj,v_proj,o_proj +milton +\d\.\d{4} +0\.1 MB", rows["milton"])
-    assert re.search(r"base +shakespeare +\d\.\d{4} +0\.\d MB", rows["base"])
+    measured = r"char +\d+ +(\d\.\d{4}) +(\d\.\d{4}) +\d{4}-\d\d-\d\d$"
+    assert re.search(rf"^  milton +lora 4 +standard +milton +{measured}", rows["milton"])
+    loss, bits = re.search(rf"^base +base +shakespeare +{measured}", rows["base"]).groups()
+    assert abs(float(loss) / math.log(2) - float(bits)) < 2e-4 and max(map(len, text.splitlines())) <= 100
 
 
 def test_inspect_tells_the_size_of_each_change(walked, here):
@@ -360,7 +363,7 @@ REFUSED = [
     (("export", "both", "--out", "both-for-peft"), 2, "is there already"),
     (("check", "nowhere"), 1, "is no run, adapter or model"),
     (("mrge", "folio"), 2, "there is no command 'mrge'; did you mean merge?"),
-    ((), 2, "which command? There are: list, inspect, diff, strength, merge, combine, check, import, export"),
+    ((), 2, "which command? There are: list, inspect, diff, strength, merge, combine, check, import, export, remove"),
 ]  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,11 +13,14 @@ import pytest
 
 import adapters
 import generate
+import training
+from data.tokenizers import load_tokenizer
 from jobs.adapters import open_adapters
 from jobs.base import find_base
 from runtime import report
-from runtime.checkpoint import all_runs, find_run
+from runtime.checkpoint import RunLock, all_runs, find_run
 from runtime.config import Settings
+from runtime.encoding import read_sealed_json, to_sealed_json
 from runtime.errors import UsageError, run_command
 
 RUNS = Path(__file__).resolve().parent.parent / "fixtures/runs"
@@ -140,3 +145,58 @@ def test_runs_that_were_made_tell_of_the_adapter_and_nothing_that_is_not_known(r
         settings = find_run(root, name).about["settings"]
         assert (settings["lora_rank"], settings["lora_variant"]) == (rank, "lora")
     assert "lora_rank" not in find_run(root, "whole").about["settings"]
+
+
+def test_the_list_fits_and_compares_losses_of_different_tokenizers(root, monkeypatch, capsys):
+    """What a run says of bits a character is shown; with characters as tokens they follow from the loss."""
+    path = root / "base-bpe/result.json"
+    told = read_sealed_json(path.read_bytes(), str(path)) | {"bits_per_character": 4.25}
+    path.write_bytes(to_sealed_json({key: value for key, value in told.items() if key != "sha256"}))
+    for name in ("lora", "base"):
+        (root / name).rename(root / f"{name}-shakespeare-r16")
+    out = call(monkeypatch, capsys, adapters, "list")[1]
+    rows = {line.split()[0]: line for line in out.splitlines()}
+    assert max(map(len, out.splitlines())) <= 100 and len(rows) == 1 + len(list(root.iterdir()))
+    assert re.search(r"^base-bpe +base +text.txt +bpe +20 +5.0031 +4.2500 +2", rows["base-bpe"])
+    assert re.search(r"^  lora-shakespeare-r16 +lora 2 +all +other.txt +char +20 +3.2209 +4.6467 +2", out, re.M)
+    assert re.search(r"^  lora-bpe +lora 2 +minimal +other.txt +bpe +20 +4.9686 +2", out, re.M)
+
+
+def test_a_finished_run_tells_bits_per_character_whatever_its_tokens_are(tmp_path, monkeypatch, capsys, data_dir):
+    monkeypatch.chdir(tmp_path)
+    text = (RUNS.parent / "text.txt").read_text()
+    Path("text.txt").write_text(text)
+    flags = "--dataset text.txt --tokenizer bpe --vocab-size 280 --n-layer 1 --n-head 2 --n-embd 16 --block-size 16"
+    more = f"--max-iters 2 --warmup-iters 0 --eval-iters 1 --run-name small --data-dir {data_dir}"
+    status, out, err = call(monkeypatch, capsys, training, *flags.split(), *more.split())
+    assert status == 0, err
+    run = find_run(Path("checkpoints"), "small")
+    tokenizer = load_tokenizer((run.product / "tokenizer.json").read_bytes())
+    held_out = text[len(text) * 9 // 10 :]
+    tokens, bits = len(tokenizer.encode(held_out)), run.result["bits_per_character"]
+    assert bits == pytest.approx(run.result["val_loss"] * math.log2(math.e) * tokens / len(held_out), rel=1e-3)
+    assert f"Bits per character of it: {bits:.4f}" in out
+
+
+def test_adapters_without_their_base_are_listed_as_such(root, monkeypatch, capsys):
+    shutil.rmtree(root / "base-bias")
+    out = call(monkeypatch, capsys, adapters, "list")[1]
+    assert re.search(r"^\(missing base: base-bias\)\n  lora-bias ", out, re.M) and "missing base: base)" not in out
+    (root / "base").rename(root / "renamed")
+    out = call(monkeypatch, capsys, adapters, "list")[1]
+    assert "missing base: base)" not in out and re.search(r"^renamed .*\n  adalora ", out, re.M)
+
+
+def test_remove_asks_and_tells_what_would_lose_its_base(root, monkeypatch, capsys):
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    status, out, err = call(monkeypatch, capsys, adapters, "remove", "base-bias", "lora-bpe")
+    assert (status, out) == (2, "") and "--yes; it removes" in err and "without a base: lora-bias" in err
+    assert "did you mean base?" in call(monkeypatch, capsys, adapters, "remove", "bse", "--yes")[2]
+    with RunLock(find_run(root, "base")):
+        status, _, err = call(monkeypatch, capsys, adapters, "remove", "lora-bias", "base", "--yes")
+        assert status == 1 and "run base is being trained by process" in err
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != ".lock"} == before
+    status, out, _ = call(monkeypatch, capsys, adapters, "remove", "base-bias", "lora-bias", "lora-bpe", "--yes")
+    assert status == 0 and "base-bias" in out and "without a base" not in out
+    left = {path.name for path in root.iterdir()}
+    assert left == {path.name for path in RUNS.iterdir()} - {"base-bias", "lora-bias", "lora-bpe"}

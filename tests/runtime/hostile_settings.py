@@ -27,7 +27,7 @@ TABLES: dict[str, type[Table]] = {
     "training.py": Settings,
     "compare.py": compare.Options,
     "generate.py": generate.Options,
-} | {f"adapters.py {word}": table for word, (table, _) in adapters.COMMANDS.items()}
+} | {f"adapters.py {word}": table for word, table in adapters.COMMANDS.items()}
 
 FLAG_FORMS = ("--flag=text", "--flag text", "--flag twice")
 VARIABLE_FORMS = ("environment", ".env", ".env unquoted")
