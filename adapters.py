@@ -39,8 +39,8 @@ NUMBER = r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18})([eE][+-]?[0-9]{1,2})
 ONLY_HERE = {"group": WHAT, "env": False}
 NUMBERS = {"pattern": rf"|{NUMBER}( *, *{NUMBER})*", "allowed": "numbers with commas between them", **ONLY_HERE}
 A_NAME = {"pattern": rf"|{NAME}", "allowed": f"a run's name, not a path: {NAMED}", **ONLY_HERE}
-A_PATH = {"pattern": rf"|{FOLDER}", "allowed": "a path", **ONLY_HERE}
-A_TEXT = {"pattern": rf"|{FOLDER}", "allowed": "the name of a corpus or a path", **ONLY_HERE}
+A_PATH = {"pattern": rf"|{FOLDER}", "path": True, "allowed": "a path", **ONLY_HERE}
+A_TEXT = A_PATH | {"allowed": "the name of a corpus or a path"}
 
 
 def numbers(text: str) -> list[float]:

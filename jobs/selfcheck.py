@@ -45,7 +45,8 @@ def self_check(job: Job, run: Run, state: State, start: Names) -> None:
         check_memory(job)
         fresh, adapter = read_back(job, run)
         if still := must_have_moved(job.model, state.best_step) & unmoved(start, digests(adapter)):
-            raise UserError(f"training has not moved {cut_short(sorted(still))}")
+            rate = f"LEARNING_RATE={job.settings.learning_rate} (too low?)"
+            raise UserError(f"training with {rate} has not moved {cut_short(sorted(still))}")
         check_saved(job, adapter, state)
         check_losses(job, fresh, adapter)
     except UserError as error:

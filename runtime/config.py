@@ -51,13 +51,14 @@ class Machine(Table):
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     checkpoints_dir: str = setting(
-        "checkpoints", "Folder of the runs", group=RUN, pattern=FOLDER, allowed="a folder", identity=False
+        "checkpoints", "Folder of the runs", group=RUN, pattern=FOLDER, path=True, allowed="a folder", identity=False
     )
     data_dir: str = setting(
         "data/cache",
         "Folder that texts are fetched into",
         group=RUN,
         pattern=FOLDER,
+        path=True,
         allowed="a folder",
         identity=False,
     )
@@ -80,6 +81,7 @@ class Settings(Machine):
         "and without it trains from scratch",
         group=RUN,
         pattern=rf"|{NAME}|(?=.*[/\\]){FOLDER}",
+        path=True,
         allowed=f"empty, {NAMED}, or a path with a / in it",
     )
     run_name: str = setting(
@@ -100,6 +102,7 @@ class Settings(Machine):
         adapt="folio",
         group=DATA,
         pattern=FOLDER,
+        path=True,
         allowed="the name of a corpus or a path",
     )
     tokenizer: str = setting(

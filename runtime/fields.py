@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import re
 import types
 import typing
@@ -43,7 +44,8 @@ class ContradictionError(BadValueError):
 class Rule:
     """What a field's metadata says of a setting beyond name, type and default.
 
-    `pattern` is a regular expression for text, put into words by `allowed`; `env=False` makes a setting a flag only,
+    `pattern` is a regular expression for text, put into words by `allowed`, and `path=True` a
+    folder or file, whose ~ is expanded; `env=False` makes a setting a flag only,
     `required=True` one that must be given, and `place="NAME"` words without a flag, shown as NAME; `identity=False`
     marks what does not change a run's result; `defaults` holds other defaults by mode.
     """
@@ -57,6 +59,7 @@ class Rule:
     high_open: bool = False
     pattern: str = ONE_LINE
     allowed: str = ""
+    path: bool = False
     env: bool = True
     place: str = ""
     required: bool = False
@@ -120,7 +123,8 @@ class Setting:
             return self.check(float(text) if DECIMAL.fullmatch(text) else text)
         if self.kind is tuple:
             return self.check((text,) if isinstance(text, str) else text)
-        return self.check(text)
+        # Path.expanduser would fail on ~nobody, and write ./a as a.
+        return self.check(os.path.expanduser(text) if self.rule.path else text)  # noqa: PTH111
 
     def check(self, value: Any) -> Any:
         """The value if it is allowed, with JSON's whole numbers and lists turned into this setting's type."""

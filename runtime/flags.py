@@ -8,13 +8,13 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from runtime.errors import UsageError
 from runtime.fields import Setting, Table, in_words, settings_of
 from runtime.listing import PRECEDENCE, explained, groups, other_defaults
-from runtime.spelling import nearest
+from runtime.spelling import near_miss, suggestion
 
 DASHES = "--\0"  # stands for the value in --prompt=--, which argparse drops; no command line can hold a NUL
 PLACEHOLDERS = {int: "N", float: "X", str: "TEXT", tuple: "TEXT", bool: "BOOL"}
@@ -85,7 +85,7 @@ def read_flags(cls: type[Table], argv: Sequence[str], prog: str, description: st
     words = _with_values([_with_dashes(word) for word in argv])
     found, unknown = make_parser(cls, prog, description).parse_known_args(words)
     if unknown:
-        raise UsageError(_unknown_flag(unknown[0], {row.flag: row for row in settings_of(cls)}))
+        raise UsageError(_unknown_flag(unknown[0], settings_of(cls)))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(found).items()}
 
 
@@ -126,11 +126,10 @@ def subcommand(words: Sequence[str], commands: Collection[str], description: str
     return word
 
 
-def _unknown_flag(word: str, rows: Mapping[str, Setting]) -> str:
-    if not word.startswith("-") and any(row.rule.place for row in rows.values()):
+def _unknown_flag(word: str, rows: Sequence[Setting]) -> str:
+    if not word.startswith("-") and any(row.rule.place for row in rows):
         return f"{in_words(word) or repr('')} is one argument too many; --help tells what there may be"
-    asked = "--" + word.partition("=")[0].strip("-").replace("_", "-").lower()
-    meant = nearest(asked, difflib.get_close_matches(asked, rows, cutoff=0.75))
-    return f"{in_words(word) or repr('')} is not a flag; " + (
-        f"did you mean {meant}?" if meant else "--help lists them all"
-    )
+    asked = word.partition("=")[0].removeprefix("--")
+    flags = {row.variable: row.flag for row in rows if not row.rule.place}
+    hint = suggestion(asked, flags, near_miss(asked, flags)) or "--help lists them all"
+    return f"{in_words(word) or repr('')} is not a flag; {hint}"

@@ -17,6 +17,7 @@ def env_example(cls: type[Table]) -> str:
     lines = [
         "# Copy this file to .env and uncomment what you want to change.",
         f"# {PRECEDENCE[0].upper()}{PRECEDENCE[1:]}",
+        "# In a folder, ~ and $NAME are expanded. Write Windows folders without quotes: DATA_DIR=C:\\new\\texts",
     ]
     for group, rows in groups(cls).items():
         lines += ["", f"# --- {group} ---"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from dotenv.variables import Variable, parse_variables
 from runtime.errors import UsageError
 from runtime.fields import ContradictionError, Setting, Table, in_words, resolve, settings_of
 from runtime.flags import read_flags
-from runtime.spelling import is_near_miss, nearest
+from runtime.spelling import FOREIGN, is_ours, near_miss, suggestion
 
 ENVIRONMENT, DOTENV = "environment", ".env"
 
@@ -49,8 +50,8 @@ def read_settings(
     flags = read_flags(cls, argv, prog, description)
     rows = {row.variable: row for table in (*also, cls) for row in settings_of(table) if row.rule.env}
     dotenv = _read_dotenv(Path(dotenv_path), environ, rows)
-    _refuse_near_misses(rows, dotenv, f"in {DOTENV}")
-    _refuse_near_misses(rows, environ, "in the environment")
+    _check_names(rows, dotenv, DOTENV)
+    _check_names(rows, [name for name in environ if name not in FOREIGN], ENVIRONMENT)
     given, sources, texts = {}, {}, {}
     for row in settings_of(cls):
         found = _find(row, flags, environ, dotenv)
@@ -118,12 +119,12 @@ def _read_dotenv(path: Path, environ: Mapping[str, str], rows: Mapping[str, Sett
             raise UsageError(f"{where}: cannot be read; write NAME=value, and comments after #")
         if binding.key is None:
             continue
-        key = in_words(binding.key)
+        key = binding.key
         if binding.value is None:
-            raise UsageError(f"{where}: {key} has no value; write {key}=value")
-        if binding.key in values:
-            raise UsageError(f"{where}: {key} was given before; keep one of the two lines")
-        values[binding.key] = _expanded(binding.value, {**environ, **values}, where if key in rows else None)
+            raise UsageError(f"{where}: {in_words(key)} has no value; write {in_words(key)}=value")
+        if key in values:
+            raise UsageError(f"{where}: {in_words(key)} was given before; keep one of the two lines")
+        values[key] = _value(binding, {**environ, **values}, rows.get(key), where)
     return values
 
 
@@ -131,11 +132,14 @@ def _dotenv_text(path: Path) -> str:
     try:
         if not path.exists() or path.is_dir():  # a folder .env is somebody's virtual environment
             return ""
-        return path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); save it again as UTF-8") from None
+    if "\0" in text:  # every other byte of UTF-16, whose letters would otherwise read as UTF-8
+        raise UsageError(f"{path} is not UTF-8 text but looks like UTF-16; save it again as UTF-8")
+    return text
 
 
 def _line(binding: Binding) -> int:
@@ -145,21 +149,39 @@ def _line(binding: Binding) -> int:
     return binding.original.line + len(re.findall(r"\r\n|\n|\r", blank))
 
 
-def _expanded(value: str, known: Mapping[str, str], where: str | None) -> str:
-    """`value` with each ${NAME} replaced; in a setting, whose place is `where`, one that is not set is refused."""
+def _value(binding: Binding, known: Mapping[str, str], row: Setting | None, where: str) -> str:
+    """The value of a line, with each ${NAME} replaced, and in folders $NAME too.
+
+    In a setting, a name that is not set is refused, and so is a backslash in double quotes: "C:\\new" has a newline.
+    """
+    value = binding.value
+    if row and re.search(r'=\s*"[^"]*\\', binding.original.string):
+        raise UsageError(f"{where}: {row.variable} has a backslash in double quotes; write the value without quotes")
+    if row and row.rule.path:
+        value = re.sub(r"\$([A-Za-z_]\w*)", r"${\1}", value)
     atoms = list(parse_variables(value))
     for atom in atoms:
-        if where and isinstance(atom, Variable) and atom.default is None and atom.name not in known:
+        if row and isinstance(atom, Variable) and atom.default is None and atom.name not in known:
             raise UsageError(f"{where}: ${{{in_words(atom.name)}}} is not set")
     return "".join(atom.resolve(known) for atom in atoms)
 
 
-# --- near misses ----------------------------------------------------------------------------------------------------
+# --- names that are no settings -------------------------------------------------------------------------------------
 
 
-def _refuse_near_misses(rows: Mapping[str, Setting], names: Iterable[str], where: str) -> None:
+def _check_names(rows: Mapping[str, Setting], names: Iterable[str], source: str) -> None:
+    """Refuse names that mean a setting; the environment is shared, so there only those that must be ours.
+
+    Of the others there, which may be another program's, a warning tells that they are ignored.
+    """
     distinctive = [name for name in rows if "_" in name]
+    where = f"in {'the ' * (source == ENVIRONMENT)}{source}"
     for name in names:
-        near = [] if name in rows else [row for row in distinctive if is_near_miss(name, row)]
-        if meant := nearest(name.upper(), near):
-            raise UsageError(f"{in_words(name)} ({where}) is not a setting; did you mean {meant}?")
+        near = None if name in rows else near_miss(name, distinctive)
+        hint = suggestion(name, {variable: variable for variable in rows}, near)
+        if is_ours(name, near) and name not in rows:
+            raise UsageError(f"{in_words(name)} ({where}) is not a setting; {hint or '--help lists them all'}")
+        if hint and source == DOTENV:
+            raise UsageError(f"{in_words(name)} ({where}) is not a setting; {hint}")
+        if hint and sys.stderr:
+            print(f"warning: {in_words(name)} ({where}) is not a setting and is ignored; {hint}", file=sys.stderr)

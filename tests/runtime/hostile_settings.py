@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -62,10 +63,9 @@ def forms_of(row: Setting) -> Iterator[str]:
 
 
 def carried(form: str, text: str) -> str:
-    """As much of the text as this source can carry: a command line no NUL, a UTF-8 file no surrogates."""
-    if form.startswith(".env"):
-        return text.encode("utf-8", "replace").decode()
-    return text.replace("\0", "")
+    """As much of the text as this source can carry: no NUL, and a UTF-8 file no surrogates."""
+    text = text.replace("\0", "")
+    return text.encode("utf-8", "replace").decode() if form.startswith(".env") else text
 
 
 def give(table: type[Table], row: Setting, form: str, text: str) -> Given:
@@ -149,6 +149,7 @@ def meaning(row: Setting, form: str, text: str) -> Any:
         }
         return words.get(text.lower(), REFUSED)
     if row.kind is str:
+        text = os.path.expanduser(text) if row.rule.path else text  # noqa: PTH111
         right = text in row.rule.choices if row.rule.choices else re.fullmatch(row.rule.pattern, text)
         return text if right else REFUSED
     return _number(row, text)

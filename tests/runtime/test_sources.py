@@ -17,7 +17,7 @@ from runtime.errors import UsageError
 from runtime.fields import setting as field
 from runtime.fields import settings_of
 from runtime.sources import describe, read_settings
-from runtime.spelling import is_near_miss, typing_errors
+from runtime.spelling import CALLED, near_miss, typing_errors
 
 ROWS = settings_of(Settings)
 NOWHERE = Path("no such folder") / ".env"
@@ -212,9 +212,9 @@ NEAR = {
 # fmt: off
 STRANGERS = [
     "PATH", "HOME", "USER", "LANG", "LC_ALL", "BASE_URL", "DEVICE_ID", "DEVICES", "SEEDS", "BASES", "LS_COLORS",
-    "LORAX_TOKEN", "LORA", "LORA_TOKEN", "TERM", "TESTS", "TEST", "TEST_DB", "USE_LOCAL", "USE_CORS", "USE_CUDA",
+    "LORAX_TOKEN", "LORA", "TERM", "TESTS", "TEST", "TEST_DB", "USE_LOCAL", "USE_CORS", "USE_CUDA",
     "USE_LOG", "META_DIR", "DATA_ID", "DATA_DIR_URL", "BIN_NAME", "RG_NAME", "USERNAME", "HOSTNAME", "USER_NAME",
-    "JOB_NAME", "BATCH", "RUN", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MODEL_SIZE", "BUFFER_SIZE", "PAGE_SIZE",
+    "JOB_NAME", "BATCH", "RUN", "WORLD_SIZE", "LOCAL_RANK", "MODEL_SIZE", "BUFFER_SIZE", "PAGE_SIZE",
     "MAX_ITERATIONS_ALLOWED", "N_JOBS", "N_CPU", "MAX_JOBS", "EVAL", "LEARNING", "RATE", "OMP_NUM_THREADS",
     "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "XDG_DATA_DIRS", "PYTHONPATH", "PS1", "ProgramFiles(x86)",
     "CommonProgramFiles", "http_proxy", "npm_config_cache", "SSH_AUTH_SOCK", "GIT_DIR", "PWD", "OLDPWD", "SHLVL",
@@ -225,17 +225,64 @@ STRANGERS = [
 
 
 @pytest.mark.parametrize(("name", "meant"), NEAR.items())
-def test_near_misses_are_refused_everywhere(name, meant, dotenv):
-    message = f"is not a setting; did you mean {meant}?"
-    assert refused(environ={name: "1"}) == f"{name} (in the environment) {message}"
-    assert refused(dotenv=dotenv(f"{name}=1")) == f"{name} (in .env) {message}"
+def test_near_misses_are_refused_but_for_what_may_be_another_programs(name, meant, dotenv, capsys):
+    check_told(name, f"did you mean {meant}?", "LORA" in meant, dotenv, capsys)
     flag = "--" + name.lower().replace("_", "-")
     if flag[2:].replace("-", "_") != meant.lower():  # what differs only in case or separators is right as a flag
         assert f"did you mean --{meant.lower().replace('_', '-')}?" in refused(flag, "1")
 
 
-def test_strangers_are_left_alone(dotenv):
-    assert read(environ=dict.fromkeys(STRANGERS, "x")).sources == {}
+def check_told(name, hint, ours, dotenv, capsys):
+    """A name that is no setting is an error in .env, and in the environment if it must be ours; else a warning."""
+    assert refused(dotenv=dotenv(f"{name}=x")) == f"{name} (in .env) is not a setting; {hint}"
+    if ours:
+        assert refused(environ={name: "x"}) == f"{name} (in the environment) is not a setting; {hint}"
+    else:
+        assert read(environ={name: "K", "SEED": "3"}).sources == {"SEED": "environment"}
+        warning = f"warning: {name} (in the environment) is not a setting and is ignored; {hint}\n"
+        assert capsys.readouterr().err == warning
+
+
+ALIASES = {
+    "LORA_R": "LORA_RANK", "LORA_DROP": "LORA_DROPOUT", "LORA_TARGET_MODULES": "LORA_TARGETS", "LR": "LEARNING_RATE",
+    "DATASETS": "DATASET", "target_modules": "LORA_TARGETS", "MAX_STEPS": "MAX_ITERS", "DATASET_NAME": "DATASET",
+    "PER_DEVICE_TRAIN_BATCH_SIZE": "BATCH_SIZE", "WARMUP_STEPS": "WARMUP_ITERS", "MODEL_NAME_OR_PATH": "BASE",
+    "OUTPUT_DIR": "CHECKPOINTS_DIR", "out_dir": "CHECKPOINTS_DIR", "EVAL_STEPS": "EVAL_INTERVAL",
+    "SAVE_STEPS": "SAVE_INTERVAL", "CONTEXT_LENGTH": "BLOCK_SIZE", "MAX_SEQ_LENGTH": "BLOCK_SIZE",
+    "GRADIENT_ACCUMULATION": "GRADIENT_ACCUMULATION_STEPS",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "meant"), ALIASES.items())
+def test_what_other_programs_call_a_setting_is_told_its_name_here(name, meant, dotenv, capsys):
+    check_told(name, f"it is called {meant} here", name.startswith("LORA_"), dotenv, capsys)
+    assert f"it is called --{meant.lower().replace('_', '-')} here" in refused("--" + name.lower(), "1")
+
+
+@pytest.mark.parametrize("name", ["EPOCHS", "num_train_epochs", "N_EPOCHS"])
+def test_epochs_are_told_of_steps(name, dotenv, capsys):
+    check_told(name, "it is called MAX_ITERS here, and counts steps", False, dotenv, capsys)
+
+
+def test_rank_is_torchruns_in_the_environment_and_told_elsewhere(dotenv, capsys):
+    assert read(environ={"RANK": "0", "R": "x"}).sources == {} and not capsys.readouterr().err
+    for name in ("RANK", "r"):
+        assert "it is called LORA_RANK here" in refused(dotenv=dotenv(f"{name}=8"))
+        assert "it is called --lora-rank here" in refused(f"--{name.lower()}", "8")
+
+
+def test_whatever_begins_with_lora_is_ours_and_refused(dotenv):
+    for source in ({"environ": {"LORA_TOKEN": "x"}}, {"dotenv": dotenv("LORA_TOKEN=x")}):
+        assert refused(**source).endswith("is not a setting; --help lists them all")
+
+
+def test_every_alias_is_of_a_setting_and_is_none_itself():
+    names = {row.variable for row in ROWS}
+    assert set(CALLED.values()) <= names and not names & set(CALLED)
+
+
+def test_strangers_are_left_alone(dotenv, capsys):
+    assert read(environ=dict.fromkeys(STRANGERS, "x")).sources == {} and not capsys.readouterr().err
     lines = "\n".join(f"{name}=x" for name in STRANGERS)
     assert read(dotenv=dotenv(lines)).sources == {}
 
@@ -256,7 +303,7 @@ def test_any_single_typing_error_in_a_distinctive_name_is_noticed(data):
         name[:at] + letter + name[at:],
         name[:at] + name[at + 1] + name[at] + name[at + 2 :],
     ):
-        assert is_near_miss(wrong, name)
+        assert near_miss(wrong, [name]) == name
 
 
 @pytest.mark.parametrize(
@@ -328,7 +375,10 @@ def test_any_command_line_is_taken_or_refused_in_one_line(argv):
         ("SEED=", "SEED= (from .env): must be a whole number"),
         ("SEED=8#no", "SEED=8#no (from .env)"),
         ("DATA_DIR=${HOEM}/data", "line 1: ${HOEM} is not set"),
-        ('DATA_DIR="C:\\new"', "DATA_DIR='C:\\new' (from .env)"),
+        ('DATA_DIR="C:\\new\\runs"', "line 1: DATA_DIR has a backslash in double quotes; write the value without"),
+        ("SEED=1\n".encode("utf-16-le"), "is not UTF-8 text but looks like UTF-16"),
+        ("SEED=1\n".encode("utf-16-be"), "is not UTF-8 text but looks like UTF-16"),
+        ("CHECKPOINTS_DIR=$NOWHERE/runs", "line 1: ${NOWHERE} is not set"),
         (b"RUN_NAME=\xff", "is not UTF-8 text (byte 9)"),
         ("SEED=1\n".encode("utf-16"), "is not UTF-8 text"),
     ],
@@ -350,6 +400,22 @@ def test_bad_lines_are_refused(text, told, dotenv):
 )
 def test_good_lines_are_read(text, dotenv):
     assert read(dotenv=dotenv(text)).settings.seed == 5
+
+
+def test_folders_are_expanded(dotenv, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for argv, environ, file in (
+        ((), {"HOME": "/home/me"}, "DATA_DIR=$HOME/x\nCHECKPOINTS_DIR=~/x\nBASE=${HOME}/x\nDATASET='~/x'"),
+        ((), dict.fromkeys(("DATA_DIR", "CHECKPOINTS_DIR", "BASE", "DATASET"), "~/x"), ""),
+        (("--data-dir=~/x", "--checkpoints-dir", "~/x", "--base=~/x", "--dataset=~/x"), {}, ""),
+    ):
+        s = read(*argv, environ=environ, dotenv=dotenv(file)).settings
+        assert {s.data_dir, s.checkpoints_dir, s.base, s.dataset} == {"/home/me/x"}
+
+
+def test_a_windows_folder_without_quotes_is_kept_letter_by_letter(dotenv):
+    for text in ("C:\\new\\runs", "'C:\\new\\runs'"):
+        assert read(dotenv=dotenv(f"DATA_DIR={text}")).settings.data_dir == "C:\\new\\runs"
 
 
 def test_an_empty_text_setting_is_its_empty_default(dotenv):
