@@ -27,8 +27,9 @@ from jobs.adapters import Adapted, Base, check_free, held_out, open_adapters, te
 from jobs.checkup import Checkup
 from jobs.family import orphaned_by, remove_runs
 from runtime import storage
-from runtime.checkpoint import all_runs, say, suggest
+from runtime.checkpoint import all_runs, suggest
 from runtime.config import FOLDER, NAME, NAMED, Machine, from_command_line
+from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import UsageError, UserError, run_command
 from runtime.fields import setting

@@ -25,8 +25,9 @@ from jobs.memory import peak_memory
 from jobs.sweep import sweep, sweep_table, sweep_verdict
 from lora.variants import VARIANTS
 from runtime import storage
-from runtime.checkpoint import Run, identity_of, say
+from runtime.checkpoint import Run, identity_of
 from runtime.config import LORA, Settings, from_command_line
+from runtime.console import say
 from runtime.device import Machine, machine_name, pick_machine
 from runtime.errors import UsageError, UserError, run_command
 from runtime.fields import setting, settings_of

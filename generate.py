@@ -23,8 +23,8 @@ from lora.attach import using
 from models.choosing import Sampling
 from models.per_row import generate_per_row
 from models.sampling import stream
-from runtime.checkpoint import say
 from runtime.config import Machine, from_command_line
+from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import UsageError, UserError, run_command
 from runtime.fields import setting

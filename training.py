@@ -23,8 +23,9 @@ from jobs.selfcheck import Names, digests, self_check
 from lora.adapter import Adapter
 from lora.attach import using
 from runtime import report, resume
-from runtime.checkpoint import Run, RunLock, claim, say
+from runtime.checkpoint import Run, RunLock, claim
 from runtime.config import Settings, from_command_line
+from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import run_command
 from runtime.interrupt import InterruptedRunError, Interruption

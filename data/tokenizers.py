@@ -13,6 +13,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
+from runtime.console import say
 from runtime.errors import UsageError, UserError
 from runtime.storage import DamagedError, sha256
 
@@ -196,7 +197,7 @@ class BPETokenizer(Tokenizer):
         tokenizer = cls("bpe", trainer.get_pattern(), [bytes(token) for token, _ in ranks])
         if tokenizer.vocab_size < vocab_size:
             found = f"the text yields only {tokenizer.vocab_size:,} tokens; the vocabulary has that size"
-            print(f"VOCAB_SIZE={vocab_size}: {found}", file=sys.stderr)
+            say(f"VOCAB_SIZE={vocab_size}: {found}")
         return tokenizer
 
     @classmethod

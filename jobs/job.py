@@ -24,8 +24,9 @@ from lora.variants import VARIANTS
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
 from runtime.batch import Batch
-from runtime.checkpoint import Run, fingerprint, identity_of, say
+from runtime.checkpoint import Run, fingerprint, identity_of
 from runtime.config import SHAPE, Settings
+from runtime.console import say
 from runtime.device import Machine, check_compiler
 from runtime.errors import UserError
 from runtime.fields import settings_of

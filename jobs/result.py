@@ -12,7 +12,8 @@ from lora.attach import hosts
 from lora.layers import LoRALinear
 from models.sampling import Sampling, generate
 from runtime import report
-from runtime.checkpoint import Run, say
+from runtime.checkpoint import Run
+from runtime.console import say
 from runtime.errors import UserError
 
 SAMPLE_CHARACTERS, TEST_SAMPLE_CHARACTERS = 1_000, 300

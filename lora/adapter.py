@@ -12,7 +12,7 @@ from lora.attach import base_tensors, check_attached, hosts, install, make_entri
 from lora.config import LoRAConfig
 from lora.equations import AdapterTensors, LoRA
 from lora.variants import VARIANTS
-from runtime.checkpoint import fingerprint
+from runtime.encoding import differences, fingerprint
 from runtime.errors import UsageError, UserError
 
 SHARED = "shared_sha256"  # a fact: the fingerprint of what all layers of an adapter share, and no file need hold
@@ -129,17 +129,11 @@ class Adapter:
 
     def mismatches(self, model: nn.Module, entries: dict[str, AdapterTensors]) -> list[str]:
         """Every way in which this adapter does not fit the model, in words."""
-        wanted = {f"{path}.{key}": p.shape for path, entry in entries.items() for key, p in entry.named_parameters()}
+        wanted = {f"{path}.{key}": p for path, entry in entries.items() for key, p in entry.named_parameters()}
         here = self.named_tensors()
-        problems = self.wrong_base(model) + self.wrong_shared(entries)
-        problems += [f"{key} is missing" for key in sorted(wanted.keys() - here.keys())]
-        problems += [f"{key} is unexpected" for key in sorted(here.keys() - wanted.keys())]
-        for key in sorted(wanted.keys() & here.keys()):
-            if here[key].shape != wanted[key]:
-                problems.append(f"{key} is {tuple(here[key].shape)}, not {tuple(wanted[key])}")
-            elif not here[key].isfinite().all():
-                problems.append(f"{key} has values that are not finite")
-        return problems
+        problems = self.wrong_base(model) + self.wrong_shared(entries) + differences(wanted, here)
+        infinite = (key for key in sorted(wanted.keys() & here.keys()) if not here[key].isfinite().all())
+        return problems + [f"{key} has values that are not finite" for key in infinite]
 
 
 def shared_fact(entries: Iterable[AdapterTensors]) -> dict[str, str]:

@@ -7,9 +7,10 @@ from dataclasses import asdict, fields
 import torch
 from torch import Tensor, nn
 
+from lora.adapter import cut_short
 from lora.attach import base_tensors
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
-from runtime.encoding import pack, read_json, to_json, unpack
+from runtime.encoding import differences, pack, read_json, to_json, unpack
 from runtime.errors import UserError
 from runtime.storage import DamagedError
 
@@ -52,14 +53,8 @@ def load_weights(model: nn.Module, files: dict[str, bytes], where: str) -> None:
 
 def _copy(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     wanted = dict(model.named_parameters())
-    problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
-    problems += [f"{name} is unexpected" for name in tensors.keys() - wanted.keys()]
-    for name in wanted.keys() & tensors.keys():
-        if tensors[name].shape != wanted[name].shape:
-            problems.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}")
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise UserError(f"{where}/{WEIGHTS} does not fit its {CONFIG}: {'; '.join(sorted(problems)[:8])}{more}")
+    if problems := differences(wanted, tensors):
+        raise UserError(f"{where}/{WEIGHTS} does not fit its {CONFIG}: {cut_short(sorted(problems))}")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])

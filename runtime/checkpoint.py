@@ -14,12 +14,12 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime import storage
+from runtime.console import say
 from runtime.encoding import fingerprint as fingerprint
 from runtime.encoding import pack as pack
 from runtime.encoding import read_json as read_json
@@ -30,11 +30,6 @@ from runtime.errors import UsageError, UserError
 from runtime.lock import RunLock
 
 PRODUCTS = {"base": "model", "full": "model", "lora": "adapter"}
-
-
-def say(message: str) -> None:
-    """A message to the person at the terminal: stderr, so that stdout holds results only."""
-    print(message, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 import safetensors
 import torch
@@ -45,6 +46,16 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # numpy has no bf16
     return digest.hexdigest()
+
+
+def differences(wanted: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> list[str]:
+    """Every tensor that is missing, unexpected or of another shape, in words; dtypes and values may differ."""
+    problems = [f"{name} is missing" for name in sorted(wanted.keys() - here.keys())]
+    problems += [f"{name} is unexpected" for name in sorted(here.keys() - wanted.keys())]
+    shapes = {
+        name: (tuple(here[name].shape), tuple(wanted[name].shape)) for name in sorted(wanted.keys() & here.keys())
+    }
+    return problems + [f"{name} is {shape}, not {right}" for name, (shape, right) in shapes.items() if shape != right]
 
 
 def read_json(data: bytes, name: str) -> dict:

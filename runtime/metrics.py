@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from runtime import storage
+from runtime.console import say
 from runtime.errors import UserError
 
 
@@ -22,7 +23,7 @@ class MetricsLog:
         kept = [line for line in read_metrics(path) if line["step"] <= resumed_at] if path.exists() else []
         last = max((line["step"] for line in kept), default=0)
         if last < resumed_at:
-            print(f"{path} ends at step {last}, before step {resumed_at} where the run goes on", file=sys.stderr)
+            say(f"{path} ends at step {last}, before step {resumed_at} where the run goes on")
         storage.write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def add(self, step: int, **values: float) -> None:
@@ -40,7 +41,7 @@ class MetricsLog:
         try:
             self.flush()
         except UserError as error:
-            print(f"The last lines of the log are lost: {error}", file=sys.stderr)
+            say(f"The last lines of the log are lost: {error}")
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -60,7 +61,7 @@ def read_metrics(path: Path) -> list[dict]:
         except (ValueError, KeyError, TypeError, RecursionError):
             damaged += bool(line.strip())
     if damaged:
-        print(f"{path}: {damaged} damaged line(s) left out", file=sys.stderr)
+        say(f"{path}: {damaged} damaged line(s) left out")
     return lines
 
 
@@ -91,7 +92,7 @@ class Progress:
         self.told, self.last_line = self.step, time.perf_counter()
         left = (self.last_line - self.began) / max(1, self.step - self.start) * (self.total - self.step)
         values = "".join(f", {name} {value}" for name, value in self.values.items())
-        print(f"{self.label}: step {self.step}/{self.total}{values}, {left:.0f} s left", file=sys.stderr, flush=True)
+        say(f"{self.label}: step {self.step}/{self.total}{values}, {left:.0f} s left")
 
     def close(self) -> None:
         """Leave the bar as it stands, or tell the last step where no line did."""
