@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import runtime.start  # noqa: F401 - before what takes seconds to import
 from jobs import adapter_making as making
 from jobs import adapter_report, forgetting
 from jobs.adapters import Adapted, Base, check_free, held_out, open_adapters, texts_of

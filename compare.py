@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import runtime.start  # noqa: F401 - before what takes seconds to import
 from jobs.base import find_base
 from jobs.comparison import Method, base_windows, make_method, row, untouched
 from jobs.comparison_report import over_seeds, table, verdict

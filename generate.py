@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import runtime.start  # noqa: F401 - before what takes seconds to import
 from data.tokenizers import Tokenizer, listed
 from jobs.choice import Choice, choose, in_words, parse_adapters
 from jobs.prompts import Request, read_requests

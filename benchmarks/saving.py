@@ -5,7 +5,7 @@ python -m benchmarks.saving                          0.8M, 3.2M and 10.7M parame
 A plain write opens each file anew, writes it and syncs it, over what the last round left there; a save syncs folders
 and a manifest too, renames, and removes the save before the last two.
 
-The share is reckoned, as a default run takes minutes: `python training.py` with default settings and a save and an
+The share is reckoned, as a default run takes minutes: a training run with default settings and a save and an
 evaluation every 10 of its 60 steps tells, in medians, how long a step, a save, an evaluation and keeping the best
 weights take here. A default run's steps take that long 2,400 times, all else as often as its intervals say, with the
 best weights kept at every evaluation, which is the most there can be. Its start and its end, where nothing is saved,
@@ -15,16 +15,14 @@ are left out of the whole.
 from __future__ import annotations
 
 import gc
-import io
 import itertools
 import os
-import runpy
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -32,11 +30,12 @@ import torch
 
 from benchmarks import peers
 from benchmarks.contest import SIZES, close, parser, ratio, take_turns, tell
-from benchmarks.runs import ROOT, RUNS
-from jobs.job import Job
+from benchmarks.runs import RUNS
+from jobs.job import Job, prepare
+from jobs.loop import Training
 from lora.optim import make_optimizer
 from runtime.batch import Batch
-from runtime.checkpoint import Run
+from runtime.checkpoint import Run, claim
 from runtime.config import Settings
 from runtime.device import Machine, pick_machine
 from runtime.errors import run_command
@@ -101,17 +100,19 @@ def measure(size: str, kind: str, rounds: int, device: str, where: Path) -> list
 
 
 def real_run(values: dict, folder: str) -> dict[str, list[float]]:
-    """The seconds of each step, evaluation and save of a run of training.py."""
-    training, spent = runpy.run_path(str(ROOT / "training.py")), defaultdict(list)
+    """The seconds of each step, evaluation and save of a training run."""
+    spent = defaultdict(list)
     values = values | {"max_iters": STEPS, "eval_interval": INTERVAL, "save_interval": INTERVAL}
     values |= {"checkpoints_dir": folder, "run_name": "saving"}
-    clocked = ((Job, "evaluate"), (training["Training"], "evaluate"), (training["Training"], "save"))
+    given = Resolved(Settings.from_dict(values), {})
+    job = prepare(given, pick_machine(given.settings.device, given.settings.dtype), None)
+    run = claim(Path(folder), job.plain_name, given.settings.run_name, job.about(), fresh=False)
+    clocked = ((Job, "evaluate"), (Training, "evaluate"), (Training, "save"))
     with ExitStack() as stack:
         for owner, name in clocked:
             call = timed(getattr(owner, name), spent[f"{owner.__name__}.{name}"])
             stack.enter_context(mock.patch.object(owner, name, call))
-        stack.enter_context(redirect_stdout(io.StringIO()))
-        training["train"](Resolved(Settings.from_dict(values), {}))
+        Training(job, run, job.stepper()).all_steps()
     lines = [line for line in read_metrics(Path(folder) / "saving/metrics.jsonl") if "seconds" in line]
     for before, line in itertools.pairwise(lines):
         spent["step"].append((line["seconds"] - before["seconds"]) / (line["step"] - before["step"]))
@@ -137,7 +138,7 @@ def share(values: dict, where: Path) -> float:
     with tempfile.TemporaryDirectory(dir=where) as folder:
         spent = real_run(values, folder)
     evaluations, saves = (settings.max_iters // every for every in (settings.eval_interval, settings.save_interval))
-    score = statistics.median(spent["Job.evaluate"][: STEPS // INTERVAL])  # the last one is that of the whole text
+    score = statistics.median(spent["Job.evaluate"])
     best = statistics.median(spent["Training.evaluate"]) - score
     saving = saves * statistics.median(spent["Training.save"]) + evaluations * best
     return 100 * saving / (saving + evaluations * score + settings.max_iters * statistics.median(spent["step"]))

@@ -8,6 +8,8 @@ import re
 import sys
 from collections.abc import Callable
 
+from runtime.start import open_closed_streams, raise_on_ctrl_c
+
 
 class UserError(Exception):
     """Something in the run went wrong that a person can mend; the command exits with status 1."""
@@ -27,6 +29,8 @@ LESS_MEMORY = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS by the sam
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and exit: errors of the user's become one line on stderr, never a traceback."""
+    open_closed_streams()
+    raise_on_ctrl_c()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the work grants when it can: the first is noted, the second acts at once."""
+"""Ctrl-C, SIGTERM and SIGHUP ask the work to stop when it can: the first is noted, the second acts at once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Self
 
 from runtime.errors import UserError
 
+# SIGHUP comes when the terminal is closed; Windows has none.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 class InterruptedRunError(UserError):
-    """A run was asked to stop, and has saved all it did; the status is the shell's for that signal, 130 or 143."""
+    """A run was asked to stop, and has saved all it did; the status is the shell's for that signal, as 130 or 143."""
 
     label = "\n"
 
@@ -21,9 +24,10 @@ class InterruptedRunError(UserError):
 
 
 class Interruption:
-    """While this is entered, `asked` is the number of the first SIGINT or SIGTERM that came, or 0.
+    """While this is entered, `asked` is the number of the first of these signals that came, or 0.
 
-    A second one does what it does elsewhere. Only the main thread gets signals; in others this changes nothing.
+    A second one does what it does elsewhere. One that is ignored, as SIGHUP is under nohup, stays ignored. Only the
+    main thread gets signals; in others this changes nothing.
     """
 
     asked = 0
@@ -31,7 +35,8 @@ class Interruption:
     def __enter__(self) -> Self:
         self.before = {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+            heeded = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+            self.before = {n: signal.signal(n, self._note) for n in heeded}
         return self
 
     def __exit__(self, *error: object) -> None:

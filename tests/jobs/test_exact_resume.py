@@ -21,6 +21,7 @@ import torch
 import jobs.job
 import jobs.result
 import training
+from jobs import loop
 from jobs.job import Job
 from lora.variants import VARIANTS
 from runtime.checkpoint import Run
@@ -110,16 +111,16 @@ class Case:
 
     def start(self, moments: Moments) -> None:
         """Start the run, or go on with it. Raises what its strike raises."""
-        all_steps = training.Training.all_steps
+        all_steps = loop.Training.all_steps
 
-        def noted(this: training.Training) -> State:
+        def noted(this: loop.Training) -> State:
             state = all_steps(this)
             self.last = to_files(this.stepper, state)
             return state
 
         torch.manual_seed(12345 + moments.k)  # whatever was drawn before must not matter
         with moments.of_a_run(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training.Training, "all_steps", noted)
+            patch.setattr(loop.Training, "all_steps", noted)
             patch.setattr(jobs.result, "TEST_SAMPLE_CHARACTERS", 2)
             train(self.values)
 

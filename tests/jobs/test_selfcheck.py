@@ -12,6 +12,7 @@ import torch
 
 import jobs.job
 import training
+from jobs import loop
 from jobs.job import Job
 from lora.adapter import Adapter
 from lora.files import CONFIG, TENSORS, load_adapter
@@ -67,14 +68,14 @@ def refused(root: Path, **changes) -> str:
 
 def after_training(monkeypatch: pytest.MonkeyPatch, change: Callable[[Job, Run], None]) -> None:
     """Let something happen between the last step and the check."""
-    honest = training.Training.all_steps
+    honest = loop.Training.all_steps
 
-    def all_steps(self: training.Training):
+    def all_steps(self: loop.Training):
         state = honest(self)
         change(self.job, self.run)
         return state
 
-    monkeypatch.setattr(training.Training, "all_steps", all_steps)
+    monkeypatch.setattr(loop.Training, "all_steps", all_steps)
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, bytes]], dict[str, bytes]]) -> None:

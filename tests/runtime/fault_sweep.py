@@ -28,6 +28,7 @@ from faulty_disk import MODES, FaultyDisk, applies
 
 import jobs.result
 import training
+from jobs import loop
 from lora.files import load_adapter, save_adapter
 from runtime.errors import run_command
 from runtime.resume import OPTIMIZER, WEIGHTS, to_files
@@ -101,7 +102,7 @@ class Sweep:
 
     def train(self) -> None:
         """training.py itself; when its steps are done, their weights and optimizer are noted beside the case."""
-        all_steps = training.Training.all_steps
+        all_steps = loop.Training.all_steps
 
         def noted(this):
             state = all_steps(this)
@@ -109,7 +110,7 @@ class Sweep:
             self.trained.write_text(hashlib.sha256(files[WEIGHTS] + files[OPTIMIZER]).hexdigest())
             return state
 
-        training.Training.all_steps = noted
+        loop.Training.all_steps = noted
         jobs.result.TEST_SAMPLE_CHARACTERS = 4
         sys.argv = ["training.py", *self.flags]
         training.main()
