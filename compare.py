@@ -27,7 +27,7 @@ from jobs.sweep import sweep, sweep_table, sweep_verdict
 from lora.variants import VARIANTS
 from runtime import storage
 from runtime.checkpoint import Run, identity_of
-from runtime.config import LORA, Settings, from_command_line
+from runtime.config import LORA, SHAPE, Settings, from_command_line
 from runtime.console import say
 from runtime.device import Machine, machine_name, pick_machine
 from runtime.errors import UsageError, UserError, run_command
@@ -181,7 +181,7 @@ def run_sweep(options: Options, machine: Machine) -> None:
 
 def run_comparison(given: Resolved, machine: Machine) -> None:
     """Adapt the base with every method and show what each came to."""
-    if not (base := find_base(given.settings)):
+    if not (base := find_base(given.settings, [name for name in SHAPE if given.explicit(name)])):
         raise UserError("there is no trained base to compare on yet; train one with: python training.py")
     runs = []
     for seed in range(given.settings.seed, given.settings.seed + given.settings.seeds):

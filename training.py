@@ -15,7 +15,7 @@ from pathlib import Path
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
 from jobs.base import base_settings, find_base
-from jobs.job import Job, prepare, unread, unread_names
+from jobs.job import Job, identity, prepare, unread, unread_names
 from jobs.loop import Training
 from jobs.result import bits_per_character, sample, tell_next, tell_result, tell_samples
 from jobs.selfcheck import Names, digests, self_check
@@ -23,7 +23,7 @@ from lora.adapter import Adapter
 from lora.attach import using
 from runtime import report, resume
 from runtime.checkpoint import Run, RunLock, claim
-from runtime.config import Settings, from_command_line
+from runtime.config import SHAPE, Settings, from_command_line
 from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import run_command
@@ -57,14 +57,15 @@ def train(given: Resolved) -> Run:
     machine = pick_machine(settings.device, settings.dtype)
     for line in (*describe(given), *unread(given), *machine.notes):
         say(line)
-    base = find_base(settings) if settings.adapting else None
+    base = find_base(settings, [name for name in SHAPE if given.explicit(name)]) if settings.adapting else None
     if settings.adapting and not base:
         say(f"There is no trained base in {settings.checkpoints_dir} yet, and LoRA adapts one: training it first")
         base = train(base_settings(given))
     job = prepare(given, machine, base)
     start = digests(Adapter.of(job.model)) if job.kind == "lora" else {}
     stepper = job.stepper()
-    run = claim(Path(settings.checkpoints_dir), job.plain_name, settings.run_name, job.about(), settings.fresh)
+    root, about = Path(settings.checkpoints_dir), job.about()
+    run = claim(root, job.plain_name, settings.run_name, about, settings.fresh, identity)
     if run.finished:
         tell_finished(run)
         return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,13 +10,15 @@ from data.tokenizers import Tokenizer
 from models.bigram_lm_v2_lora import ModelShape
 from runtime.checkpoint import Run, all_runs, find_run
 from runtime.config import SHAPE, Settings
+from runtime.console import say
 from runtime.errors import UsageError
 from runtime.sources import Resolved
 
 
-def find_base(settings: Settings) -> Run | None:
-    """The run that BASE names, else the newest finished base, else None.
+def find_base(settings: Settings, given: Collection[str] = ()) -> Run | None:
+    """The run that BASE names, else the newest finished base on the default text, else the newest, else None.
 
+    given: the settings of shape that were given, which it should have. A choice among several is told on stderr.
     TEST_MODE runs look for a TEST_MODE base, others never take one. Raises UsageError where BASE may not serve.
     """
     root = Path(settings.checkpoints_dir)
@@ -25,7 +28,15 @@ def find_base(settings: Settings) -> Run | None:
         return run
     bases = [run for run in all_runs(root) if run.kind == "base" and run.finished and not run.aside]
     bases = [run for run in bases if run.about["settings"]["test_mode"] == settings.test_mode]
-    return bases[-1] if bases else None
+    wanted = {name: getattr(settings, name) for name in given}
+    fitting = [run for run in bases if wanted.items() <= run.about["settings"].items()] or bases
+    text = Settings().dataset
+    chosen = ([run for run in fitting if run.about["settings"]["dataset"] == text] or fitting or [None])[-1]
+    if len(bases) > 1:
+        trained_on = chosen.about["settings"]["dataset"]
+        others = ", ".join(run.name for run in bases[::-1] if run is not chosen)
+        say(f"Base: {chosen.name}, the newest one here trained on {trained_on}; for another, --base with: {others}")
+    return chosen
 
 
 def base_settings(given: Resolved) -> Resolved:

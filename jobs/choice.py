@@ -87,11 +87,11 @@ def choose(root: Path, run_name: str, wanted: Strengths | None, others: Iterable
 
 
 def _newest(root: Path) -> Run:
-    """The newest finished run; where none has finished, the newest that has saved something."""
-    runs = [run for run in all_runs(root) if not run.aside]
-    if not (usable := [run for run in runs if run.finished] or [run for run in runs if run.saved("best")]):
+    """The newest finished run, else the newest that has saved something; one of TEST_MODE only where no other has."""
+    usable = [run for run in all_runs(root) if not run.aside and (run.finished or run.saved("best"))]
+    if not usable:
         raise UserError(f"there is no run in {root} yet that has saved anything; train one with: python training.py")
-    return usable[-1]
+    return sorted(usable, key=lambda run: (not run.about["settings"]["test_mode"], run.finished))[-1]
 
 
 def _name_in(root: Path, run: Run) -> str:

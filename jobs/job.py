@@ -101,12 +101,10 @@ class Job:
         """What `run.json` says: enough to know the run again, and to tell how it came about."""
         base = {"run": self.base.name, "sha256": self.base_sha256} if self.base else None
         dataset = {"name": self.corpus.name, "sha256": self.corpus.sha256}
-        settings = self.settings.identity()
+        settings = self.settings.as_dict()
         about = run_metadata(self.kind, settings, self.model.shape, base, self.tokenizer, dataset=dataset)
-        return about | {
-            "settings": self.settings.as_dict(),
-            "machine": f"{platform.machine()}, {self.machine}, {torch.get_num_threads()} threads",
-        }
+        about["machine"] = f"{platform.machine()}, {self.machine}, {torch.get_num_threads()} threads"
+        return about | {"identity": identity(about)}
 
     def product_files(self, **notes: str) -> dict[str, bytes]:
         """What the run is for, as it stands now: the adapter, or the model with its tokenizer.
@@ -134,12 +132,31 @@ class Job:
 def run_metadata(
     kind: str, settings: dict, shape: ModelShape, base: dict | None, tokenizer: Tokenizer, **origin: Any
 ) -> dict:
-    """What `run.json` says of any run. settings: those that decide its result; base: its name and fingerprint;
+    """What `run.json` says of any run. base: its name and fingerprint;
     origin: the text it was trained on, or what it was made of."""
     about = {"kind": kind, "settings": settings, "shape": asdict(shape), "base": base} | origin
     about["tokenizer_sha256"] = tokenizer.sha256
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return about | {"identity": identity_of(about), "versions": versions}
+
+
+def identity(about: dict) -> str:
+    """A short hash of what decides a trained run's numbers: fingerprints, compute dtype, and the settings it reads.
+
+    It comes from what `run.json` records, so that runs of earlier versions are recognised. A run that was made, not
+    trained, or whose settings are no longer known, keeps the identity that it was given.
+    """
+    try:
+        settings, base = Settings.from_dict(about["settings"]), about["base"]
+        spelled = {"base", "dataset", "dtype", *unread_names(settings)}
+        read = {name: value for name, value in settings.identity().items() if name not in spelled}
+        if settings.use_lora:
+            read["lora_targets"] = sorted({name.strip() for name in settings.lora_targets.split(",")})
+        data = [about["dataset"]["sha256"], about["tokenizer_sha256"], base and base["sha256"]]
+        dtype = about["machine"].split(", ")[-2]
+    except (KeyError, TypeError, AttributeError, IndexError, UserError):
+        return about["identity"]
+    return identity_of({"kind": about["kind"], "settings": read, "dtype": dtype, "data": data})
 
 
 def load_trained(run: Run, dropout: float = 0.0) -> tuple[BigramLanguageModelLoRA, Tokenizer]:

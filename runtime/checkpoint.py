@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,8 +190,10 @@ def _read_about(data: bytes, name: str) -> dict:
     return about
 
 
-def all_runs(root: Path) -> list[Run]:
-    """Every run below `root`, by when it finished or else began, the newest last; drafts are none."""
+def all_runs(root: Path, warn: bool = True) -> list[Run]:
+    """Every run below `root`, by when it finished or else began, the newest last; drafts are none.
+
+    warn: whether a run that cannot be read, which is left out, is named on stderr."""
     runs = []
     with storage.plain_errors(root, "read"):
         folders = sorted(root.iterdir()) if root.is_dir() else []
@@ -198,7 +201,8 @@ def all_runs(root: Path) -> list[Run]:
         try:
             runs += [run] if (run := open_run(folder)) else []
         except UserError as error:
-            say(f"{error}; leaving that run out")
+            if warn:
+                say(f"{error}; leaving that run out")
     return sorted(runs, key=lambda run: run.written)
 
 
@@ -225,17 +229,28 @@ def identity_of(about: dict) -> str:
     return storage.sha256(json.dumps(about, sort_keys=True).encode())[:12]
 
 
-def claim(root: Path, plain_name: str, chosen_name: str, about: dict, fresh: bool) -> Run:
-    """The folder for a run of this identity: a new one, or the one where it stands already.
+def claim(
+    root: Path,
+    plain_name: str,
+    chosen_name: str,
+    about: dict,
+    fresh: bool,
+    identity: Callable[[dict], str] = lambda about: about["identity"],
+) -> Run:
+    """The folder for a run of this identity: a new one, or the one where it stands already, whatever its name.
 
     The plain name gets a short hash where it is taken by other settings; a chosen name that is taken is an error.
-    With `fresh`, a run that stands there is moved aside first, never deleted.
+    With `fresh`, a run that stands there is moved aside first, never deleted. identity: of what `run.json` says.
     """
-    identity = about["identity"]
-    names = [chosen_name] if chosen_name else [plain_name, f"{plain_name}-{identity[:6]}", f"{plain_name}-{identity}"]
+    own = about["identity"]
+    names = [chosen_name] if chosen_name else [plain_name, f"{plain_name}-{own[:6]}", f"{plain_name}-{own}"]
+    if not chosen_name:
+        same = [run for run in all_runs(root, warn=False) if not run.aside and identity(run.about) == own]
+        same.sort(key=lambda run: (not run.finished, run.name != plain_name))
+        names = [*(run.name for run in same[:1]), *names]
     for folder in (root / name for name in names):
         there = open_run(folder)
-        if there is None or there.about["identity"] == identity or (chosen_name and fresh):
+        if there is None or identity(there.about) == own or (chosen_name and fresh):
             break
     else:
         raise UsageError(
@@ -255,6 +270,11 @@ def claim(root: Path, plain_name: str, chosen_name: str, about: dict, fresh: boo
 def _move_aside(run: Run) -> None:
     with RunLock(run):  # a process that trains it would go on in the folder that takes its name
         pass
+    there = all_runs(run.folder.parent, warn=False)
+    adapters = [other.name for other in there if other.kind == "lora" and other.about["base"]["run"] == run.name]
     aside = next(p for i in range(1, 10**6) if not (p := run.folder.with_name(f"{run.name}.old{i}")).exists())
+    if adapters:
+        told = "stays usable: its base" if len(adapters) == 1 else "stay usable: their base"
+        say(f"FRESH=True moves the base of {', '.join(adapters)}, which {told} is then {aside.name}")
     storage.publish_folder(run.folder, aside)
     say(f"FRESH=True: the run that was in {run.folder} is now in {aside}")

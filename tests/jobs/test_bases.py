@@ -1,0 +1,143 @@
+"""Which run counts as the same one, and which base a run takes and finds again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import training
+from jobs.base import find_base
+from jobs.choice import choose
+from jobs.job import identity
+from runtime.checkpoint import Run, open_run
+from runtime.config import Settings
+from runtime.encoding import to_sealed_json
+from runtime.sources import Resolved
+
+TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8}
+FAST = {"test_mode": True, "device": "cpu", "dtype": "fp32", "batch_size": 4, "eval_iters": 2, "max_iters": 4}
+TEXT = "To be, or not to be, that is the question.\n"
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures/runs"
+
+
+def train(**changes) -> Run:
+    return training.train(Resolved(Settings.from_dict(FAST | {"dataset": "b.txt"} | changes), {}))
+
+
+def adapt(**changes) -> Run:
+    return train(**{"use_lora": True, "base": "base", "lora_rank": 2} | changes)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with two texts, `base` and an adapter of it, `lora-b-r2`."""
+    folder = tmp_path_factory.mktemp("bases")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("b.txt").write_text(TEXT * 50)
+        Path("c.txt").write_text(TEXT.upper() * 50)
+        train(run_name="base", dataset="b.txt", **TINY)
+        assert adapt().name == "test-lora-b-r2"
+    return folder
+
+
+@pytest.fixture
+def root(trained: Path, tmp_path: Path, monkeypatch) -> Path:
+    """The folder of runs in a copy of it, which is the current folder."""
+    monkeypatch.chdir(shutil.copytree(trained, tmp_path / "here"))
+    return Path("checkpoints")
+
+
+def changed(folder: Path, **about) -> None:
+    """Let a run.json say something else."""
+    old = open_run(folder).about
+    settings = old["settings"] | about.pop("settings", {})
+    (folder / "run.json").write_bytes(to_sealed_json(old | {"settings": settings} | about))
+
+
+# --- the same run -------------------------------------------------------------------------------------------------
+
+SAME = [
+    {},
+    {"base": ""},
+    {"base": "checkpoints/base"},
+    {"dataset": "./b.txt"},
+    {"dataset": "copy.txt"},
+    {"lora_target_rank": 1},
+    {"vocab_size": 300},
+    {"lora_targets": "all"},
+]
+
+
+def test_spellings_of_one_run_are_one_run(root, capsys):
+    shutil.copy("b.txt", "copy.txt")
+    before = sorted(root.rglob("*"))
+    for changes in [*SAME, {"base": str(Path.cwd() / "checkpoints/base")}]:
+        changes = {
+            key: value.format(here=Path.cwd()) if type(value) is str else value for key, value in changes.items()
+        }
+        assert adapt(**changes).name == "test-lora-b-r2", changes
+        assert "finished already" in capsys.readouterr().out
+    assert sorted(root.rglob("*")) == before
+    about = open_run(root / "test-lora-b-r2").about
+    auto = about | {"settings": about["settings"] | {"dtype": "auto"}}
+    assert identity(auto) == identity(about) != identity(about | {"machine": "x86_64, cpu, bf16, 1 threads"})
+
+
+DIFFERENT = [{"seed": 2}, {"lora_rank": 3}, {"lora_alpha": 8.0}, {"dataset": "c.txt"}, {"max_iters": 5}]
+
+
+@pytest.mark.parametrize("changes", DIFFERENT, ids=str)
+def test_what_changes_the_numbers_is_another_run(root, changes):
+    assert adapt(**changes).name != "test-lora-b-r2"
+
+
+def test_what_a_variant_reads_decides_its_runs(root):
+    names = {adapt(lora_variant="vera", lora_alpha=alpha).name for alpha in (4.0, 8.0)}
+    assert names == {"test-vera-b-r2"}
+
+
+def test_a_run_is_found_under_its_hashed_name_and_as_an_earlier_version_wrote_it(root, capsys):
+    hashed = adapt(max_iters=3)
+    assert hashed.name.startswith("test-lora-b-r2-")
+    shutil.rmtree(root / "test-lora-b-r2")
+    changed(hashed.folder, identity="0" * 12)
+    assert adapt(max_iters=3).name == hashed.name and "finished already" in capsys.readouterr().out
+
+
+def test_a_run_that_was_made_is_never_taken_for_one_that_was_trained():
+    assert all(identity(open_run(FIXTURES / name).about) == open_run(FIXTURES / name).about["identity"]
+               for name in ("merged", "combined", "imported"))  # fmt: skip
+
+
+# --- which base ---------------------------------------------------------------------------------------------------
+
+
+def test_a_base_on_the_default_text_comes_before_a_newer_one_on_a_text_of_ones_own(root, capsys):
+    shutil.copytree(root / "base", root / "own")
+    settings = Settings.from_dict({"use_lora": True, "test_mode": True})
+    assert find_base(settings).name == "own"
+    changed(root / "base", settings={"dataset": "shakespeare"})
+    capsys.readouterr()
+    assert find_base(settings).name == "base"
+    told = capsys.readouterr().err
+    assert "Base: base, the newest one here trained on shakespeare; for another, --base with: own" in told
+    changed(root / "own", settings={"tokenizer": "bpe"})
+    byte_pairs = Settings.from_dict({"use_lora": True, "test_mode": True, "tokenizer": "bpe"})
+    assert find_base(byte_pairs, ["tokenizer"]).name == "own"
+    shutil.rmtree(root / "own")
+    capsys.readouterr()
+    assert find_base(settings).name == "base" and capsys.readouterr().err == ""
+
+
+def test_a_run_of_test_mode_is_sampled_from_only_where_there_is_no_other(root):
+    assert choose(root, "", None, ()).attached.keys() == {"test-lora-b-r2"}
+    shutil.copytree(FIXTURES / "base-bias", root / "real")
+    assert choose(root, "", None, ()).base.run.name == "real"
+
+
+def test_fresh_on_a_base_tells_whose_base_it_is(root, capsys):
+    train(run_name="base", fresh=True, **TINY)
+    assert "the base of test-lora-b-r2, which stays usable: its base is then base.old1" in capsys.readouterr().err
