@@ -80,18 +80,16 @@ def make_entries(model: nn.Module, config: LoRAConfig) -> dict[str, AdapterTenso
     entries, embeddings = {}, getattr(model, "lora_embeddings", ()) if config.train_embeddings else ()
     shared = variant.share(config, [model.get_submodule(path).shape for path in targets])
     for path, host in hosts(model).items():
+        base, entry = host.base_tensors(), AdapterTensors(config)
         if path in targets:
-            with host.weight.device:
+            with base["weight"].device:
                 entry = variant(host.shape, config, path, shared)
-        else:
-            entry = AdapterTensors(config)
         if path in embeddings:
-            entry.add_copy("weight", host.weight)
-        trains_bias = config.bias == "all" or (config.bias == "lora_only" and path in targets)
-        if trains_bias and getattr(host, "bias", None) is not None:
-            entry.add_copy("bias", host.bias)
+            entry.add_copy("weight", base["weight"])
+        if "bias" in base and (config.bias == "all" or (config.bias == "lora_only" and path in targets)):
+            entry.add_copy("bias", base["bias"])
         if any(True for _ in entry.parameters()):
-            entry.follow(host.base_tensors())
+            entry.to(next(iter(base.values())).device).follow(base)
             entries[path] = entry
     return entries
 
@@ -113,7 +111,7 @@ def install(model: nn.Module, entries: dict[str, AdapterTensors], name: str) -> 
         raise UsageError(f"adapter name {name!r}: must be new to this model, in letters, digits, '-' and '_'")
     layers = hosts(model)
     for path, entry in entries.items():
-        layers[path].lora[name] = entry.to(layers[path].weight.device).train(model.training)
+        layers[path].lora[name] = entry.train(model.training)
     activate(model, name)
 
 

@@ -14,10 +14,11 @@ from tiny_lora import IDX, TARGETS, adapted, logits, randomise, same, state, tin
 from torch import nn
 
 from lora import functional
-from lora.attach import activate, attach, base_tensors, merged
+from lora.attach import activate, attach, base_tensors, merged, unchanging
 from lora.config import LoRAConfig
 from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, side_by_side
 from lora.optim import make_optimizer
+from lora.variants import VARIANTS
 
 ROWS = torch.linspace(-2, 2, 3 * 5 * 8).reshape(3, 5, 8)
 IDS = torch.arange(10).reshape(2, 5)
@@ -202,6 +203,45 @@ def test_a_model_that_moves_leaves_no_memory_behind() -> None:
     assert memory() is not None
     model.to(torch.float16)
     assert memory() is None
+
+
+class Int8Linear(LoRALinear):
+    """A linear whose frozen weight is stored in 8 bits, with a scale for each row."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        self.bias, self.weight = linear.bias, None
+        self.register_buffer("scale", linear.weight.detach().abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("codes", (linear.weight.detach() / self.scale).round().to(torch.int8))
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.codes.to(dtype) * self.scale.to(dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_how_a_frozen_weight_is_stored_is_nobody_elses_business(variant: str) -> None:
+    stored, plain = tiny(bias=True), tiny(bias=True)
+    for path, layer in list(stored.named_modules()):
+        if isinstance(layer, LoRALinear):
+            parent, _, name = path.rpartition(".")
+            setattr(stored.get_submodule(parent), name, Int8Linear(layer))
+            with torch.no_grad():
+                plain.get_submodule(path).weight.copy_(stored.get_submodule(path).dense_weight())
+    for model in (stored, plain):
+        torch.manual_seed(1)
+        attach(model, LoRAConfig(rank=4, variant=variant, bias="all"))
+        randomise(model)
+        model(IDX, TARGETS)[1].backward()
+    assert torch.allclose(logits(stored), logits(plain), atol=1e-5)
+    gradients = [[p.grad for p in model.parameters() if p.requires_grad] for model in (stored, plain)]
+    for mine, its in zip(*gradients, strict=True):
+        assert torch.allclose(mine, its, rtol=1e-3, atol=1e-6)
+    for model in (stored, plain):
+        activate(model, {"default": 0.5})
+    assert torch.allclose(logits(stored), logits(plain), atol=1e-5)
+    with unchanging(stored):
+        assert torch.allclose(logits(stored), logits(plain), atol=1e-5)
+    assert torch.allclose(bf16(stored), bf16(plain), atol=0.1)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
