@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
 from jobs.base import find_base
@@ -27,7 +27,7 @@ from jobs.sweep import sweep, sweep_table, sweep_verdict
 from lora.variants import VARIANTS
 from runtime import storage
 from runtime.checkpoint import Run, identity_of
-from runtime.config import LORA, SHAPE, Settings, from_command_line
+from runtime.config import LORA, PRESETS, SHAPE, Settings, from_command_line
 from runtime.console import say
 from runtime.device import Machine, machine_name, pick_machine
 from runtime.errors import UsageError, UserError, run_command
@@ -38,6 +38,7 @@ from runtime.steps import evaluate
 
 COMPARED = "What to compare"
 NUMBERS = r"[0-9]{1,4}( *, *[0-9]{1,4})*"
+SWEPT = {"group": COMPARED, "env": False, "pattern": NUMBERS, "allowed": "whole numbers separated by commas"}
 BEST = {"lora": {"learning_rate": 8e-3}}  # of the grid in benchmarks/README.md; all others' are their defaults
 PLAIN, *OTHERS = ({"lora_variant": name} for name in VARIANTS)
 KINDS = {"lora": PLAIN | {"lora_plus_ratio": 1.0}, "lora+": PLAIN} | {kind["lora_variant"]: kind for kind in OTHERS}
@@ -47,34 +48,31 @@ KINDS = {"lora": PLAIN | {"lora_plus_ratio": 1.0}, "lora+": PLAIN} | {kind["lora
 class Options(Settings):
     """The flags of compare.py, beside all settings of a training run."""
 
+    presets: ClassVar = PRESETS | {
+        "TEST_MODE": PRESETS["TEST_MODE"] | {"ranks": "8", "widths": "64,128", "batches": "4,16"},
+        "--variants": {"ranks": "", "seeds": 3},
+    }
+
     ranks: str = setting(
-        "4,8,16,32", "LoRA ranks, with commas between them; empty for the default of each variant", test="8",
-        variants="", group=COMPARED, env=False, pattern=f"|{NUMBERS}", allowed="whole numbers with commas between them",
+        "4,8,16,32", "LoRA ranks, separated by commas; if empty, the default of each variant", env=False,
+        group=COMPARED, pattern=f"|{NUMBERS}", allowed="whole numbers separated by commas",
     )  # fmt: skip
     targets: tuple[str, ...] = setting((), "LORA_TARGETS to compare; may be repeated", group=COMPARED, env=False)
     variants: tuple[str, ...] = setting(
-        (), "Kind of adapter to compare, as LORA_VARIANT has them; lora is without LoRA+ and lora+ with it, as are all "
-        "others; all stands for every one; may be repeated", group=COMPARED, env=False,
+        (), "Kind of adapter to compare, as in LORA_VARIANT; lora is without LoRA+, lora+ and all others with it; all "
+        "compares every kind; may be repeated", group=COMPARED, env=False,
         pattern="|".join(map(re.escape, (*KINDS, "all"))), allowed=f"one of {', '.join(KINDS)}, all",
     )  # fmt: skip
-    seeds: int = setting(
-        1, "How many seeds to compare with, from SEED on", variants=3, group=COMPARED, env=False, low=1, high=100
-    )
-    sweep: bool = setting(False, "Time steps over widths, ranks and batches instead", group=COMPARED, env=False)
-    widths: str = setting(
-        "64,128,256,384", "Values of N_EMBD to sweep", test="64,128", group=COMPARED, env=False, pattern=NUMBERS,
-        allowed="whole numbers with commas between them",
-    )  # fmt: skip
-    batches: str = setting(
-        "4,16,64", "Values of BATCH_SIZE to sweep", test="4,16", group=COMPARED, env=False, pattern=NUMBERS,
-        allowed="whole numbers with commas between them",
-    )  # fmt: skip
+    seeds: int = setting(1, "Number of seeds, from SEED upwards", group=COMPARED, env=False, low=1, high=100)
+    sweep: bool = setting(False, "Time training steps by width, rank and batch size instead", group=COMPARED, env=False)
+    widths: str = setting("64,128,256,384", "Values of N_EMBD for --sweep", **SWEPT)
+    batches: str = setting("4,16,64", "Values of BATCH_SIZE for --sweep", **SWEPT)
 
     @classmethod
-    def modes(cls, values: Mapping[str, Any]) -> list[str]:
+    def active(cls, values: Mapping[str, Any]) -> set[str]:
         """A comparison adapts a base, whether or not BASE names it."""
-        variants = ["variants"] if values["variants"] else []
-        return [*super().modes(dict(values) | {"base": values["base"] or "newest"}), *variants]
+        variants = {"--variants"} if values["variants"] else set()
+        return super().active(values) | {"from a base"} | variants
 
 
 def numbers(options: Options, name: str) -> list[int]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from runtime.errors import run_command
 from runtime.fields import ContradictionError, Table, setting, settings_of
@@ -30,55 +30,82 @@ SHAPE = ("tokenizer", "vocab_size", "n_layer", "n_head", "n_embd", "block_size",
 WARMUP_SHARE = 5  # the default warm-up never takes more than a fifth of a run that was asked to be short
 HIGHEST_RANK = 4096
 
+A_FOLDER = {"pattern": FOLDER, "allowed": "a folder", "path": True}
+A_PROBABILITY = {"low": 0, "high": 1, "high_open": True}
+A_RANK = {"low": 1, "high": HIGHEST_RANK, "group": LORA}
+STEPS = {"low": 1, "high": 10**9}
+A_SIZE = {"low": 1, "high": 65536, "group": MODEL}
+ABOVE_0 = {"low": 0, "low_open": True}
+NO_RESULT = {"identity": False}  # changes nothing in what a run computes
+
+# Other defaults; where several of these hold, the last one decides.
+PRESETS = {
+    "from a base": {
+        "dataset": "folio",
+        "max_iters": 500,
+        "learning_rate": 2e-3,
+        "warmup_iters": 20,
+        "eval_interval": 100,
+        "save_interval": 100,
+    },
+    "LoRA": {"learning_rate": 4e-3, "weight_decay": 0.0},
+    "TEST_MODE": {
+        "n_layer": 2,
+        "n_embd": 64,
+        "block_size": 64,
+        "max_iters": 60,
+        "learning_rate": 8e-3,
+        "warmup_iters": 5,
+        "eval_interval": 20,
+        "save_interval": 20,
+    },
+    "TEST_MODE with LoRA": {"max_iters": 40},
+    "rslora": {"learning_rate": 2e-3},
+    "vera": {"lora_rank": 64, "learning_rate": 16e-3},
+    "adalora": {"lora_rank": 12, "learning_rate": 8e-3},
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine(Table):
     """What every command needs to know: where to compute, where the runs are, which seed."""
 
-    seed: int = setting(1337, "Seed of everything random", group=RUN, low=0, high=2**31 - 1)
+    seed: int = setting(1337, "Seed of all random numbers", group=RUN, low=0, high=2**31 - 1)
     device: str = setting(
         "auto",
         "Where to compute: cpu, mps, cuda, cuda:N, or auto, which takes a GPU if there is one",
         group=RUN,
         pattern=r"auto|cpu|mps|cuda(:[0-9]{1,2})?",
         allowed="auto, cpu, mps, cuda or cuda:N",
-        identity=False,
+        **NO_RESULT,
     )
     dtype: str = setting(
         "auto",
-        "Number format of the matrix products; auto takes bf16 where that is fast",
+        "Compute dtype of matmuls; auto takes bf16 where that is fast, and fp32 elsewhere",
         group=RUN,
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    checkpoints_dir: str = setting(
-        "checkpoints", "Folder of the runs", group=RUN, pattern=FOLDER, path=True, allowed="a folder", identity=False
-    )
-    data_dir: str = setting(
-        "data/cache",
-        "Folder that texts are fetched into",
-        group=RUN,
-        pattern=FOLDER,
-        path=True,
-        allowed="a folder",
-        identity=False,
-    )
+    checkpoints_dir: str = setting("checkpoints", "Folder of all runs", group=RUN, **A_FOLDER, **NO_RESULT)
+    data_dir: str = setting("data/cache", "Folder of downloaded texts", group=RUN, **A_FOLDER, **NO_RESULT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Machine):
     """Everything that decides what a training run does."""
 
-    use_lora: bool = setting(False, "Adapt a trained base with LoRA instead of training every weight", group=RUN)
+    presets: ClassVar = PRESETS
+
+    use_lora: bool = setting(False, "Adapt a trained base with LoRA instead of training all weights", group=RUN)
     compile: bool = setting(
         False,
-        "Compile the step with torch.compile first, which takes a minute; try whether it pays on your machine",
+        "Compile the training step with torch.compile, which takes a minute; measure whether it pays on your machine",
         group=RUN,
     )
-    test_mode: bool = setting(False, "A tiny run that shows in seconds that everything works", group=RUN)
+    test_mode: bool = setting(False, "Train a tiny model for a few seconds, to see that everything works", group=RUN)
     base: str = setting(
         "",
-        "The run to start from, by its name or folder; empty takes the newest finished base with USE_LORA, "
-        "and without it trains from scratch",
+        "The run to start from, by name or folder; if empty, the newest finished base with USE_LORA, and training "
+        "from scratch without",
         group=RUN,
         pattern=rf"|{NAME}|(?=.*[/\\]){FOLDER}",
         path=True,
@@ -86,138 +113,98 @@ class Settings(Machine):
     )
     run_name: str = setting(
         "",
-        "Name of the run's folder; empty names it after what it is",
+        "Name of the run's folder; if empty, made from the settings",
         group=RUN,
         pattern=rf"|{NAME}",
         allowed=f"empty or {NAMED}",
-        identity=False,
+        **NO_RESULT,
     )
-    fresh: bool = setting(
-        False, "Move an existing run of the same name aside and train again", group=RUN, identity=False
-    )
+    fresh: bool = setting(False, "Move an existing run of the same name aside and train again", group=RUN, **NO_RESULT)
 
     dataset: str = setting(
         "shakespeare",
-        "The text to learn: shakespeare, folio, milton, tinyshakespeare, or the path of a .txt file",
-        adapt="folio",
+        "Training text: shakespeare, folio, milton, tinyshakespeare, or the path of a .txt file",
         group=DATA,
-        pattern=FOLDER,
-        path=True,
-        allowed="the name of a corpus or a path",
+        **A_FOLDER | {"allowed": "the name of a corpus or a path"},
     )
     tokenizer: str = setting(
-        "char", "What a token is: a character, or a piece of a word", group=DATA, choices=("char", "bpe", "gpt2")
+        "char",
+        "Tokenizer: characters, byte-pair encoding trained on the text, or GPT-2's byte-pair encoding",
+        group=DATA,
+        choices=("char", "bpe", "gpt2"),
     )
-    vocab_size: int = setting(1024, "Number of different tokens, with TOKENIZER=bpe", group=DATA, low=257, high=65535)
+    vocab_size: int = setting(1024, "Vocabulary size of TOKENIZER=bpe", group=DATA, low=257, high=65535)
 
-    n_layer: int = setting(4, "Transformer blocks", test=2, group=MODEL, low=1, high=1000)
+    n_layer: int = setting(4, "Number of transformer blocks", group=MODEL, low=1, high=1000)
     n_head: int = setting(4, "Attention heads in each block", group=MODEL, low=1, high=1000)
-    n_embd: int = setting(128, "Width of the model, a multiple of N_HEAD", test=64, group=MODEL, low=1, high=65536)
-    block_size: int = setting(128, "Longest context, in tokens", test=64, group=MODEL, low=1, high=65536)
-    bias: bool = setting(False, "Give linear layers and layer norms a bias", group=MODEL)
-    dropout: float = setting(
-        0.0, "Share of activations dropped in training", group=MODEL, low=0, high=1, high_open=True
-    )
+    n_embd: int = setting(128, "Embedding width, a multiple of N_HEAD", **A_SIZE)
+    block_size: int = setting(128, "Context length in tokens", **A_SIZE)
+    bias: bool = setting(False, "Biases in linear layers and layer norms", group=MODEL)
+    dropout: float = setting(0.0, "Dropout probability in training", group=MODEL, **A_PROBABILITY)
 
-    lora_rank: int = setting(
-        8,
-        "Rank of the adapters: higher learns more and costs more",
-        vera=64,
-        adalora=12,
-        group=LORA,
-        low=1,
-        high=HIGHEST_RANK,
-    )
+    lora_rank: int = setting(8, "Rank of the adapters; a higher rank learns more and costs more", **A_RANK)
     lora_alpha: float = setting(
         16.0,
-        "Strength of the adapters, which are scaled by LORA_ALPHA / LORA_RANK; vera has none",
+        "LoRA alpha: the adapters' output is scaled by LORA_ALPHA / LORA_RANK; not used by vera",
         group=LORA,
-        low=0,
-        low_open=True,
+        **ABOVE_0,
     )
-    lora_dropout: float = setting(
-        0.0, "Share of the adapters' inputs dropped in training", group=LORA, low=0, high=1, high_open=True
-    )
+    lora_dropout: float = setting(0.0, "Dropout probability of the adapters' inputs", group=LORA, **A_PROBABILITY)
     lora_targets: str = setting(
         "all",
-        "Linear layers that get an adapter: minimal, standard, all, or module names with commas between them",
+        "Linear layers that get an adapter: minimal, standard, all, or module names separated by commas",
         group=LORA,
         pattern=MODULES,
-        allowed="minimal, standard, all, or module names with commas between them",
+        allowed="minimal, standard, all, or module names separated by commas",
     )
     lora_variant: str = setting(
         "lora",
-        "Kind of adapter; rslora scales by the root of the rank, dora trains the length of each row apart, vera "
-        "trains two vectors a layer, adalora moves ranks to where they matter",
+        "Kind of adapter: rslora scales by alpha / sqrt(rank), dora also trains the norm of each weight row, vera "
+        "trains two vectors per layer, adalora moves rank to the layers that need it",
         group=LORA,
         choices=("lora", "rslora", "dora", "vera", "adalora"),
     )
     lora_target_rank: int | None = setting(
-        None,
-        "Mean rank of the modules that adalora ends with; none is two thirds of LORA_RANK",
-        group=LORA,
-        low=1,
-        high=HIGHEST_RANK,
+        None, "Mean rank per layer that adalora ends with; none is two thirds of LORA_RANK", **A_RANK
     )
     lora_bias: str = setting(
-        "none", "Which biases are trained beside the adapters", group=LORA, choices=("none", "all", "lora_only")
+        "none", "Which biases are trained with the adapters", group=LORA, choices=("none", "all", "lora_only")
     )
     lora_plus_ratio: float = setting(
         4.0,
-        "How many times faster than all else learns what starts at zero, as B does (LoRA+); 1 is plain LoRA",
+        "LoRA+: how many times higher the learning rate of B is than the rest; 1 is plain LoRA",
         group=LORA,
-        low=0,
-        low_open=True,
         high=1000,
+        **ABOVE_0,
     )
-    lora_train_embeddings: bool = setting(True, "Train the embeddings beside the adapters", group=LORA)
+    lora_train_embeddings: bool = setting(True, "Train the embeddings with the adapters", group=LORA)
 
-    batch_size: int = setting(16, "Sequences in a batch", group=TRAINING, low=1, high=10**6)
-    gradient_accumulation_steps: int = setting(
-        1, "Batches that make up one training step", group=TRAINING, low=1, high=10**6
-    )
-    max_iters: int = setting(
-        2400, "Training steps", adapt=500, test=60, test_lora=40, group=TRAINING, low=1, high=10**9
-    )
-    learning_rate: float = setting(
-        5e-3,
-        "Highest learning rate",
-        adapt=2e-3,
-        lora=4e-3,
-        rslora=2e-3,
-        vera=16e-3,
-        adalora=8e-3,
-        test=8e-3,
-        group=TRAINING,
-        low=0,
-        low_open=True,
-    )
-    min_lr: float = setting(0.0, "Learning rate at the end of the cosine", group=TRAINING, low=0)
+    batch_size: int = setting(16, "Sequences per batch", group=TRAINING, low=1, high=10**6)
+    gradient_accumulation_steps: int = setting(1, "Batches per training step", group=TRAINING, low=1, high=10**6)
+    max_iters: int = setting(2400, "Training steps", group=TRAINING, **STEPS)
+    learning_rate: float = setting(5e-3, "Peak learning rate", group=TRAINING, **ABOVE_0)
+    min_lr: float = setting(0.0, "Learning rate at the end of the cosine schedule", group=TRAINING, low=0)
     warmup_iters: int = setting(
         100,
-        "Steps over which the learning rate rises, by default at most a fifth of MAX_ITERS",
-        adapt=20,
-        test=5,
+        "Steps of linear learning-rate warm-up; the default is at most a fifth of MAX_ITERS",
         group=TRAINING,
         low=0,
         high=10**9,
     )
-    weight_decay: float = setting(0.1, "AdamW's pull of the weights towards zero", lora=0.0, group=TRAINING, low=0)
-    beta1: float = setting(0.9, "AdamW's memory of the gradient", group=TRAINING, low=0, high=1, high_open=True)
-    beta2: float = setting(
-        0.99, "AdamW's memory of the squared gradient", group=TRAINING, low=0, high=1, high_open=True
-    )
-    grad_clip: float = setting(1.0, "Longest gradient that is not shortened; 0 is off", group=TRAINING, low=0)
+    weight_decay: float = setting(0.1, "AdamW weight decay", group=TRAINING, low=0)
+    beta1: float = setting(0.9, "AdamW beta1", group=TRAINING, **A_PROBABILITY)
+    beta2: float = setting(0.99, "AdamW beta2", group=TRAINING, **A_PROBABILITY)
+    grad_clip: float = setting(1.0, "Gradient-clipping norm; 0 turns clipping off", group=TRAINING, low=0)
 
-    eval_interval: int = setting(400, "Steps between evaluations", adapt=100, test=20, group=SAVING, low=1, high=10**9)
-    eval_iters: int = setting(40, "Batches of held-out text in an evaluation", group=SAVING, low=1, high=10**9)
+    eval_interval: int = setting(400, "Steps between evaluations", group=SAVING, **STEPS)
+    eval_iters: int = setting(40, "Validation batches per evaluation", group=SAVING, **STEPS)
     patience: int = setting(
-        0, "Stop after this many evaluations without improvement; 0 is off", group=SAVING, low=0, high=10**9
+        0, "Stop after this many evaluations without improvement; 0 never stops early", group=SAVING, low=0, high=10**9
     )
-    save_interval: int = setting(
-        400, "Steps between checkpoints", adapt=100, test=20, group=SAVING, low=1, high=10**9, identity=False
+    save_interval: int = setting(400, "Steps between checkpoints", group=SAVING, **STEPS, **NO_RESULT)
+    keep_checkpoints: int = setting(
+        2, "How many of the newest checkpoints are kept", group=SAVING, low=1, high=10**6, **NO_RESULT
     )
-    keep_checkpoints: int = setting(2, "How many checkpoints are kept", group=SAVING, low=1, high=10**6, identity=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,11 +224,12 @@ class Settings(Machine):
         return self.use_lora or bool(self.base)
 
     @classmethod
-    def modes(cls, values: Mapping[str, Any]) -> Collection[str]:
-        """Which other defaults hold: see `setting` and `MODES`."""
+    def active(cls, values: Mapping[str, Any]) -> set[str]:
+        """Which presets hold."""
         lora, test = values["use_lora"], values["test_mode"]
-        active = {"adapt": lora or values["base"], "lora": lora, "test": test, "test_lora": test and lora}
-        return [*(mode for mode, holds in active.items() if holds), *([values["lora_variant"]] if lora else [])]
+        holds = {"from a base": lora or values["base"], "LoRA": lora, "TEST_MODE": test}
+        holds |= {"TEST_MODE with LoRA": test and lora, values["lora_variant"]: lora}
+        return {label for label, active in holds.items() if active}
 
     @classmethod
     def fitted(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,15 +12,12 @@ import os
 import re
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from runtime.errors import UsageError
 
-# Where a setting has several defaults, the last of these modes that a run is in decides.
-MODES = {"adapt": "from a base", "lora": "LoRA", "test": "TEST_MODE", "test_lora": "TEST_MODE with LoRA"}
-MODES |= {"rslora": "rslora", "vera": "vera", "adalora": "adalora", "variants": "--variants"}
 BOOLEANS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
 WHOLE = re.compile(r"[+-]?[0-9]{1,18}")  # int() also takes "1_0" and Arabic digits, and fails on 5,000 digits
 DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")  # one way to read each: long text is quick
@@ -47,7 +44,7 @@ class Rule:
     `pattern` is a regular expression for text, put into words by `allowed`, and `path=True` a
     folder or file, whose ~ is expanded; `env=False` makes a setting a flag only,
     `required=True` one that must be given, and `place="NAME"` words without a flag, shown as NAME; `identity=False`
-    marks what does not change a run's result; `defaults` holds other defaults by mode.
+    marks what does not change a run's result.
     """
 
     help: str
@@ -64,18 +61,11 @@ class Rule:
     place: str = ""
     required: bool = False
     identity: bool = True
-    defaults: dict[str, Any] = field(default_factory=dict)
 
 
-def setting(
-    default: Any,
-    help: str,
-    **rule: Any,
-) -> Any:
-    """A dataclass field that is a setting; `rule` takes the fields of `Rule`, of which `group` is required, and other
-    defaults by `MODES`."""
-    defaults = {mode: rule.pop(mode) for mode in MODES if mode in rule}
-    return field(default=default, metadata={"rule": Rule(help=help, defaults=defaults, **rule)})
+def setting(default: Any, help: str, **rule: Any) -> Any:
+    """A dataclass field that is a setting; `rule` takes the fields of `Rule`, of which `group` is required."""
+    return field(default=default, metadata={"rule": Rule(help=help, **rule)})
 
 
 @dataclass(frozen=True)
@@ -86,6 +76,7 @@ class Setting:
     kind: type
     optional: bool
     default: Any
+    others: dict[str, Any]  # other defaults, by the preset that has them
     rule: Rule
 
     @property
@@ -102,14 +93,6 @@ class Setting:
     def allowed(self) -> str:
         """What a value must be, in words that continue 'must be'."""
         return self._kind_in_words() + (" or none" if self.optional else "")
-
-    def default_in(self, modes: Collection[str]) -> Any:
-        """The default in a run that is in these modes."""
-        value = self.default
-        for mode in MODES:
-            if mode in modes:
-                value = self.rule.defaults.get(mode, value)
-        return value
 
     def parse(self, text: str | tuple[str, ...]) -> Any:
         """The value that a text stands for; ValueError where it is not allowed."""
@@ -180,14 +163,15 @@ def settings_of(cls: type[Table]) -> tuple[Setting, ...]:
     """The rows of a table, its own before those it inherits."""
     hints = typing.get_type_hints(cls)
     own = sorted(dataclasses.fields(cls), key=lambda item: item.name not in cls.__annotations__)
-    return tuple(_setting(item, hints[item.name]) for item in own)
+    return tuple(_setting(cls, item, hints[item.name]) for item in own)
 
 
-def _setting(item: dataclasses.Field, hint: Any) -> Setting:
+def _setting(cls: type[Table], item: dataclasses.Field, hint: Any) -> Setting:
     optional = isinstance(hint, types.UnionType)
     if optional:
         (hint,) = (kind for kind in typing.get_args(hint) if kind is not types.NoneType)
-    return Setting(item.name, typing.get_origin(hint) or hint, optional, item.default, item.metadata["rule"])
+    others = {label: preset[item.name] for label, preset in cls.presets.items() if item.name in preset}
+    return Setting(item.name, typing.get_origin(hint) or hint, optional, item.default, others, item.metadata["rule"])
 
 
 def resolve(cls: type[Table], given: Mapping[str, Any]) -> Any:
@@ -196,23 +180,30 @@ def resolve(cls: type[Table], given: Mapping[str, Any]) -> Any:
     unknown = sorted(given.keys() - {row.name for row in rows})
     if unknown:
         raise BadValueError(f"not settings: {', '.join(map(in_words, unknown))}")
-    modes = cls.modes({row.name: row.default for row in rows} | dict(given))
-    values = {row.name: given.get(row.name, row.default_in(modes)) for row in rows}
-    return cls(**cls.fitted(values, given))
+    values = {row.name: row.default for row in rows}
+    active = cls.active(values | dict(given))
+    for label, preset in cls.presets.items():
+        values |= preset if label in active else {}
+    return cls(**cls.fitted(values | dict(given), given))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of settings. However it is made, every value is of its type and within its bounds."""
+    """A table of settings. However it is made, every value is of its type and within its bounds.
+
+    `presets` are groups of other defaults, by their labels; where several hold, the last one decides.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:
         for row in settings_of(type(self)):
             object.__setattr__(self, row.name, row.check(getattr(self, row.name)))
 
     @classmethod
-    def modes(cls, values: Mapping[str, Any]) -> Collection[str]:
-        """Which of `MODES` a run with these values is in."""
-        return ()
+    def active(cls, values: Mapping[str, Any]) -> set[str]:
+        """The labels of the presets that hold beside these values."""
+        return set()
 
     @classmethod
     def fitted(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 
 from runtime.errors import UserError
-from runtime.fields import MODES, Setting, Table, in_words, settings_of
+from runtime.fields import Setting, Table, in_words, settings_of
 
 BEGIN, END = "<!-- settings -->", "<!-- /settings -->"
 PRECEDENCE = "a flag wins over an environment variable, that over a line in .env, and that over the default."
@@ -71,12 +71,11 @@ def explained(row: Setting) -> str:
 
 
 def _defaults(row: Setting) -> str:
-    """The default and those of other modes, as in `1500 (LoRA 500, TEST_MODE 60)`."""
+    """The default and those of presets, as in `1500 (LoRA 500, TEST_MODE 60)`."""
     others = other_defaults(row)
     return (in_words(row.default) or "empty") + (f" ({others})" if others else "")
 
 
 def other_defaults(row: Setting) -> str:
-    """The defaults of other modes, as in `LoRA 500, TEST_MODE 60`."""
-    others = {MODES[mode]: row.rule.defaults[mode] for mode in MODES if mode in row.rule.defaults}
-    return ", ".join(f"{label} {in_words(value)}" for label, value in others.items())
+    """The defaults of presets, as in `LoRA 500, TEST_MODE 60`."""
+    return ", ".join(f"{label} {in_words(value)}" for label, value in row.others.items())

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.config import Settings
+from runtime.config import PRESETS, Settings
 from runtime.errors import UsageError, UserError
 from runtime.fields import resolve, settings_of
 from runtime.listing import env_example, readme_table, rewrite, with_settings
@@ -41,10 +41,10 @@ def refused(**environ: str) -> str:
 
 def expected_default(row, lora: bool, base: bool, test: bool):
     """The documented precedence, said a second way: the most special default that applies."""
-    others = row.rule.defaults
-    for applies, mode in ((test and lora, "test_lora"), (test, "test"), (lora, "lora"), (lora or base, "adapt")):
-        if applies and mode in others:
-            return others[mode]
+    labels = (test and lora, "TEST_MODE with LoRA"), (test, "TEST_MODE"), (lora, "LoRA"), (lora or base, "from a base")
+    for applies, label in labels:
+        if applies and row.name in PRESETS[label]:
+            return PRESETS[label][row.name]
     return row.default
 
 
@@ -64,8 +64,9 @@ def test_a_given_value_wins_over_every_mode():
 
 def test_defaults_are_allowed_and_of_their_type():
     for row in ROWS:
-        for value in (row.default, *row.rule.defaults.values()):
+        for value in (row.default, *row.others.values()):
             assert row.check(value) is value
+    assert {name for preset in PRESETS.values() for name in preset} <= {row.name for row in ROWS}
 
 
 # --- bounds and cross-checks ----------------------------------------------------------------------------------------
@@ -313,9 +314,9 @@ def test_the_readme_table_shows_all_defaults_and_one_row_a_setting():
     assert all(line.replace("\\|", "").count("|") == 4 for line in lines)
     assert sum(line.startswith("| `") for line in lines) == len(ROWS)
     row = next(row for row in ROWS if row.name == "max_iters")
-    others = row.rule.defaults
-    shown = f"{row.default} (from a base {others['adapt']}, TEST_MODE {others['test']}, TEST_MODE with LoRA "
-    assert f"| `MAX_ITERS` | {shown}{others['test_lora']}) |" in readme_table(Settings)
+    base, test, both = (row.others[label] for label in ("from a base", "TEST_MODE", "TEST_MODE with LoRA"))
+    shown = f"{row.default} (from a base {base}, TEST_MODE {test}, TEST_MODE with LoRA {both})"
+    assert f"| `MAX_ITERS` | {shown} |" in readme_table(Settings)
 
 
 def test_rewriting_keeps_the_rest_of_the_readme(tmp_path):
