@@ -16,6 +16,7 @@ python adapters.py COMMAND --help tells what each takes.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -289,7 +290,7 @@ COMMANDS: dict[str, type[Command]] = {
 def main() -> None:
     """Run the command."""
     word = subcommand(sys.argv[1:], COMMANDS, __doc__)
-    from_command_line(COMMANDS[word], COMMANDS[word].__doc__, word).settings.run()
+    from_command_line(COMMANDS[word], inspect.getdoc(COMMANDS[word]), word).settings.run()
 
 
 if __name__ == "__main__":
