@@ -6,12 +6,13 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from data.tokenizers import load_tokenizer
 from jobs.job import TOKENIZER
 from models.files import WEIGHTS
 from runtime import storage
-from runtime.checkpoint import Run, RunLock, unpack
+from runtime.checkpoint import Run, RunLock, open_run, unpack
 from runtime.encoding import fingerprint
 from runtime.errors import UserError
 
@@ -46,14 +47,16 @@ class Family:
         return base["run"] if base["run"] in names else names[0] if names else None
 
     def trained_on(self, base: Run | None) -> list[Run]:
-        """The runs that were trained on this one; without one, those that were trained on none, or need none."""
+        """The runs that were trained on this one; without one, those on none and on one in another folder."""
         if base is None:
-            return [run for run in self.runs if run.kind != "lora" and self.base_of(run) is None]
+            orphans = self.orphans()
+            return [run for run in self.runs if self.base_of(run) is None and run not in orphans]
         return [run for run in self.runs if self.base_of(run) == base.name]
 
     def orphans(self) -> list[Run]:
-        """The adapters whose base is not here: nothing can be done with them."""
-        return [run for run in self.runs if run.kind == "lora" and self.base_of(run) is None]
+        """The adapters whose base is neither here nor where it was: nothing can be done with them."""
+        alone = [run for run in self.runs if run.kind == "lora" and self.base_of(run) is None]
+        return [run for run in alone if not (path := run.about["base"].get("path")) or open_run(Path(path)) is None]
 
 
 def orphaned_by(removed: Sequence[Run], runs: Sequence[Run]) -> list[Run]:

@@ -183,6 +183,11 @@ def test_adapters_without_their_base_are_listed_as_such(root, monkeypatch, capsy
     out = call(monkeypatch, capsys, adapters, "list")[1]
     assert re.search(r"^\(missing base: base-bias\)\n  lora-bias ", out, re.M) and "missing base: base)" not in out
     (root / "base").rename(root / "renamed")
+    path = root / "lora-bias/run.json"
+    about = read_sealed_json(path.read_bytes(), str(path))
+    about["base"]["path"] = str(RUNS / "base-bias")
+    path.write_bytes(to_sealed_json({key: value for key, value in about.items() if key != "sha256"}))
+    assert "missing base" not in call(monkeypatch, capsys, adapters, "list")[1]
     out = call(monkeypatch, capsys, adapters, "list")[1]
     assert "missing base: base)" not in out and re.search(r"^renamed .*\n  adalora ", out, re.M)
 
