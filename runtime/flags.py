@@ -28,19 +28,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message.removeprefix('argument ')}; --help lists all flags")
 
 
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    columns = min(100, shutil.get_terminal_size().columns)
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=columns)
-
-
 def make_parser(cls: type[Table], prog: str, description: str) -> Parser:
     """A parser that leaves every value as text, and absent what was not given."""
+    columns = min(100, shutil.get_terminal_size().columns)
+    places = [f"{row.flag}{' ...' * (row.kind is tuple)}" for row in settings_of(cls) if row.rule.place]
     parser = Parser(
         prog=prog,
-        usage=" ".join([prog, *_places(cls), "[--setting value ...]"]),
+        usage=" ".join([prog, *places, "[--setting value ...]"]),
         description=description,
         epilog=textwrap.fill(f"Where a setting is given twice, {PRECEDENCE}", 100),
-        formatter_class=_formatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=columns),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -49,10 +46,6 @@ def make_parser(cls: type[Table], prog: str, description: str) -> Parser:
         for row in rows:
             _add_flag(group, row)
     return parser
-
-
-def _places(cls: type[Table]) -> list[str]:
-    return [f"{row.flag}{' ...' if row.kind is tuple else ''}" for row in settings_of(cls) if row.rule.place]
 
 
 def _add_flag(group: argparse._ArgumentGroup, row: Setting) -> None:

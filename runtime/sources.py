@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from dotenv.parser import Binding, parse_stream
 from dotenv.variables import Variable, parse_variables
 
+from runtime.console import say
 from runtime.errors import UsageError
 from runtime.fields import ContradictionError, Setting, Table, in_words, resolve, settings_of
 from runtime.flags import read_flags
@@ -52,28 +52,21 @@ def read_settings(
     dotenv = _read_dotenv(Path(dotenv_path), environ, rows)
     _check_names(rows, dotenv, DOTENV)
     _check_names(rows, [name for name in environ if name not in FOREIGN], ENVIRONMENT)
-    given, sources, texts = {}, {}, {}
-    for row in settings_of(cls):
-        found = _find(row, flags, environ, dotenv)
-        if found:
-            given[row.name], sources[row.variable] = _parsed(row, *found), found[1]
-            texts[row.name] = found[0]
+    own = {row.name: row for row in settings_of(cls)}
+    found = {name: hit for name, row in own.items() if (hit := _find(row, flags, environ, dotenv))}
+    given = {name: _parsed(own[name], text, source) for name, (text, source) in found.items()}
     try:
-        return Resolved(resolve(cls, given), sources)
+        return Resolved(resolve(cls, given), {own[name].variable: source for name, (_, source) in found.items()})
     except ContradictionError as error:
-        told = error.values | texts  # as they were written, where they were
-        left, right = (_told(row, told[row.name], sources) for row in _rows(cls, error.left, error.right))
+        written = {name: (value, "default") for name, value in error.values.items()} | found
+        left, right = (_as_written(own[name], *written[name]) for name in (error.left, error.right))
         raise UsageError(f"{left} {error.relation} {right}") from None
 
 
 def describe(resolved: Resolved) -> list[str]:
     """A line for each setting that was given, as in `LORA_RANK=16 (environment)`."""
-    rows = settings_of(type(resolved.settings))
-    return [
-        f"{row.variable}={in_words(getattr(resolved.settings, row.name))} ({resolved.sources[row.variable]})"
-        for row in rows
-        if row.variable in resolved.sources
-    ]
+    values = resolved.settings.as_dict()
+    return [f"{name}={in_words(values[name.lower()])} ({source})" for name, source in resolved.sources.items()]
 
 
 def _find(row: Setting, flags: dict, environ: Mapping[str, str], dotenv: Mapping[str, str]) -> tuple[Any, str] | None:
@@ -90,21 +83,15 @@ def _parsed(row: Setting, text: Any, source: str) -> Any:
     try:
         return row.parse(text)
     except ValueError:
-        raise UsageError(f"{_told(row, text, {row.variable: source})}: must be {row.allowed}") from None
+        raise UsageError(f"{_as_written(row, text, source)}: must be {row.allowed}") from None
 
 
-def _told(row: Setting, value: Any, sources: Mapping[str, str]) -> str:
+def _as_written(row: Setting, value: Any, source: str) -> str:
     """A setting, its value and its source, as a message names them."""
-    source = sources.get(row.variable, "default")
     if source.startswith("flag"):
         return f"{row.flag} {in_words(value) or repr('')} (flag)"
     origin = {ENVIRONMENT: "from the environment", DOTENV: "from .env"}.get(source, source)
     return f"{row.variable}={in_words(value)} ({origin})"
-
-
-def _rows(cls: type[Table], *names: str) -> list[Setting]:
-    rows = {row.name: row for row in settings_of(cls)}
-    return [rows[name] for name in names]
 
 
 # --- .env -----------------------------------------------------------------------------------------------------------
@@ -175,13 +162,12 @@ def _check_names(rows: Mapping[str, Setting], names: Iterable[str], source: str)
     Of the others there, which may be another program's, a warning tells that they are ignored.
     """
     distinctive = [name for name in rows if "_" in name]
-    where = f"in {'the ' * (source == ENVIRONMENT)}{source}"
-    for name in names:
-        near = None if name in rows else near_miss(name, distinctive)
-        hint = suggestion(name, {variable: variable for variable in rows}, near)
-        if is_ours(name, near) and name not in rows:
-            raise UsageError(f"{in_words(name)} ({where}) is not a setting; {hint or '--help lists them all'}")
-        if hint and source == DOTENV:
-            raise UsageError(f"{in_words(name)} ({where}) is not a setting; {hint}")
-        if hint and sys.stderr:
-            print(f"warning: {in_words(name)} ({where}) is not a setting and is ignored; {hint}", file=sys.stderr)
+    shown = {name: name for name in rows}
+    for name in (name for name in names if name not in rows):
+        near = near_miss(name, distinctive)
+        hint = suggestion(name, shown, near)
+        line = f"{in_words(name)} (in {'the ' * (source == ENVIRONMENT)}{source}) is not a setting"
+        if is_ours(name, near) or (hint and source == DOTENV):
+            raise UsageError(f"{line}; {hint or '--help lists them all'}")
+        if hint:
+            say(f"warning: {line} and is ignored; {hint}")

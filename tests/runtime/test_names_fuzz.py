@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from runtime.config import Settings
 from runtime.fields import settings_of
 from runtime.sources import Resolved, read_settings
-from runtime.spelling import CALLED, typing_errors
+from runtime.spelling import CALLED, plain, typing_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLES = [row.variable for row in settings_of(Settings) if row.rule.env]
@@ -33,7 +33,8 @@ DISTINCTIVE = [name for name in VARIABLES if "_" in name]
 
 def typos(names: list[str], alphabet: str) -> list[tuple[str, str]]:
     """Names with one letter dropped, doubled, replaced, or swapped with the next, and the names that are meant."""
-    return [(typo, name) for name in names for typo in dict.fromkeys(misspelt(name, alphabet)) if typo not in names]
+    found = [(typo, name) for name in names for typo in dict.fromkeys(misspelt(name, alphabet)) if typo not in names]
+    return [(typo, name) for typo, name in found if plain(typo).strip("_") not in CALLED]
 
 
 def misspelt(name: str, alphabet: str) -> Iterator[str]:
