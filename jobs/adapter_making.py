@@ -18,7 +18,7 @@ from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime import storage
 from runtime.batch import Batch
-from runtime.checkpoint import Run, fingerprint
+from runtime.checkpoint import Run
 from runtime.errors import UserError
 
 TOLERANCE = 1e-4  # of the largest logit: sums in another order differ by less than a tenth of it in fp32
@@ -39,8 +39,8 @@ def merge_run(adapted: Adapted, folder: Path, windows: list[Batch]) -> tuple[Run
     check_free(folder)
     model, adapter, base = adapted.base.model, adapted.adapter, adapted.base
     texts, origin = texts_of(adapted.run), {"how": "merge", "adapter": adapted.run.name, "sha256": adapter.sha256}
-    about = metadata_of_made("full", base, adapter, texts, origin)
-    adapter.put_on(model)
+    about = metadata_of_made(folder.parent, "full", base, adapter, texts, origin)
+    adapter.put_on(model, base_sha256=base.sha256)
     expected = _logits(model, windows)
     merge(model)
     files = model_files.to_files(model) | {TOKENIZER: base.tokenizer.dumps()}
@@ -73,9 +73,9 @@ def combine_runs(parts: list[Adapted], weights: list[float], method: str, rank: 
     notes = {"combined": f"{told}, by {method}", "trained on": ", ".join(texts) or "not known"}
     if method == "svd":
         notes["relative error of svd"] = f"{made.error:.3g}"
-    facts = made.adapter.facts | {"base": base.run.name, "base_sha256": fingerprint(base.tensors)}
+    facts = made.adapter.facts | {"base": base.run.name, "base_sha256": base.sha256}
     files = adapter_files.to_files(replace(made.adapter, facts=facts), notes)
-    publish(folder, metadata_of_made("lora", base, made.adapter, texts, origin), files, {})
+    publish(folder, metadata_of_made(folder.parent, "lora", base, made.adapter, texts, origin), files, {})
     return made
 
 
@@ -89,12 +89,12 @@ def import_folder(source: Path, base: Base, folder: Path) -> Adapter:
     adapter = adapter_files.load_adapter(source)
     if problems := base.problems(adapter):
         raise UserError(f"{source} does not fit {base.run.name}: {cut_short(problems)}")
-    facts = {"base": base.run.name, "base_sha256": fingerprint(base.tensors)}
+    facts = {"base": base.run.name, "base_sha256": base.sha256}
     adapter = replace(adapter, facts=adapter.facts | facts | {"tokenizer_sha256": base.tokenizer.sha256})
     texts = [text for text in (adapter.facts.get("dataset"),) if text in CORPORA]
     origin = {"how": "import", "sha256": adapter.sha256}
     files = adapter_files.to_files(adapter, {"imported": "from an adapter folder"})
-    publish(folder, metadata_of_made("lora", base, adapter, texts, origin), files, {})
+    publish(folder, metadata_of_made(folder.parent, "lora", base, adapter, texts, origin), files, {})
     return adapter
 
 

@@ -7,49 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from data.corpora import Corpus, load_corpus
 from data.text import tokens_of, validation_windows
-from data.tokenizers import Tokenizer
-from jobs.job import IN_CONFIG, TEST_CHARACTERS, load_trained, run_metadata
+from jobs.base import Base, base_of, reference
+from jobs.job import IN_CONFIG, TEST_CHARACTERS, run_metadata
 from lora import files as adapter_files
 from lora.adapter import Adapter, cut_short
-from lora.attach import base_tensors
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime import storage
 from runtime.batch import Batch
-from runtime.checkpoint import PRODUCTS, Run, all_runs, find_run, open_run, suggest
-from runtime.encoding import fingerprint, to_sealed_json
+from runtime.checkpoint import PRODUCTS, Run, all_runs, open_run, suggest
+from runtime.encoding import to_sealed_json
 from runtime.errors import UsageError, UserError
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base run with its model, on the CPU and without adapters, and its tokenizer."""
-
-    run: Run
-    model: BigramLanguageModelLoRA
-    tokenizer: Tokenizer
-
-    @classmethod
-    def open(cls, root: Path, name: str) -> Base:
-        """The base of that name. Raises UsageError where there is none, UserError where it is damaged."""
-        run = find_run(root, name)
-        if run.kind == "lora":
-            raise UsageError(f"{name} is a LoRA run; name the base it was trained on: {base_name(run)}")
-        return cls(run, *load_trained(run))
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Its weights by name."""
-        return {name: tensor.detach() for name, tensor in base_tensors(self.model).items()}
-
-    def problems(self, adapter: Adapter) -> list[str]:
-        """Every way in which an adapter does not fit this base, its tokenizer included."""
-        told, own = adapter.facts.get("tokenizer_sha256", self.tokenizer.sha256), self.tokenizer.sha256
-        wrong = [] if told == own else [f"its tokenizer is {told[:12]}, and that of {self.run.name} is {own[:12]}"]
-        return wrong + adapter.problems(self.model)
 
 
 @dataclass(frozen=True)
@@ -87,10 +55,10 @@ def open_adapters(root: Path, names: tuple[str, ...]) -> list[Adapted]:
     Raises UsageError for a name that is none, UserError that tells everything that does not fit.
     """
     runs = [find_adapter(root, name) for name in names]
-    if len(bases := {base_name(run) for run in runs}) > 1:
+    if len(bases := {run.about["base"].get("sha256", base_name(run)) for run in runs}) > 1:
         told = ", ".join(f"{run.name} of {base_name(run)}" for run in runs)
         raise UserError(f"adapters of {len(bases)} bases do not go together: {told}")
-    adapters, base = [read_adapter(run) for run in runs], Base.open(root, bases.pop())
+    adapters, base = [read_adapter(run) for run in runs], base_of(root, runs[0])
     problems = [
         f"{run.name}: {problem}"
         for run, adapter in zip(runs, adapters, strict=True)
@@ -125,7 +93,7 @@ def held_out(name: str, base: Base, data_dir: Path, batches: int) -> list[Batch]
 # --- new runs -----------------------------------------------------------------------------------------------------
 
 
-def metadata_of_made(kind: str, base: Base, adapter: Adapter, texts: list[str], made: dict) -> dict:
+def metadata_of_made(root: Path, kind: str, base: Base, adapter: Adapter, texts: list[str], made: dict) -> dict:
     """What `run.json` says of a run that was made, not trained: `made` tells out of what, and how.
 
     Of settings it has what the adapter is, and none of those that its base was trained with.
@@ -135,7 +103,7 @@ def metadata_of_made(kind: str, base: Base, adapter: Adapter, texts: list[str], 
     settings["dataset"] = texts[0] if texts else ""
     if kind == "lora":
         settings |= {f"lora_{name}": getattr(adapter.config, name) for name in IN_CONFIG}
-    named = {"run": base.run.name, "sha256": fingerprint(base.tensors)}
+    named = reference(base.run, base.sha256, root)
     return run_metadata(kind, settings, base.model.shape, named, base.tokenizer, texts=texts, made=made)
 
 

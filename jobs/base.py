@@ -1,18 +1,106 @@
-"""The base that a run starts from: which one it is, whether it may serve, whether the settings fit it."""
+"""The base that a run starts from: which one it is, where it is found again, whether the settings fit it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.tokenizers import Tokenizer
-from models.bigram_lm_v2_lora import ModelShape
-from runtime.checkpoint import Run, all_runs, find_run
+from torch import Tensor
+
+from data.tokenizers import Tokenizer, load_tokenizer
+from lora.adapter import Adapter
+from lora.attach import base_tensors
+from models import files as model_files
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
+from runtime.checkpoint import Run, all_runs, find_run, open_run
 from runtime.config import SHAPE, Settings
 from runtime.console import say
-from runtime.errors import UsageError
+from runtime.encoding import fingerprint
+from runtime.errors import UsageError, UserError
 from runtime.sources import Resolved
+
+TOKENIZER = "tokenizer.json"
+
+
+def load_trained(run: Run, dropout: float = 0.0) -> tuple[BigramLanguageModelLoRA, Tokenizer]:
+    """The model and tokenizer of a base or a fully fine-tuned run. Raises UserError where files are damaged."""
+    files = run.read()
+    if TOKENIZER not in files:
+        raise UserError(f"{run.product}: {TOKENIZER} is missing")
+    return model_files.from_files(files, str(run.product), dropout), load_tokenizer(files[TOKENIZER])
+
+
+@dataclass(frozen=True)
+class Base:
+    """An opened base: its run, its model, on the CPU and without adapters, its tokenizer, its weights' fingerprint."""
+
+    run: Run
+    model: BigramLanguageModelLoRA
+    tokenizer: Tokenizer
+    sha256: str
+
+    @classmethod
+    def open(cls, root: Path, name: str) -> Base:
+        """The base of that name. Raises UsageError where there is none, UserError where it is damaged."""
+        return cls.of(find_run(root, name))
+
+    @classmethod
+    def of(cls, run: Run) -> Base:
+        """A run as a base. Raises UsageError where it is an adapter, UserError where it is damaged."""
+        if run.kind == "lora":
+            named = run.about["base"]["run"]
+            raise UsageError(f"{run.name} is a LoRA run; name the base it was trained on: {named}")
+        model, tokenizer = load_trained(run)
+        return cls(run, model, tokenizer, fingerprint(base_tensors(model)))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights by name."""
+        return {name: tensor.detach() for name, tensor in base_tensors(self.model).items()}
+
+    def problems(self, adapter: Adapter) -> list[str]:
+        """Every way in which an adapter does not fit this base, its tokenizer included."""
+        told, own = adapter.facts.get("tokenizer_sha256", self.tokenizer.sha256), self.tokenizer.sha256
+        wrong = [] if told == own else [f"its tokenizer is {told[:12]}, and that of {self.run.name} is {own[:12]}"]
+        return wrong + adapter.problems(self.model, self.sha256)
+
+
+def reference(base: Run, sha256: str, root: Path) -> dict[str, str]:
+    """What the `run.json` of a run in `root` says of its base: enough to find it again, also where it is elsewhere."""
+    folder = base.folder.resolve()
+    return {"run": base.name, "sha256": sha256} | ({} if folder.parent == root.resolve() else {"path": str(folder)})
+
+
+def base_of(root: Path, run: Run) -> Base:
+    """The base that an adapter was trained on: by its name, by its path, else the run with its fingerprint.
+
+    Where it is not under its name, stderr tells where it is. Raises UserError where it is nowhere.
+    """
+    said, opened, error = run.about["base"], None, None
+    places = [root / said["run"], run.folder.parent / said["run"], *([Path(said["path"])] if "path" in said else [])]
+    named = len(places)
+    for folder in {run.folder.parent: None, root: None}:
+        places += [other.folder for other in all_runs(folder, warn=False) if other.kind != "lora" and other.finished]
+    for i, folder in enumerate(places):
+        try:
+            base = Base.of(there) if folder not in places[:i] and (there := open_run(folder)) else None
+        except UserError as problem:
+            error = error or problem
+            continue
+        if base and said.get("sha256", base.sha256) == base.sha256:
+            if i >= named:
+                say(f"{said['run']}, the base of {run.name}, is now {base.run.folder}, which has its weights")
+            return base
+        opened = opened or base  # under its name, with other weights
+    if opened and not error:
+        raise UserError(
+            f"{run.name}: it was trained on {said['run']} with weights {said['sha256'][:12]}, not "
+            f"{opened.sha256[:12]}, and no other run in {root} has them"
+        )
+    raise error or UserError(
+        f"the base of {run.name} is gone: there is no {said['run']} in {root}, and no other run there has its weights"
+    )
 
 
 def find_base(settings: Settings, given: Collection[str] = ()) -> Run | None:

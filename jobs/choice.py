@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.adapters import Base, base_name, open_adapters
-from jobs.job import load_trained
+from jobs.adapters import base_name, open_adapters
+from jobs.base import Base, base_of
 from runtime.checkpoint import Run, all_runs, find_run
 from runtime.errors import UsageError, UserError
 from runtime.fields import DECIMAL
@@ -73,17 +73,23 @@ def choose(root: Path, run_name: str, wanted: Strengths | None, others: Iterable
         wanted = {_name_in(root, run): 1.0} if run and run.kind == "lora" else {}
     names = tuple(dict.fromkeys([*wanted, *others]))
     if not names:
-        base = find_run(root, base_name(run)) if run.kind == "lora" else run
-        return Choice(Base(base, *load_trained(base)), {}, {})
+        return Choice(base_of(root, run) if run.kind == "lora" else Base.of(run), {}, {})
     adapted = open_adapters(root, names)
     base = adapted[0].base
-    if run and (other := base_name(run) if run.kind == "lora" else run.name) != base.run.name:
-        on = f"{run.name} is on {other}" if run.kind == "lora" else f"{other} is another model"
+    if run and not _is_on(run, base):
+        on = f"{run.name} is on {base_name(run)}" if run.kind == "lora" else f"{run.name} is another model"
         raise UserError(f"{names[-1]}: it was trained on {base.run.name}, and {on}")
     attached = {name: f"adapter_{i}" for i, name in enumerate(names)}
     for name, item in zip(names, adapted, strict=True):
-        item.adapter.put_on(base.model, attached[name])
+        item.adapter.put_on(base.model, attached[name], base.sha256)
     return Choice(base, attached, wanted)
+
+
+def _is_on(run: Run, base: Base) -> bool:
+    """Whether a run is this base, or an adapter of it."""
+    if run.kind == "lora":
+        return run.about["base"].get("sha256", base.sha256) == base.sha256
+    return run.folder.resolve() == base.run.folder.resolve()
 
 
 def _newest(root: Path) -> Run:

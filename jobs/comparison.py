@@ -81,7 +81,7 @@ class Method:
 
 def make_method(label: str, given: dict[str, Any], machine: Machine, base: Run) -> Method:
     """A method with these settings beside their defaults, ready for its first step."""
-    settings = Settings.from_dict(given | {"base": base.name})
+    settings = Settings.from_dict(given | {"base": str(base.folder.resolve())})
     job = prepare(Resolved(settings, {}), machine, base)
     return Method(label, job, job.stepper())
 

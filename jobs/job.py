@@ -13,8 +13,8 @@ import torch
 
 from data.corpora import Corpus, load_corpus
 from data.text import TextBatches, tokens_of, validation_windows
-from data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
-from jobs.base import check_shape
+from data.tokenizers import Tokenizer, build_tokenizer
+from jobs.base import TOKENIZER, check_shape, load_trained, reference
 from lora import files as adapter_files
 from lora.adapter import Adapter
 from lora.attach import attach, base_tensors, detach
@@ -33,7 +33,6 @@ from runtime.fields import settings_of
 from runtime.sources import Resolved
 from runtime.steps import Schedule, Stepper, evaluate
 
-TOKENIZER = "tokenizer.json"
 IN_CONFIG = ("rank", "alpha", "dropout", "targets", "variant", "bias", "train_embeddings", "target_rank")  # of LORA_*
 TEST_CHARACTERS = (300_000, 30_000)  # of training and held-out text that a TEST_MODE run sees
 
@@ -99,7 +98,8 @@ class Job:
 
     def about(self) -> dict:
         """What `run.json` says: enough to know the run again, and to tell how it came about."""
-        base = {"run": self.base.name, "sha256": self.base_sha256} if self.base else None
+        root = Path(self.settings.checkpoints_dir)
+        base = reference(self.base, self.base_sha256, root) if self.base else None
         dataset = {"name": self.corpus.name, "sha256": self.corpus.sha256}
         settings = self.settings.as_dict()
         about = run_metadata(self.kind, settings, self.model.shape, base, self.tokenizer, dataset=dataset)
@@ -123,7 +123,7 @@ class Job:
         """Put a saved product back into the model, which then has done with training."""
         if self.kind == "lora":
             detach(self.model, "default")
-            adapter_files.from_files(files, where).put_on(self.model)
+            adapter_files.from_files(files, where).put_on(self.model, base_sha256=self.base_sha256)
         else:
             model_files.load_weights(self.model, files, where)
         self.model.requires_grad_(False)
@@ -157,14 +157,6 @@ def identity(about: dict) -> str:
     except (KeyError, TypeError, AttributeError, IndexError, UserError):
         return about["identity"]
     return identity_of({"kind": about["kind"], "settings": read, "dtype": dtype, "data": data})
-
-
-def load_trained(run: Run, dropout: float = 0.0) -> tuple[BigramLanguageModelLoRA, Tokenizer]:
-    """The model and tokenizer of a base or a fully fine-tuned run. Raises UserError where files are damaged."""
-    files = run.read()
-    if TOKENIZER not in files:
-        raise UserError(f"{run.product}: {TOKENIZER} is missing")
-    return model_files.from_files(files, str(run.product), dropout), load_tokenizer(files[TOKENIZER])
 
 
 def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:

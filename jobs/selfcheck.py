@@ -120,7 +120,7 @@ def check_losses(job: Job, fresh: BigramLanguageModelLoRA, adapter: Adapter) -> 
         without = evaluate(job.model, few, job.machine)
     if not math.isclose(without, expected := evaluate(fresh, few, job.machine), rel_tol=SAME):
         raise UserError(f"without its adapter the model has loss {without:.6f}, and its base {expected:.6f}")
-    adapter.put_on(fresh)
+    adapter.put_on(fresh, base_sha256=job.base_sha256)
     for path, tensors in adapter.tensors.items():
         job.model.get_submodule(path).lora["default"].take_back(tensors)
     loss, expected = (evaluate(model, few, job.machine) for model in (fresh, job.model))

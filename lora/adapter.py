@@ -86,13 +86,14 @@ class Adapter:
         """A fingerprint of all its tensors."""
         return fingerprint(self.named_tensors())
 
-    def put_on(self, model: nn.Module, name: str = "default") -> None:
-        """Attach this adapter to a model that has its base's weights, and activate it.
+    def put_on(self, model: nn.Module, name: str = "default", base_sha256: str = "") -> None:
+        """Attach this adapter to a model that has its base's weights, and activate it. base_sha256: the fingerprint of
+        the model's base, where it is known already.
 
         Raises UserError that names everything that does not fit, the base included, before the model is touched.
         """
         entries = self.fresh_entries(model)
-        if problems := self.mismatches(model, entries):
+        if problems := self.mismatches(model, entries, base_sha256):
             raise UserError(f"the adapter does not fit this model: {cut_short(problems)}")
         with torch.no_grad():
             for path, entry in entries.items():
@@ -105,16 +106,17 @@ class Adapter:
         with torch.random.fork_rng(devices=[]):  # fresh tensors are drawn only to be overwritten
             return make_entries(model, self.config)
 
-    def problems(self, model: nn.Module) -> list[str]:
+    def problems(self, model: nn.Module, base_sha256: str = "") -> list[str]:
         """Every way in which this adapter does not fit the model, targets that match nothing included."""
         try:
-            return self.mismatches(model, self.fresh_entries(model))
+            return self.mismatches(model, self.fresh_entries(model), base_sha256)
         except UsageError as error:
-            return [*self.wrong_base(model), str(error)]
+            return [*self.wrong_base(model, base_sha256), str(error)]
 
-    def wrong_base(self, model: nn.Module) -> list[str]:
+    def wrong_base(self, model: nn.Module, base_sha256: str) -> list[str]:
         """What tells that the model's weights are not those that this adapter was trained on."""
-        if self.facts.get("base_sha256", base := fingerprint(base_tensors(model))) == base:
+        base = base_sha256 or fingerprint(base_tensors(model))
+        if self.facts.get("base_sha256", base) == base:
             return []
         trained_on = self.facts.get("base", "another base")
         return [f"it was trained on {trained_on} with weights {self.facts['base_sha256'][:12]}, not {base[:12]}"]
@@ -127,11 +129,11 @@ class Adapter:
         made = f"those that seed {self.config.seed} makes here are {own[:12]}"
         return [f"its shared projections are {self.facts[SHARED][:12]}, and {made}: other sizes, or another torch"]
 
-    def mismatches(self, model: nn.Module, entries: dict[str, AdapterTensors]) -> list[str]:
+    def mismatches(self, model: nn.Module, entries: dict[str, AdapterTensors], base_sha256: str) -> list[str]:
         """Every way in which this adapter does not fit the model, in words."""
         wanted = {f"{path}.{key}": p for path, entry in entries.items() for key, p in entry.named_parameters()}
         here = self.named_tensors()
-        problems = self.wrong_base(model) + self.wrong_shared(entries) + differences(wanted, here)
+        problems = self.wrong_base(model, base_sha256) + self.wrong_shared(entries) + differences(wanted, here)
         infinite = (key for key in sorted(wanted.keys() & here.keys()) if not here[key].isfinite().all())
         return problems + [f"{key} has values that are not finite" for key in infinite]
 

@@ -323,8 +323,9 @@ def rewritten(here: Path, name: str, **changes) -> None:
     """A LoRA run like folio, with other facts in its adapter's file or another base in run.json."""
     (source,) = open_adapters(Path("checkpoints"), ("folio",))
     adapter = replace(source.adapter, facts=source.adapter.facts | changes.get("facts", {}))
-    about = metadata_of_made("lora", source.base, adapter, [], {"how": "test"})
-    about["base"]["run"] = changes.get("base", "base")
+    about = metadata_of_made(here / "checkpoints", "lora", source.base, adapter, [], {"how": "test"})
+    if "base" in changes:
+        about["base"] = {"run": changes["base"], "sha256": "e" * 64}
     publish(here / "checkpoints" / name, about, to_files(adapter), {})
 
 

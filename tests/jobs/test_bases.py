@@ -7,13 +7,20 @@ from pathlib import Path
 
 import pytest
 
+import jobs.base
+import lora.adapter
 import training
+from jobs.adapters import open_adapters
 from jobs.base import find_base
 from jobs.choice import choose
+from jobs.comparison import make_method
 from jobs.job import identity
+from runtime import storage
 from runtime.checkpoint import Run, open_run
 from runtime.config import Settings
+from runtime.device import pick_machine
 from runtime.encoding import to_sealed_json
+from runtime.errors import UserError
 from runtime.sources import Resolved
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8}
@@ -141,3 +148,59 @@ def test_a_run_of_test_mode_is_sampled_from_only_where_there_is_no_other(root):
 def test_fresh_on_a_base_tells_whose_base_it_is(root, capsys):
     train(run_name="base", fresh=True, **TINY)
     assert "the base of test-lora-b-r2, which stays usable: its base is then base.old1" in capsys.readouterr().err
+
+
+# --- where a base is found again ------------------------------------------------------------------------------------
+
+
+def opened(root: Path, name: str = "test-lora-b-r2") -> Path:
+    """The folder of the base that an adapter is opened with."""
+    return open_adapters(root, (name,))[0].base.run.folder
+
+
+def test_a_base_in_another_folder_is_found_by_its_path(root):
+    shutil.move(root / "base", "elsewhere/base")
+    run = adapt(base="elsewhere/base", seed=5)
+    assert run.about["base"]["path"] == str(Path("elsewhere/base").resolve())
+    assert opened(root, run.name) == Path("elsewhere/base").resolve()
+    assert choose(root, run.name, {}, ()).base.run.name == "base"
+    with pytest.raises(UserError, match="the base of test-lora-b-r2 is gone: there is no base in checkpoints"):
+        opened(root)
+
+
+@pytest.mark.parametrize("newer", [None, "base-bias"])
+def test_a_base_with_another_name_is_found_by_its_weights_and_told(root, capsys, newer):
+    (root / "base").rename(root / "base.old1")
+    if newer:
+        shutil.copytree(FIXTURES / newer, root / "base")
+    shutil.copytree(FIXTURES / "full", root / "another")
+    assert opened(root) == root / "base.old1"
+    assert "base, the base of test-lora-b-r2, is now checkpoints/base.old1, which has its weights" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_base_with_other_weights_is_refused(root):
+    shutil.rmtree(root / "base")
+    shutil.copytree(FIXTURES / "base-bias", root / "base")
+    with pytest.raises(UserError, match="trained on base with weights [0-9a-f]{12}, not [0-9a-f]{12}, and no other"):
+        opened(root)
+
+
+def test_a_comparison_takes_a_base_of_another_folder(root):
+    shutil.move(root / "base", "elsewhere/base")
+    settings = FAST | {"dataset": "b.txt", "use_lora": True}
+    method = make_method("lora", settings, pick_machine("cpu", "fp32"), open_run(Path("elsewhere/base")))
+    found = find_base(method.job.settings)
+    assert found.folder == Path("elsewhere/base").resolve()
+
+
+def test_a_command_that_opens_an_adapter_reads_and_hashes_its_base_once(root, monkeypatch):
+    hashed, read = [], []
+    for module in (jobs.base, lora.adapter):
+        honest = module.fingerprint
+        monkeypatch.setattr(module, "fingerprint", lambda t, honest=honest: hashed.append(len(t)) or honest(t))
+    honest_read = storage.read_folder
+    monkeypatch.setattr(storage, "read_folder", lambda folder: read.append(folder.parent.name) or honest_read(folder))
+    choose(root, "test-lora-b-r2", None, ())
+    assert len(hashed) == 1 and sorted(read) == ["base", "test-lora-b-r2"]
