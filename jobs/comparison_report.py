@@ -12,7 +12,7 @@ Rows = list[dict[str, Any]]
 
 def over_seeds(runs: list[Rows]) -> Rows:
     """One row a method: medians of what was measured with each seed, the range of its losses, its part of full
-    fine-tuning's time a step; curves and file sizes are those of the first seed."""
+    fine-tuning's time a step; curves and file sizes are those of the first seed. The phases of a step add up to it."""
     ratios = [[row["milliseconds"]["step"] / rows[0]["milliseconds"]["step"] for row in rows] for rows in runs]
     merged = []
     for i, same in enumerate(zip(*runs, strict=True)):
@@ -29,8 +29,15 @@ def _medians(rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
         if isinstance(value, float):
             found[name] = statistics.median(row[name] for row in rows)
         elif name == "milliseconds":
-            found[name] = _medians(tuple(row[name] for row in rows))
+            found[name] = _adding_up(_medians(tuple(row[name] for row in rows)))
     return found
+
+
+def _adding_up(milliseconds: dict[str, float]) -> dict[str, float]:
+    """The phases scaled to add up to the step: medians of the parts do not add up to the median of the whole."""
+    whole = milliseconds["step"]
+    total = sum(milliseconds.values()) - whole
+    return {name: value if name == "step" else value * whole / total for name, value in milliseconds.items()}
 
 
 def table(rows: Rows) -> str:

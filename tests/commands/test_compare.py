@@ -9,6 +9,7 @@ import pytest
 from command_line import run
 
 from compare import Options, lora_settings
+from jobs.comparison_report import over_seeds
 from lora.variants import VARIANTS
 from runtime.config import Settings
 from runtime.fields import resolve
@@ -36,7 +37,7 @@ def test_compare_measures_both_and_says_what_lora_buys(base, tmp_path, data_dir)
     assert full["base_text_loss_before"] == lora["base_text_loss_before"] > 0
     for row in (full, lora):
         phases = sum(row["milliseconds"][phase] for phase in ("forward", "backward", "optimizer"))
-        assert 0.5 < phases / row["milliseconds"]["step"] < 1.5 and row["peak_memory"] > 0
+        assert phases == pytest.approx(row["milliseconds"]["step"], rel=1e-9) and row["peak_memory"] > 0
         assert [point[0] for point in row["curve"]] == [0, 20] and row["file_bytes"] > 1000
     assert lora["file_bytes"] < full["file_bytes"]
     assert saved.with_name("results.png").read_bytes()[1:4] == b"PNG"
@@ -101,3 +102,16 @@ def test_lists_of_numbers_that_make_no_sense_are_refused(tmp_path, data_dir):
         done = run(tmp_path, data_dir, "compare.py", *flags)
         assert done.returncode == 2 and message in done.stderr.upper() or message in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_the_phases_of_a_step_add_up_to_the_figure_of_the_step(seeds):
+    def timed(*times: int) -> dict:
+        times = dict(zip(("step", "forward", "backward", "optimizer"), map(float, times), strict=True))
+        return {"method": "", "milliseconds": times, "loss_at_equal_steps": 1.0}
+
+    runs = [[timed(10, 2, 4, 1), timed(8, 3, 4, 2)], [timed(11, 5, 2, 2), timed(9, 1, 7, 1)]]
+    runs.append([timed(30, 9, 9, 9), timed(7, 2, 2, 6)])
+    for row in over_seeds(runs[:seeds]):
+        step, *phases = row["milliseconds"].values()
+        assert sum(phases) == pytest.approx(step, rel=1e-12) and min(phases) > 0
