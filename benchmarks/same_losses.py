@@ -92,7 +92,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         there, new, old = (Path(temporary) / name for name in ("checkout", "new", "old"))
         git = ["git", "-C", str(ROOT), "worktree"]
-        subprocess.run([*git, "add", "--quiet", "--detach", str(there), options.revision], check=True)
+        if subprocess.run([*git, "add", "--quiet", "--detach", str(there), options.revision], check=False).returncode:
+            raise UserError(f"git cannot check out revision {options.revision}; its message is above")
         try:
             for name in names:
                 for checkout, folder in ((ROOT, new), (there, old)):
