@@ -104,8 +104,8 @@ class Settings(Machine):
     test_mode: bool = setting(False, "Train a tiny model for a few seconds, to see that everything works", group=RUN)
     base: str = setting(
         "",
-        "The run to start from, by name or folder; if empty, the newest finished base with USE_LORA, and training "
-        "from scratch without",
+        "The run to start from, by name or folder; if empty, with USE_LORA the newest finished base on shakespeare, "
+        "else the newest, and training from scratch without",
         group=RUN,
         pattern=rf"|{NAME}|(?=.*[/\\]){FOLDER}",
         path=True,
