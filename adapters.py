@@ -36,6 +36,7 @@ from runtime.device import pick_machine
 from runtime.errors import UsageError, UserError, run_command
 from runtime.fields import setting
 from runtime.flags import subcommand
+from runtime.start import command_line, install_line
 
 WHAT = "What to do"
 NUMBER = r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18})([eE][+-]?[0-9]{1,2})?"
@@ -58,7 +59,7 @@ def save_picture(folder: Path, name: str, out: str, draw: Callable[[], bytes]) -
     try:
         data = draw()
     except ImportError:
-        say("No picture: matplotlib is not installed; get it with: pip install -r requirements-plots.txt")
+        say(f"No picture: matplotlib is not installed; get it with: {install_line('requirements-plots.txt')}")
         return
     check_free(path)
     storage.write_file(path, data)
@@ -173,7 +174,7 @@ class Merge(Command):
         print(f"{run.product}: {adapted.base.run.name} with {self.name} merged into it")
         told = f"{difference:.1e} of the largest (up to {making.TOLERANCE:g} is rounding)"
         print(f"Verified on held-out text of {Path(text).name}: its logits differ from base and adapter by {told}")
-        print(f"➡️  Next: python generate.py --run {run.name}")
+        print(f"➡️  Next: {command_line('generate.py', '--run', run.name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +209,7 @@ class Combine(Command):
         if self.method == "svd":
             path, worst = max(made.errors.items(), key=lambda item: item[1])
             print(f"Relative error of the change (Frobenius): {made.error:.4f}; most in {path}, {worst:.4f}")
-        print(f"➡️  Next: python generate.py --run {self.out}")
+        print(f"➡️  Next: {command_line('generate.py', '--run', self.out)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +244,7 @@ class Import(Command):
         adapter = making.import_folder(Path(self.folder), Base.open(self.root, self.base), self.root / self.out)
         told = f"rank {adapter_report.ranks_in_words(adapter)} on {len(adapter.targets())} modules"
         print(f"{self.root / self.out}: {self.folder} as an adapter of {self.base}, {told}")
-        print(f"➡️  Next: python generate.py --run {self.out}")
+        print(f"➡️  Next: {command_line('generate.py', '--run', self.out)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ from runtime.errors import UsageError, UserError, run_command
 from runtime.fields import setting, settings_of
 from runtime.metrics import Progress
 from runtime.sources import Resolved
+from runtime.start import command_line, install_line
 from runtime.steps import evaluate
 
 COMPARED = "What to compare"
@@ -142,7 +143,7 @@ def save_picture(file: Path, draw: str, *what: Any) -> None:
     try:
         from jobs import plots
     except ImportError:
-        say("No picture: matplotlib is not installed; get it with: pip install -r requirements-plots.txt")
+        say(f"No picture: matplotlib is not installed; get it with: {install_line('requirements-plots.txt')}")
     else:
         storage.write_file(file, getattr(plots, draw)(*what))
 
@@ -180,7 +181,7 @@ def run_sweep(options: Options, machine: Machine) -> None:
 def run_comparison(given: Resolved, machine: Machine) -> None:
     """Adapt the base with every method and show what each came to."""
     if not (base := find_base(given.settings, [name for name in SHAPE if given.explicit(name)])):
-        raise UserError("there is no trained base to compare on yet; train one with: python training.py")
+        raise UserError(f"there is no trained base to compare on yet; train one with: {command_line('training.py')}")
     runs = []
     for seed in range(given.settings.seed, given.settings.seed + given.settings.seeds):
         methods = make_methods(given, seed, machine, base)

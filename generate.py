@@ -56,7 +56,7 @@ class Options(Machine):
     num_samples: int = setting(1, "Continuations of each prompt", group=WHAT, low=1, high=10_000, env=False)
     max_new_tokens: int = setting(500, "Tokens to add", group=WHAT, low=1, env=False)
     temperature: float = setting(
-        0.8, "Above 1 wilder, below 1 tamer", group=HOW, low=0, low_open=True, high=100, env=False
+        0.8, "Above 1 wilder, below 1 tamer, 0 as --greedy", group=HOW, low=0, high=100, env=False
     )
     top_k: int | None = setting(None, "Choose among this many likeliest tokens", group=HOW, low=1, env=False)
     top_p: float | None = setting(

@@ -8,7 +8,6 @@ TEST_MODE=True python training.py           any of these as a quick run
 
 from __future__ import annotations
 
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +21,14 @@ from jobs.selfcheck import Names, digests, self_check
 from lora.adapter import Adapter
 from lora.attach import using
 from runtime import report, resume
-from runtime.checkpoint import Run, RunLock, claim
+from runtime.checkpoint import Run, RunLock, claim, open_run
 from runtime.config import SHAPE, Settings, from_command_line
 from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import run_command
+from runtime.fields import in_words, settings_of
 from runtime.sources import Resolved, describe
+from runtime.start import command_line
 
 
 def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
@@ -69,6 +70,7 @@ def train(given: Resolved) -> Run:
     if run.finished:
         tell_finished(run)
         return run
+    say_why_another(run, job.plain_name)
     print(report.banner(settings, unread_names(settings)))
     if base:
         print(f"   Base: {base.name}, text: {job.corpus.name}")
@@ -80,9 +82,23 @@ def train(given: Resolved) -> Run:
 
 def tell_finished(run: Run) -> None:
     """Say that there is nothing to do, and how to do it all the same."""
-    flags = shlex.join([*(word for word in sys.argv[1:] if word != "--fresh"), "--fresh"])
     print(f"{run.name} is finished already, with these settings: {run.product}")
-    print(f"➡️  To train it afresh, in the same environment: python training.py {flags}")
+    words = [*(word for word in sys.argv[1:] if word != "--fresh"), "--fresh"]
+    print(f"➡️  To train it afresh, in the same environment: {command_line('training.py', *words)}")
+
+
+def say_why_another(run: Run, plain_name: str) -> None:
+    """Say which settings differ where a run of the plain name has others, and how to train its weights further."""
+    other = open_run(run.folder.with_name(plain_name))
+    if other is None or other.folder == run.folder:
+        return
+    theirs, mine = other.about["settings"], run.about["settings"]
+    rows = [row for row in settings_of(Settings) if row.rule.identity and theirs.get(row.name) != mine[row.name]]
+    differing = ", ".join(f"{row.variable}={in_words(theirs.get(row.name))}" for row in rows) or "another text or base"
+    say(f"{plain_name} was trained with {differing}, so this is another run, {run.name}, which begins anew")
+    if other.kind != "lora" and other.finished and any(row.name == "max_iters" for row in rows):
+        again = command_line("training.py", "--base", plain_name, "--dataset", mine["dataset"])
+        say(f"(its learning rate has fallen to MIN_LR by then; to train its weights further: {again})")
 
 
 def main() -> None:

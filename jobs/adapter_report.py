@@ -16,6 +16,7 @@ from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime import report
 from runtime.checkpoint import Run, all_runs
 from runtime.errors import UserError
+from runtime.start import command_line
 
 HEADS = ("run", "kind", "targets", "text", "tokens", "steps", "loss", "bits", "finished")
 
@@ -60,7 +61,7 @@ def _short(text: str) -> str:
 def list_runs(root: Path) -> str:
     """A table of every run in the folder: below each base what was trained on it, and the newest last."""
     if not (runs := all_runs(root)):
-        raise UserError(f"there is no run in {root} yet; train one with: python training.py")
+        raise UserError(f"there is no run in {root} yet; train one with: {command_line('training.py')}")
     family = Family.of(runs)
     gone = {orphan.about["base"]["run"]: None for orphan in family.orphans()}
     rows = [HEADS, *_rows_below(family, None, 0)]

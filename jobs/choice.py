@@ -12,6 +12,7 @@ from jobs.base import Base, base_of
 from runtime.checkpoint import Run, all_runs, find_run
 from runtime.errors import UsageError, UserError
 from runtime.fields import DECIMAL
+from runtime.start import command_line
 
 NONE = "none"
 Strengths = dict[str, float]  # of adapters that count together, by the names of their runs
@@ -96,7 +97,8 @@ def _newest(root: Path) -> Run:
     """The newest finished run, else the newest that has saved something; one of TEST_MODE only where no other has."""
     usable = [run for run in all_runs(root) if not run.aside and (run.finished or run.saved("best"))]
     if not usable:
-        raise UserError(f"there is no run in {root} yet that has saved anything; train one with: python training.py")
+        nothing = f"there is no run in {root} yet that has saved anything"
+        raise UserError(f"{nothing}; train one with: {command_line('training.py')}")
     return sorted(usable, key=lambda run: (not run.about["settings"]["test_mode"], run.finished))[-1]
 
 

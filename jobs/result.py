@@ -15,6 +15,7 @@ from runtime import report
 from runtime.checkpoint import Run
 from runtime.console import say
 from runtime.errors import UserError
+from runtime.start import command_line
 
 SAMPLE_CHARACTERS, TEST_SAMPLE_CHARACTERS = 1_000, 300
 
@@ -88,5 +89,8 @@ def base_words(job: Job) -> set[str]:
 
 def tell_next(job: Job, run: Run) -> None:
     """The command to try after this run."""
-    adapt = f"python training.py --use-lora{' --test-mode' if job.settings.test_mode else ''}"
-    print(f"➡️  Next: {adapt if job.kind == 'base' else f'python generate.py --run {run.name}'}", flush=True)
+    if job.kind == "base":
+        line = command_line("training.py", "--use-lora", *(["--test-mode"] if job.settings.test_mode else []))
+    else:
+        line = command_line("generate.py", "--run", run.name)
+    print(f"➡️  Next: {line}", flush=True)

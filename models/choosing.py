@@ -16,7 +16,7 @@ Generators = torch.Generator | Sequence[torch.Generator]  # one for all rows, or
 class Sampling:
     """How the next token is chosen from its logits.
 
-    temperature: above 0, divides the logits. top_k: keep the k likeliest. top_p: keep the likeliest that together
+    temperature: divides the logits; 0 is greedy. top_k: keep the k likeliest. top_p: keep the likeliest that together
     reach this probability (Holtzman et al. 2019, arXiv 1904.09751). repetition_penalty: above 0; logits of tokens in
     the window are divided (where positive) or multiplied by it (Keskar et al. 2019, arXiv 1909.05858).
     greedy: the likeliest token, always.
@@ -32,7 +32,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         rules = {
-            f"temperature={self.temperature}: must be above 0; greedy=True is its limit": self.temperature > 0,
+            f"temperature={self.temperature}: must be at least 0": self.temperature >= 0,
             f"top_k={self.top_k}: must be at least 1": self.top_k is None or self.top_k >= 1,
             f"top_p={self.top_p}: must be above 0": self.top_p is None or self.top_p > 0,
             f"repetition_penalty={self.repetition_penalty}: must be above 0": self.repetition_penalty > 0,
@@ -71,7 +71,7 @@ def choose(logits_BV: Tensor, seen: Sequence[Sequence[int]], how: Sampling, gene
     logits_BV = logits_BV.float().cpu().clone()
     if how.repetition_penalty != 1:
         _penalise(logits_BV, seen, how.repetition_penalty)
-    if how.greedy:
+    if how.greedy or not how.temperature:
         return logits_BV.argmax(-1).tolist()
     logits_BV /= how.temperature
     if how.top_k is not None and how.top_k < logits_BV.shape[-1]:

@@ -29,6 +29,7 @@ from runtime.encoding import to_json as to_json
 from runtime.encoding import unpack as unpack
 from runtime.errors import UsageError, UserError
 from runtime.lock import RunLock
+from runtime.start import command_line
 
 PRODUCTS = {"base": "model", "full": "model", "lora": "adapter"}
 
@@ -219,7 +220,7 @@ def suggest(name: str, runs: list[Run], what: str) -> str:
     names = [run.name for run in runs]
     near = difflib.get_close_matches(name, names, 1)
     names = [other for other in names if other not in near]
-    more = f", and {len(names) - 3} more: python adapters.py list" if len(names) > 3 else ""
+    more = f", and {len(names) - 3} more: {command_line('adapters.py', 'list')}" if len(names) > 3 else ""
     meant = f"did you mean {near[0]}? " if near else ""
     return f"{meant}{what} there: {', '.join(names[-3:]) or 'none yet'}{more}"
 

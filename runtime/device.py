@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 
 from runtime.errors import UserError
+from runtime.start import python_command
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -105,7 +106,9 @@ def check_compiler(device: torch.device) -> None:
     """Raises UserError where torch.compile would find nothing to compile with, before a run has started."""
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
-            raise UserError("COMPILE=True on a GPU needs Triton: pip install triton, or set COMPILE=False")
+            raise UserError(
+                f"COMPILE=True on a GPU needs Triton: {python_command()} -m pip install triton, or set COMPILE=False"
+            )
     elif not any(map(shutil.which, filter(None, _inductor_config().cpp.cxx))):
         raise UserError("COMPILE=True needs a C++ compiler, and there is none: install g++ or clang, or COMPILE=False")
 

@@ -51,11 +51,26 @@ def python_command() -> str:
     return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
 
 
+def command_line(script: str, *words: str) -> str:
+    """A command of ours as it can be typed here and now: with this interpreter, from this folder, on the same runs."""
+    given, runs = sys.argv[1:], []
+    for i, word in enumerate(given):
+        if word.replace("_", "-").startswith("--checkpoints-dir") and word not in words:
+            runs = [word] if "=" in word else given[i : i + 2]
+    words = (script if Path.cwd() == ROOT else str(ROOT / script), *words, *runs)
+    return f"{python_command()} {subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)}"
+
+
+def install_line(requirements: str) -> str:
+    """The command that installs what one of our requirements files lists."""
+    path = requirements if Path.cwd() == ROOT else str(ROOT / requirements)
+    return f"{python_command()} -m pip install -r {shlex.quote(path)}"
+
+
 def check_packages() -> None:
     """Exit with one line where a package is missing."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        install = f"{python_command()} -m pip install -r {shlex.quote(str(ROOT / 'requirements.txt'))}"
-        sys.exit(f"error: not installed for this Python: {', '.join(missing)}; try: {install}")
+        sys.exit(f"error: not installed for this Python: {', '.join(missing)}; try: {install_line('requirements.txt')}")
 
 
 _main = getattr(sys.modules["__main__"], "__file__", None)

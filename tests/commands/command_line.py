@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_TRACEBACK = "Traceback (most recent call last)"
+PYTHON = f"{sys.executable} {ROOT}/"  # how a command that is printed begins, as tests run in folders of their own
 
 
 def run(folder: Path, data_dir: Path, command: str, *flags: str, **environ: str) -> subprocess.CompletedProcess:

@@ -19,7 +19,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from command_line import NO_TRACEBACK, ROOT, run
+from command_line import NO_TRACEBACK, PYTHON, ROOT, run
 
 import adapters
 from jobs import adapter_making, checkup
@@ -331,7 +331,7 @@ def rewritten(here: Path, name: str, **changes) -> None:
 
 REFUSED = [
     (("inspect", "nobody"), 2, "there is no adapter 'nobody' in checkpoints; adapters there: "),
-    (("inspect", "nobody"), 2, "more: python adapters.py list"),
+    (("inspect", "nobody"), 2, "adapters.py list"),
     (("inspect", "miltn"), 2, "did you mean milton?"),
     (("inspect", "base"), 2, "base is no LoRA run; adapters there: "),
     (("inspect", "../folio"), 2, "NAME=../folio (argument): must be a run's name, not a path"),
@@ -411,11 +411,11 @@ def test_pictures_take_the_next_free_name_and_need_an_extra(here, monkeypatch, c
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delattr("jobs.adapter_plots", raising=False)
     status, out, err = call(monkeypatch, capsys, "inspect", "folio")
-    assert status == 0 and "pip install -r requirements-plots.txt" in err and "Picture" not in out
+    assert status == 0 and f"-m pip install -r {ROOT}/requirements-plots.txt" in err and "Picture" not in out
     assert snapshot(here / "checkpoints/folio") == before
 
 
 def test_it_runs_from_anywhere_as_a_process(tmp_path, data_dir):
     done = run(tmp_path, data_dir, "adapters.py", "list")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: there is no run in checkpoints yet; train one with: python training.py\n"
+    assert done.stderr == f"error: there is no run in checkpoints yet; train one with: {PYTHON}training.py\n"

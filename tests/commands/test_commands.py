@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command_line import NO_TRACEBACK, ROOT, run
+from command_line import NO_TRACEBACK, PYTHON, ROOT, run
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,14 @@ def test_what_a_run_prints(adapted):
     lora, embeddings = (int(count[part].replace(",", "")) for part in parts[:2])
     assert count["LoRA percentage"] == f"{100 * lora / total:.2f}%"
     assert f"Training only {100 * (lora + embeddings) / total:.2f}% of parameters!" in count["💰 Cost savings"]
-    for told in ("tokens/s", "Peak memory", "Best validation loss", "with the adapter", "without it", "Next: python"):
+    for told in (
+        "tokens/s",
+        "Peak memory",
+        "Best validation loss",
+        "with the adapter",
+        "without it",
+        f"Next: {PYTHON}",
+    ):
         assert told in out
 
 
@@ -132,7 +140,7 @@ BAD = [
     ("training.py", {"TOKENIZER": "gpt2", "TIKTOKEN_CACHE_DIR": ""}, (), 1, "TOKENIZER=bpe"),
     ("generate.py", {}, ("--run", "nobody"), 2, "runs there: test-"),
     ("generate.py", {}, ("--adapter", "nobody"), 2, "nobody"),
-    ("generate.py", {}, ("--temperature", "0"), 2, "--temperature 0"),
+    ("generate.py", {}, ("--temperature", "-1"), 2, "--temperature -1"),
 ]
 
 
@@ -187,3 +195,23 @@ def test_an_adapter_for_another_base_and_a_flipped_bit_are_refused(adapted, data
     weights.write_bytes(data)
     done = run(folder, data_dir, "generate.py", "--run", "other")
     assert done.returncode == 1 and "checksum" in done.stderr
+
+
+def test_more_steps_are_another_run_and_said_to_be(tmp_path, data_dir):
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 50)
+    flags = ("--test-mode", "--dataset", "text.txt", "--n-layer", "1", "--checkpoints-dir", "runs")
+    first = run(tmp_path, data_dir, "training.py", *flags, "--max-iters", "10")
+    line = next(line for line in first.stdout.splitlines() if line.startswith("➡️  Next: "))
+    script = shlex.quote(str(ROOT / "training.py"))
+    assert line.endswith(f"{script} --use-lora --test-mode --checkpoints-dir runs"), (
+        "what is to be typed next works here"
+    )
+    more = run(tmp_path, data_dir, "training.py", *flags, "--max-iters", "20")
+    assert "test-base-text was trained with MAX_ITERS=10, " in more.stderr and "begins anew" in more.stderr
+    again = next(line for line in more.stderr.splitlines() if "to train its weights further: " in line)
+    done = subprocess.run(
+        f"{again.partition('further: ')[2].rstrip(')')} --test-mode --max-iters 5",
+        shell=True, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/test-full-text/model").is_dir()

@@ -96,7 +96,12 @@ def test_an_unknown_run_is_told_the_nearest_name_and_a_few_others(root):
     with pytest.raises(UsageError) as error:
         find_run(root, "adalorra")
     told = str(error.value)
-    assert "did you mean adalora?" in told and "and 12 more: python adapters.py list" in told and len(told) < 200
+    assert (
+        "did you mean adalora?" in told
+        and "and 12 more: " in told
+        and told.count("\n") == 0
+        and "adapters.py list" in told
+    )
     assert told.count(", ") == 3
 
 
@@ -189,7 +194,7 @@ def test_adapters_without_their_base_are_listed_as_such(root, monkeypatch, capsy
     path.write_bytes(to_sealed_json({key: value for key, value in about.items() if key != "sha256"}))
     assert "missing base" not in call(monkeypatch, capsys, adapters, "list")[1]
     out = call(monkeypatch, capsys, adapters, "list")[1]
-    assert "missing base: base)" not in out and re.search(r"^renamed .*\n  adalora ", out, re.M)
+    assert "missing base: base)" not in out and re.search(r"^renamed .*\n(  .*\n)*  adalora ", out, re.M)
 
 
 def test_remove_asks_and_tells_what_would_lose_its_base(root, monkeypatch, capsys):

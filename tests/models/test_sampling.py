@@ -183,7 +183,13 @@ def draw(logits: torch.Tensor, how: Sampling, seen: list[list[int]] | None = Non
 LOGITS = torch.tensor([0.5, 3.0, -1.0, 2.0, 1.0, -4.0])
 
 
-NARROW = [Sampling(greedy=True), Sampling(top_k=1), Sampling(top_p=1e-9), Sampling(temperature=1e-4)]
+NARROW = [
+    Sampling(greedy=True),
+    Sampling(temperature=0.0),
+    Sampling(top_k=1),
+    Sampling(top_p=1e-9),
+    Sampling(temperature=1e-4),
+]
 
 
 @pytest.mark.parametrize("how", [*NARROW, Sampling(3.0, top_k=1)], ids=str)
@@ -235,7 +241,7 @@ def test_rows_are_penalised_for_what_they_saw_themselves() -> None:
     assert choose(LOGITS.expand(3, -1), [[1], [1, 3], []], how, torch.Generator()) == [3, 4, 1]
 
 
-NONSENSE = [{"temperature": 0.0}, {"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}, {"top_k": -1}]
+NONSENSE = [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}, {"top_k": -1}]
 NONSENSE += [{"top_p": 0.0}, {"top_p": -0.1}, {"repetition_penalty": 0.0}, {"repetition_penalty": -1.0}]
 
 
