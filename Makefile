@@ -31,7 +31,7 @@ soak: $(VENV)/test.stamp
 		tests/runtime/test_settings_fuzz.py tests/runtime/test_settings_together.py tests/runtime/test_names_fuzz.py
 
 settings: $(VENV)/run.stamp
-	$(BIN)/python -m runtime.config
+	$(BIN)/python -m runtime.settings.config
 
 tiny: $(VENV)/run.stamp
 	$(BIN)/python -m benchmarks.tinyshakespeare

@@ -30,12 +30,12 @@ from jobs.checkup import Checkup
 from jobs.family import orphaned_by, remove_runs
 from runtime import storage
 from runtime.checkpoint import all_runs, suggest
-from runtime.config import FOLDER, NAME, NAMED, Machine, from_command_line
 from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import UsageError, UserError, run_command
-from runtime.fields import setting
-from runtime.flags import subcommand
+from runtime.settings.config import FOLDER, NAME, NAMED, Machine, from_command_line
+from runtime.settings.fields import setting
+from runtime.settings.flags import subcommand
 from runtime.start import command_line, install_line
 
 WHAT = "What to do"

@@ -24,16 +24,16 @@ from jobs.comparison import Method, base_windows, make_method, row, untouched
 from jobs.comparison_report import over_seeds, table, verdict
 from jobs.memory import peak_memory
 from jobs.sweep import sweep, sweep_table, sweep_verdict
-from lora.variants import VARIANTS
+from lora.variants.registry import VARIANTS
 from runtime import storage
 from runtime.checkpoint import Run, identity_of
-from runtime.config import LORA, PRESETS, SHAPE, Settings, from_command_line
 from runtime.console import say
 from runtime.device import Machine, machine_name, pick_machine
 from runtime.errors import UsageError, UserError, run_command
-from runtime.fields import setting, settings_of
 from runtime.metrics import Progress
-from runtime.sources import Resolved
+from runtime.settings.config import LORA, PRESETS, SHAPE, Settings, from_command_line
+from runtime.settings.fields import setting, settings_of
+from runtime.settings.sources import Resolved
 from runtime.start import command_line, install_line
 from runtime.steps import evaluate
 

@@ -24,13 +24,13 @@ from lora.attach import using
 from models.choosing import Sampling
 from models.per_row import generate_per_row
 from models.sampling import stream
-from runtime.config import Machine, from_command_line
 from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import UsageError, UserError, run_command
-from runtime.fields import setting
 from runtime.metrics import Progress
-from runtime.sources import Resolved
+from runtime.settings.config import Machine, from_command_line
+from runtime.settings.fields import setting
+from runtime.settings.sources import Resolved
 
 WHAT, HOW = "What to continue", "How to sample"
 

@@ -22,12 +22,12 @@ from lora.adapter import Adapter
 from lora.attach import using
 from runtime import report, resume
 from runtime.checkpoint import Run, RunLock, claim, open_run
-from runtime.config import SHAPE, Settings, from_command_line
 from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import run_command
-from runtime.fields import in_words, settings_of
-from runtime.sources import Resolved, describe
+from runtime.settings.config import SHAPE, Settings, from_command_line
+from runtime.settings.fields import in_words, settings_of
+from runtime.settings.sources import Resolved, describe
 from runtime.start import command_line
 
 

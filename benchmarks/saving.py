@@ -36,12 +36,12 @@ from jobs.loop import Training
 from lora.optim import make_optimizer
 from runtime.batch import Batch
 from runtime.checkpoint import Run, claim
-from runtime.config import Settings
 from runtime.device import Machine, pick_machine
 from runtime.errors import run_command
 from runtime.metrics import read_metrics
 from runtime.resume import State, to_files
-from runtime.sources import Resolved
+from runtime.settings.config import Settings
+from runtime.settings.sources import Resolved
 from runtime.steps import Schedule, Stepper
 
 ROWS = (  # (contestant, what it says, goal)

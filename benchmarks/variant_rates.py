@@ -3,7 +3,7 @@
 python -m benchmarks.variant_rates                     all of the grid; what was trained before is not trained again
 python -m benchmarks.variant_rates --only vera dora
 
-The best of each is the variant's default LEARNING_RATE in runtime/config.py.
+The best of each is the variant's default LEARNING_RATE in runtime/settings/config.py.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from benchmarks.contest import SIZES, by_size, ratio, take_turns
 from benchmarks.lora_step import make_step
 from jobs.job import lora_config
 from lora.attach import attach
-from runtime.config import Settings
 from runtime.device import pick_machine
 from runtime.errors import run_command
+from runtime.settings.config import Settings
 
 KINDS = {  # settings, and the part of LoRA's time that a step may take
     "lora": ({"lora_plus_ratio": 1.0}, None),

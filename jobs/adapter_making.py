@@ -10,7 +10,7 @@ import torch
 from data.corpora import CORPORA
 from jobs.adapters import Adapted, Base, check_free, metadata_of_made, publish, texts_of
 from jobs.job import TOKENIZER
-from lora import files as adapter_files
+from lora import peft_format as adapter_files
 from lora.adapter import Adapter, cut_short
 from lora.attach import merge
 from lora.combine import Combined, combine

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from jobs.adapters import Adapted, texts_of
 from jobs.family import Family
-from lora import files as adapter_files
+from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.combine import Size, diff, size, target_paths
-from lora.variants import VARIANTS
+from lora.variants.registry import VARIANTS
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime import report
 from runtime.checkpoint import Run, all_runs

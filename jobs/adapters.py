@@ -11,7 +11,7 @@ from data.corpora import Corpus, load_corpus
 from data.text import tokens_of, validation_windows
 from jobs.base import Base, base_of, reference
 from jobs.job import IN_CONFIG, TEST_CHARACTERS, run_metadata
-from lora import files as adapter_files
+from lora import peft_format as adapter_files
 from lora.adapter import Adapter, cut_short
 from runtime import storage
 from runtime.batch import Batch

@@ -14,11 +14,11 @@ from lora.attach import base_tensors
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
 from runtime.checkpoint import Run, all_runs, find_run, open_run
-from runtime.config import SHAPE, Settings
 from runtime.console import say
 from runtime.encoding import fingerprint
 from runtime.errors import UsageError, UserError
-from runtime.sources import Resolved
+from runtime.settings.config import SHAPE, Settings
+from runtime.settings.sources import Resolved
 
 TOKENIZER = "tokenizer.json"
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from data.tokenizers import load_tokenizer
 from jobs.adapters import Base
 from jobs.job import TOKENIZER
-from lora import files as adapter_files
+from lora import peft_format as adapter_files
 from lora.adapter import Adapter
-from lora.variants import VARIANTS
+from lora.variants.registry import VARIANTS
 from models import files as model_files
 from runtime import storage
 from runtime.checkpoint import open_run, unpack
-from runtime.config import NAME
 from runtime.errors import UserError
+from runtime.settings.config import NAME
 
 READ = (adapter_files.CONFIG, adapter_files.TENSORS, model_files.CONFIG, model_files.WEIGHTS, TOKENIZER)
 UNREADABLE = ("adapter_model.bin", "pytorch_model.bin")

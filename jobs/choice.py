@@ -11,7 +11,7 @@ from jobs.adapters import base_name, open_adapters
 from jobs.base import Base, base_of
 from runtime.checkpoint import Run, all_runs, find_run
 from runtime.errors import UsageError, UserError
-from runtime.fields import DECIMAL
+from runtime.settings.fields import DECIMAL
 from runtime.start import command_line
 
 NONE = "none"

@@ -14,9 +14,9 @@ from jobs.job import Job, prepare
 from lora.attach import activate
 from runtime.batch import Batch
 from runtime.checkpoint import Run
-from runtime.config import Settings
 from runtime.device import Machine
-from runtime.sources import Resolved
+from runtime.settings.config import Settings
+from runtime.settings.sources import Resolved
 from runtime.steps import Stepper, evaluate
 
 PHASES = ("forward", "backward", "optimizer")

@@ -15,22 +15,22 @@ from data.corpora import Corpus, load_corpus
 from data.text import TextBatches, tokens_of, validation_windows
 from data.tokenizers import Tokenizer, build_tokenizer
 from jobs.base import TOKENIZER, check_shape, load_trained, reference
-from lora import files as adapter_files
+from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.attach import attach, base_tensors, detach
 from lora.config import LoRAConfig
 from lora.optim import after_steps, extra_losses, make_optimizer
-from lora.variants import VARIANTS
+from lora.variants.registry import VARIANTS
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
 from runtime.batch import Batch
 from runtime.checkpoint import Run, fingerprint, identity_of
-from runtime.config import SHAPE, Settings
 from runtime.console import say
 from runtime.device import Machine, check_compiler
 from runtime.errors import UserError
-from runtime.fields import settings_of
-from runtime.sources import Resolved
+from runtime.settings.config import SHAPE, Settings
+from runtime.settings.fields import settings_of
+from runtime.settings.sources import Resolved
 from runtime.steps import Schedule, Stepper, evaluate
 
 IN_CONFIG = ("rank", "alpha", "dropout", "targets", "variant", "bias", "train_embeddings", "target_rank")  # of LORA_*

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from jobs.job import prepare
 from runtime.checkpoint import find_run
-from runtime.config import Settings
 from runtime.device import pick_machine
 from runtime.errors import UserError
-from runtime.sources import Resolved
+from runtime.settings.config import Settings
+from runtime.settings.sources import Resolved
 
 STEPS = 3
 START = "import sys; sys.path.insert(0, {root!r}); from jobs.memory import child; child()"

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from jobs.job import Job, load_trained
-from lora import files as adapter_files
+from lora import peft_format as adapter_files
 from lora.adapter import Adapter, cut_short
 from lora.attach import base_tensors, hosts, using
-from lora.equations import LoRA
+from lora.variants.lora import LoRA
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime import storage
 from runtime.checkpoint import Run, fingerprint

@@ -22,9 +22,9 @@ from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
 from runtime import storage
 from runtime.batch import Batch
 from runtime.checkpoint import read_json
-from runtime.config import Settings
 from runtime.device import Machine
 from runtime.metrics import Progress
+from runtime.settings.config import Settings
 from runtime.steps import Schedule, Stepper
 
 VOCABULARY = 96  # of the character tokenizer

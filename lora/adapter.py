@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lora.attach import base_tensors, check_attached, hosts, install, make_entries, target_names
 from lora.config import LoRAConfig
-from lora.equations import AdapterTensors, LoRA
-from lora.variants import VARIANTS
+from lora.variants.lora import AdapterTensors, LoRA
+from lora.variants.registry import VARIANTS
 from runtime.encoding import differences, fingerprint
 from runtime.errors import UsageError, UserError
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lora.config import LoRAConfig
-from lora.equations import AdapterTensors
 from lora.layers import Adaptable, LoRALinear
-from lora.variants import checked
+from lora.variants.lora import AdapterTensors
+from lora.variants.registry import checked
 from runtime.errors import UsageError
 
 MERGED, UNCHANGING = "merged", "unchanging"  # what may hold a model

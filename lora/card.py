@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from lora.adapter import Adapter
 from lora.config import LoRAConfig
-from lora.variants import VARIANTS
+from lora.variants.registry import VARIANTS
 
 CARD = "README.md"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lora.adapter import Adapter
 from lora.attach import REGEX
 from lora.config import LoRAConfig
-from lora.equations import LoRA
+from lora.variants.lora import LoRA
 from runtime.checkpoint import fingerprint
 from runtime.errors import UsageError, UserError
 

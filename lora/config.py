@@ -16,12 +16,12 @@ class LoRAConfig:
     """What an adapter is made of.
 
     rank, alpha: the size of the low-rank matrices and the numerator of their scale. dropout: probability on the
-    adapter's input while training. targets: a preset of the model's `lora_presets`, names separated by commas, or
-    `re:` and a regular expression for whole module paths. variant: a name in `lora.variants.VARIANTS`, whose `problems`
-    say what makes no sense for it. bias: which biases train, `none`, `all` or `lora_only`. rank_pattern, alpha_pattern:
-    other ranks and alphas by module, as PEFT has them: a key is a regular expression for the end of a module's path.
-    target_rank: of AdaLoRA, the average rank to end with, or None. seed: of the tensors that all layers of an adapter
-    share, in VeRA.
+    adapter's input while training. targets: a preset of the model's `lora_presets`, names separated by commas, or `re:`
+    and a regular expression for whole module paths. variant: a name in `VARIANTS` (`lora/variants/registry.py`), whose
+    `problems` say what makes no sense for it. bias: which biases train, `none`, `all` or `lora_only`. rank_pattern,
+    alpha_pattern: other ranks and alphas by module, as PEFT has them: a key is a regular expression for the end of a
+    module's path. target_rank: of AdaLoRA, the average rank to end with, or None. seed: of the tensors that all layers
+    of an adapter share, in VeRA.
 
     Raises UsageError for a rank below 1, an alpha not above 0, a dropout outside [0, 1), or another bias.
     """

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora.equations import AdapterTensors, LoRA
 from lora.functional import compute_dtype, concatenated, lora_linear
+from lora.variants.lora import AdapterTensors, LoRA
 from runtime.errors import UsageError
 
 

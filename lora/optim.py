@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.attach import hosts
-from lora.equations import LoRA
+from lora.variants.lora import LoRA
 
 
 def active_variants(model: nn.Module) -> dict[type[LoRA], list[LoRA]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from runtime.config import Settings
+from runtime.settings.config import Settings
 
 
 def banner(settings: Settings, unread: Collection[str]) -> str:

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "command": {"jobs", "models", "lora", "data", "runtime"},
 }
 FILES = list(ROOT.glob("*.py"))
-FILES += [path for room in MAY_IMPORT for path in (ROOT / room).glob("*.py")]
+FILES += [path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py")]
 
 
 def module(path: Path) -> str:
@@ -116,7 +116,7 @@ def test_what_could_unpickle_is_found(source):
 
 VARIANT_NAMES = {"rslora", "dora", "vera", "adalora"}
 VARIANT_CLASSES = {"RsLoRA", "DoRA", "VeRA", "AdaLoRA"}
-MAY_NAME_VARIANTS = {"lora.variants"}
+MAY_NAME_VARIANTS = {"lora.variants.registry"}
 
 
 def asks_for_a_variant(tree: ast.AST) -> list[str]:
@@ -142,7 +142,7 @@ def test_nothing_asks_which_variant_an_adapter_is(path):
 @pytest.mark.parametrize(
     "source",
     ["x.variant == 'dora'", "x in ('rslora', 'lora')", "variant != 'lora'", "match v:\n    case 'vera': pass",
-     "from lora.vera import VeRA", "y = 1 if kind == 'adalora' else 2"],
+     "from lora.variants.vera import VeRA", "y = 1 if kind == 'adalora' else 2"],
 )  # fmt: skip
 def test_a_question_for_the_variant_is_found(source):
     assert asks_for_a_variant(ast.parse(source))
@@ -150,7 +150,7 @@ def test_a_question_for_the_variant_is_found(source):
 
 
 def test_the_names_of_the_variants_are_the_ones_that_there_are():
-    from lora.variants import VARIANTS
+    from lora.variants.registry import VARIANTS
 
     assert VARIANTS.keys() == VARIANT_NAMES | {"lora"}
     assert {variant.__name__ for variant in VARIANTS.values()} == VARIANT_CLASSES | {"LoRA"}

@@ -26,7 +26,7 @@ from jobs import adapter_making, checkup
 from jobs.adapters import metadata_of_made, open_adapters, publish
 from jobs.job import load_trained
 from lora.combine import change
-from lora.files import to_files
+from lora.peft_format import to_files
 from runtime.checkpoint import find_run
 from runtime.encoding import fingerprint
 from runtime.errors import run_command

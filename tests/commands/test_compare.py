@@ -10,9 +10,9 @@ from command_line import run
 
 from compare import Options, lora_settings
 from jobs.comparison_report import over_seeds
-from lora.variants import VARIANTS
-from runtime.config import Settings
-from runtime.fields import resolve
+from lora.variants.registry import VARIANTS
+from runtime.settings.config import Settings
+from runtime.settings.fields import resolve
 
 
 @pytest.fixture(scope="module")

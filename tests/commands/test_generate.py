@@ -11,9 +11,9 @@ from command_line import run as run_process
 
 import generate
 import training
-from runtime.config import Settings
 from runtime.errors import run_command
-from runtime.sources import Resolved
+from runtime.settings.config import Settings
+from runtime.settings.sources import Resolved
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8}
 FAST = {"test_mode": True, "device": "cpu", "dtype": "fp32", "batch_size": 4, "eval_iters": 2, "max_iters": 30}

@@ -19,9 +19,9 @@ from jobs.adapters import open_adapters
 from jobs.base import find_base
 from runtime import report
 from runtime.checkpoint import RunLock, all_runs, find_run
-from runtime.config import Settings
 from runtime.encoding import read_sealed_json, to_sealed_json
 from runtime.errors import UsageError, run_command
+from runtime.settings.config import Settings
 
 RUNS = Path(__file__).resolve().parent.parent / "fixtures/runs"
 

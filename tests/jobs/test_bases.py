@@ -17,11 +17,11 @@ from jobs.comparison import make_method
 from jobs.job import identity
 from runtime import storage
 from runtime.checkpoint import Run, open_run
-from runtime.config import Settings
 from runtime.device import pick_machine
 from runtime.encoding import to_sealed_json
 from runtime.errors import UserError
-from runtime.sources import Resolved
+from runtime.settings.config import Settings
+from runtime.settings.sources import Resolved
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8}
 FAST = {"test_mode": True, "device": "cpu", "dtype": "fp32", "batch_size": 4, "eval_iters": 2, "max_iters": 4}

@@ -23,13 +23,13 @@ import jobs.result
 import training
 from jobs import loop
 from jobs.job import Job
-from lora.variants import VARIANTS
+from lora.variants.registry import VARIANTS
 from runtime.checkpoint import Run
-from runtime.config import Settings
 from runtime.interrupt import InterruptedRunError
 from runtime.metrics import MetricsLog
 from runtime.resume import STATE, State, to_files
-from runtime.sources import Resolved
+from runtime.settings.config import Settings
+from runtime.settings.sources import Resolved
 from runtime.steps import Stepper
 from runtime.storage import read_folder
 

@@ -14,9 +14,9 @@ import pytest
 import training
 from jobs import loop
 from runtime.checkpoint import Run
-from runtime.config import Settings
 from runtime.interrupt import InterruptedRunError
-from runtime.sources import Resolved
+from runtime.settings.config import Settings
+from runtime.settings.sources import Resolved
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "dropout": 0.1, "device": "cpu", "dtype": "fp32"}

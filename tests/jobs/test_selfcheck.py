@@ -15,13 +15,13 @@ import training
 from jobs import loop
 from jobs.job import Job
 from lora.adapter import Adapter
-from lora.files import CONFIG, TENSORS, load_adapter
+from lora.peft_format import CONFIG, TENSORS, load_adapter
 from models.files import WEIGHTS
 from runtime import storage
 from runtime.checkpoint import Run, pack, unpack
-from runtime.config import Settings
 from runtime.errors import UserError
-from runtime.sources import Resolved
+from runtime.settings.config import Settings
+from runtime.settings.sources import Resolved
 from runtime.steps import NonFiniteError, Stepper
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True}

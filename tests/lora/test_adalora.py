@@ -12,14 +12,14 @@ import torch
 from tiny_lora import IDX, TARGETS, adapted, batch, logits, stepper, tiny, trained, variants
 from torch import Tensor
 
-from lora.adalora import AdaLoRA, budget
 from lora.adapter import Adapter
 from lora.attach import activate, attach, base_tensors, merged
 from lora.combine import combine, diff, size
 from lora.config import LoRAConfig
-from lora.files import from_files, to_files
 from lora.optim import extra_losses
-from lora.variants import checked
+from lora.peft_format import from_files, to_files
+from lora.variants.adalora import AdaLoRA, budget
+from lora.variants.registry import checked
 from runtime.errors import UsageError
 
 TARGETED = "q_proj,up_proj,lm_head"

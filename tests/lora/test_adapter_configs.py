@@ -14,9 +14,9 @@ from tiny_lora import EVERYTHING, adapted
 from lora.adapter import Adapter
 from lora.attach import adapter_names
 from lora.config import LoRAConfig
-from lora.files import CONFIG, from_files, to_files
 from lora.layers import LoRALinear
-from lora.variants import VARIANTS
+from lora.peft_format import CONFIG, from_files, to_files
+from lora.variants.registry import VARIANTS
 from runtime.errors import UserError
 
 FILES = to_files(Adapter.of(adapted(EVERYTHING, bias=True)))

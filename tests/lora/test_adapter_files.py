@@ -17,8 +17,8 @@ from lora.adapter import Adapter
 from lora.attach import activate, active_adapters, adapter_names, attach, base_tensors, detach, target_names
 from lora.card import CARD
 from lora.config import LoRAConfig
-from lora.files import CONFIG, TENSORS, from_files, load_adapter, save_adapter, to_files
-from lora.variants import VARIANTS
+from lora.peft_format import CONFIG, TENSORS, from_files, load_adapter, save_adapter, to_files
+from lora.variants.registry import VARIANTS
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.checkpoint import fingerprint
 from runtime.errors import UsageError, UserError

@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from lora.attach import activate, attach, base_tensors
 from lora.config import LoRAConfig
 from lora.optim import make_optimizer
-from lora.variants import VARIANTS
+from lora.variants.registry import VARIANTS
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.checkpoint import fingerprint
-from runtime.config import Settings
 from runtime.errors import UsageError
+from runtime.settings.config import Settings
 
 
 def optimise(model: BigramLanguageModelLoRA, steps: int = 3) -> None:

@@ -21,9 +21,9 @@ from lora.attach import (
     using,
 )
 from lora.config import LoRAConfig
-from lora.files import from_files, to_files
 from lora.layers import LoRAEmbedding, LoRALinear
 from lora.optim import make_optimizer
+from lora.peft_format import from_files, to_files
 from runtime.errors import UsageError
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")

@@ -16,7 +16,7 @@ from lora.attach import activate, attach, base_tensors, detach, merge, merged, u
 from lora.combine import combine
 from lora.config import LoRAConfig
 from lora.layers import LoRALinear
-from lora.variants import VARIANTS
+from lora.variants.registry import VARIANTS
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.errors import UsageError
 

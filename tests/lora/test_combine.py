@@ -20,9 +20,9 @@ from lora.adapter import Adapter
 from lora.attach import base_tensors
 from lora.combine import change, combine, cosine, diff, size
 from lora.config import LoRAConfig
-from lora.equations import LoRA
-from lora.files import save_adapter
-from lora.variants import VARIANTS, checked
+from lora.peft_format import save_adapter
+from lora.variants.lora import LoRA
+from lora.variants.registry import VARIANTS, checked
 from runtime.checkpoint import fingerprint
 from runtime.errors import UsageError, UserError
 

@@ -18,7 +18,7 @@ from lora.attach import activate, attach, base_tensors, merged, unchanging
 from lora.config import LoRAConfig
 from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, side_by_side
 from lora.optim import make_optimizer
-from lora.variants import VARIANTS
+from lora.variants.registry import VARIANTS
 
 ROWS = torch.linspace(-2, 2, 3 * 5 * 8).reshape(3, 5, 8)
 IDS = torch.arange(10).reshape(2, 5)

@@ -19,7 +19,7 @@ from lora.config import LoRAConfig
 from lora.functional import LowRank, lora_linear, lora_linear_as_written, thin_products_pay
 from lora.functional import dropout as dropout_of
 from lora.layers import LoRALinear
-from lora.variants import VARIANTS, checked
+from lora.variants.registry import VARIANTS, checked
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.errors import UsageError
 

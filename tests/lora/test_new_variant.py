@@ -16,9 +16,9 @@ from lora.attach import activate, attach, base_tensors, detach, merged
 from lora.card import CARD
 from lora.combine import combine, diff, size
 from lora.config import LoRAConfig
-from lora.equations import LoRA
-from lora.files import CONFIG, load_adapter, save_adapter
-from lora.variants import VARIANTS, checked
+from lora.peft_format import CONFIG, load_adapter, save_adapter
+from lora.variants.lora import LoRA
+from lora.variants.registry import VARIANTS, checked
 from runtime import resume
 from runtime.errors import UsageError
 from runtime.steps import Stepper

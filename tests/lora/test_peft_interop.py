@@ -17,8 +17,8 @@ from tiny_lora import IDX, TARGETS, adapted, logits, randomise, tiny, variants
 from lora.adapter import SHARED, Adapter
 from lora.attach import base_tensors
 from lora.config import LoRAConfig
-from lora.files import CONFIG, TENSORS, load_adapter, to_files
-from lora.variants import VARIANTS
+from lora.peft_format import CONFIG, TENSORS, load_adapter, to_files
+from lora.variants.registry import VARIANTS
 from runtime import storage
 from runtime.errors import UserError
 

@@ -15,14 +15,14 @@ import safetensors.torch
 import torch
 from tiny_lora import IDX, TARGETS, adapted, logits, projections, same, state, stepper, tiny, trained, variants
 
-from lora import vera
 from lora.adapter import SHARED, Adapter
 from lora.attach import activate, adapter_names, attach, base_tensors, merged
 from lora.combine import combine, size
 from lora.config import LoRAConfig
-from lora.files import CONFIG, TENSORS, from_files, to_files
 from lora.optim import make_optimizer
-from lora.variants import checked
+from lora.peft_format import CONFIG, TENSORS, from_files, to_files
+from lora.variants import vera
+from lora.variants.registry import checked
 from runtime import resume
 from runtime.checkpoint import fingerprint, pack, unpack
 from runtime.errors import UsageError, UserError
@@ -86,7 +86,7 @@ def test_they_are_in_nothing_that_is_counted_trained_or_saved() -> None:
 
 
 def test_another_process_makes_the_same_ones() -> None:
-    code = "import torch; from lora.vera import _drawn; from runtime.checkpoint import fingerprint; "
+    code = "import torch; from lora.variants.vera import _drawn; from runtime.checkpoint import fingerprint; "
     code += f"torch.manual_seed(99); print(fingerprint(dict(zip('AB', _drawn(7, 4, *{WIDEST})))))"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lora.attach import activate, adapter_parameters, attach, hosts
 from lora.config import LoRAConfig
-from lora.equations import LoRA
 from lora.optim import after_steps, extra_losses, make_optimizer
+from lora.variants.lora import LoRA
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.batch import Batch
 from runtime.device import Machine

@@ -29,7 +29,7 @@ from faulty_disk import MODES, FaultyDisk, applies
 import jobs.result
 import training
 from jobs import loop
-from lora.files import load_adapter, save_adapter
+from lora.peft_format import load_adapter, save_adapter
 from runtime.errors import run_command
 from runtime.resume import OPTIMIZER, WEIGHTS, to_files
 from runtime.storage import read_folder

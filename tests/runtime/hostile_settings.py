@@ -19,10 +19,10 @@ from typing import Any
 import adapters
 import compare
 import generate
-from runtime.config import Settings
 from runtime.errors import UsageError, run_command
-from runtime.fields import Setting, Table, settings_of
-from runtime.sources import Resolved, read_settings
+from runtime.settings.config import Settings
+from runtime.settings.fields import Setting, Table, settings_of
+from runtime.settings.sources import Resolved, read_settings
 
 TABLES: dict[str, type[Table]] = {
     "training.py": Settings,

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from runtime.fields import Setting
+from runtime.settings.fields import Setting
 
 SOAK = bool(os.environ.get("SOAK"))
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.config import PRESETS, Settings
 from runtime.errors import UsageError, UserError
-from runtime.fields import resolve, settings_of
-from runtime.listing import env_example, readme_table, rewrite, with_settings
-from runtime.sources import read_settings
+from runtime.settings.config import PRESETS, Settings
+from runtime.settings.fields import resolve, settings_of
+from runtime.settings.listing import env_example, readme_table, rewrite, with_settings
+from runtime.settings.sources import read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = settings_of(Settings)
@@ -291,12 +291,14 @@ def test_help_is_the_table(capsys):
 
 
 def test_env_example_is_the_table():
-    assert (ROOT / ".env.example").read_bytes().decode() == env_example(Settings), "run: python -m runtime.config"
+    assert (ROOT / ".env.example").read_bytes().decode() == env_example(Settings), (
+        "run: python -m runtime.settings.config"
+    )
 
 
 def test_the_readme_is_the_table():
     readme = (ROOT / "README.md").read_bytes().decode()
-    assert readme == with_settings(readme, Settings), "run: python -m runtime.config"
+    assert readme == with_settings(readme, Settings), "run: python -m runtime.settings.config"
 
 
 def test_env_example_uncommented_is_every_default(tmp_path):
@@ -336,5 +338,5 @@ def test_only_config_reads_the_environment_and_settings_start_without_torch():
     for path in (ROOT / "runtime").glob("*.py"):
         names = {node.attr for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Attribute)}
         assert path.name == "config.py" or not names & {"environ", "getenv"}, path.name
-    code = "import sys, runtime.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, runtime.settings.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

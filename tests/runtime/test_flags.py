@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import pytest
 
 from runtime.errors import UsageError
-from runtime.fields import Table, setting
-from runtime.flags import subcommand
-from runtime.sources import read_settings
+from runtime.settings.fields import Table, setting
+from runtime.settings.flags import subcommand
+from runtime.settings.sources import read_settings
 
 HERE = {"group": "What", "env": False}
 

@@ -16,7 +16,7 @@ from tiny_steps import stepper
 from data.corpora import load_corpus
 from data.text import tokens_of
 from data.tokenizers import build_tokenizer, load_tokenizer
-from lora import files as adapter_files
+from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.attach import attach
 from lora.config import LoRAConfig

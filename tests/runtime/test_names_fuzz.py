@@ -21,10 +21,10 @@ from hostile_texts import HOSTILE, SOAK, report, tries
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.config import Settings
-from runtime.fields import settings_of
-from runtime.sources import Resolved, read_settings
-from runtime.spelling import CALLED, plain, typing_errors
+from runtime.settings.config import Settings
+from runtime.settings.fields import settings_of
+from runtime.settings.sources import Resolved, read_settings
+from runtime.settings.spelling import CALLED, plain, typing_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLES = [row.variable for row in settings_of(Settings) if row.rule.env]

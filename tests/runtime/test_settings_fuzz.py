@@ -33,8 +33,8 @@ from hostile_settings import (
 from hostile_texts import report, texts_for, tries
 from hypothesis import example, given
 
-from runtime.config import Settings
-from runtime.fields import ContradictionError, resolve, settings_of
+from runtime.settings.config import Settings
+from runtime.settings.fields import ContradictionError, resolve, settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,9 +14,9 @@ from hostile_texts import candidates, report, texts_for, tries
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.config import Settings
-from runtime.fields import ContradictionError, in_words, resolve, settings_of
-from runtime.sources import Resolved
+from runtime.settings.config import Settings
+from runtime.settings.fields import ContradictionError, in_words, resolve, settings_of
+from runtime.settings.sources import Resolved
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = settings_of(Settings)
@@ -109,7 +109,7 @@ def test_of_several_settings_each_comes_from_the_source_that_wins(tmp_path):
 
 def clashes() -> dict[tuple[str, str], dict[str, str]]:
     """Texts that contradict each other, for each pair of settings that config.py says may do so."""
-    tree = ast.parse((ROOT / "runtime" / "config.py").read_text("utf-8"))
+    tree = ast.parse((ROOT / "runtime" / "settings" / "config.py").read_text("utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
     pairs = [call.args[1::2] for call in calls if ast.unparse(call.func) == "ContradictionError"]
     return {(left.value, right.value): clashing_texts(left.value, right.value) for left, right in pairs}

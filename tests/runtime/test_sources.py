@@ -12,12 +12,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from runtime.config import Machine, Settings, from_command_line
 from runtime.errors import UsageError
-from runtime.fields import setting as field
-from runtime.fields import settings_of
-from runtime.sources import describe, read_settings
-from runtime.spelling import CALLED, near_miss, typing_errors
+from runtime.settings.config import Machine, Settings, from_command_line
+from runtime.settings.fields import setting as field
+from runtime.settings.fields import settings_of
+from runtime.settings.sources import describe, read_settings
+from runtime.settings.spelling import CALLED, near_miss, typing_errors
 
 ROWS = settings_of(Settings)
 NOWHERE = Path("no such folder") / ".env"
@@ -470,7 +470,7 @@ def test_help_of_a_command_shows_its_own_flags_first(capsys):
 
 def test_a_usage_error_ends_a_command_with_status_2(tmp_path):
     code = (
-        "from runtime.config import *; from runtime.errors import run_command\n"
+        "from runtime.settings.config import *; from runtime.errors import run_command\n"
         "run_command(lambda: from_command_line(Settings, ''))"
     )
     root = Path(__file__).resolve().parents[2]

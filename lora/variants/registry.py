@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lora.adalora import AdaLoRA
 from lora.config import LoRAConfig
-from lora.equations import DoRA, LoRA, RsLoRA
-from lora.vera import VeRA
+from lora.variants.adalora import AdaLoRA
+from lora.variants.lora import DoRA, LoRA, RsLoRA
+from lora.variants.vera import VeRA
 from runtime.errors import UsageError
 
 VARIANTS: dict[str, type[LoRA]] = {"lora": LoRA, "rslora": RsLoRA, "dora": DoRA, "vera": VeRA, "adalora": AdaLoRA}

@@ -4,7 +4,7 @@ A variant is a module that holds the tensors of one adapter on one linear. It sa
 thin matrices or which weight they stand for (`thin`, `effective_weight`: the definition), and how to compute with them
 without building that weight (`forward`, the fast path, which a property test binds to the definition). Beyond that it
 may have tensors that all layers share, a term of the loss, something to do after each step, and tensors that it keeps
-of its own. Nothing else asks which variant it is: a new one is a class, and a line in `lora.variants.VARIANTS`.
+of its own. Nothing else asks which variant it is: a new one is a class, and a line in `registry.py`.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from runtime.errors import UsageError
-from runtime.fields import Setting, Table, in_words, settings_of
-from runtime.listing import PRECEDENCE, explained, groups, other_defaults
-from runtime.spelling import near_miss, suggestion
+from runtime.settings.fields import Setting, Table, in_words, settings_of
+from runtime.settings.listing import PRECEDENCE, explained, groups, other_defaults
+from runtime.settings.spelling import near_miss, suggestion
 
 DASHES = "--\0"  # stands for the value in --prompt=--, which argparse drops; no command line can hold a NUL
 PLACEHOLDERS = {int: "N", float: "X", str: "TEXT", tuple: "TEXT", bool: "BOOL"}

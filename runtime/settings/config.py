@@ -1,6 +1,6 @@
 """The one table of settings, and the only reader of the environment.
 
-python -m runtime.config    writes .env.example and the README's settings section anew
+python -m runtime.settings.config    writes .env.example and the README's settings section anew
 
 `Settings` is what training.py and compare.py run on; a command with flags of its own inherits `Machine`.
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from runtime.errors import run_command
-from runtime.fields import ContradictionError, Table, setting, settings_of
-from runtime.listing import rewrite
-from runtime.sources import Resolved, read_settings
+from runtime.settings.fields import ContradictionError, Table, setting, settings_of
+from runtime.settings.listing import rewrite
+from runtime.settings.sources import Resolved, read_settings
 
 RUN, DATA, MODEL, LORA, TRAINING = "Run", "Data", "Model", "LoRA", "Training"
 SAVING = "Evaluation and saving"
@@ -263,4 +263,4 @@ def from_command_line(cls: type[Table], description: str, command: str = "") -> 
 
 
 if __name__ == "__main__":
-    run_command(lambda: rewrite(Path(__file__).resolve().parent.parent, Settings))
+    run_command(lambda: rewrite(Path(__file__).resolve().parents[2], Settings))

@@ -17,12 +17,12 @@ from lora.adapter import SHARED, Adapter
 from lora.attach import REGEX
 from lora.card import CARD, card
 from lora.config import LoRAConfig
-from lora.equations import LoRA
-from lora.variants import VARIANTS, checked
+from lora.variants.lora import LoRA
+from lora.variants.registry import VARIANTS, checked
 from runtime import storage
 from runtime.checkpoint import fingerprint, pack, read_json, to_json, unpack
-from runtime.config import HIGHEST_RANK
 from runtime.errors import UsageError, UserError
+from runtime.settings.config import HIGHEST_RANK
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

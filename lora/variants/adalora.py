@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.config import LoRAConfig
-from lora.equations import LoRA
+from lora.variants.lora import LoRA
 
 ORTHOGONALITY = 0.5  # weight of its term of the loss; the paper tries 0.1 to 0.5, PEFT takes this
 SMOOTHING = 0.85  # of sensitivity and of its uncertainty, as in the paper

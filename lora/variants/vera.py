@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.config import LoRAConfig
-from lora.equations import LoRA
+from lora.variants.lora import LoRA
 
 D_AT_FIRST = 0.1  # the paper's choice for most of its experiments, and PEFT's
 

@@ -14,9 +14,9 @@ from dotenv.variables import Variable, parse_variables
 
 from runtime.console import say
 from runtime.errors import UsageError
-from runtime.fields import ContradictionError, Setting, Table, in_words, resolve, settings_of
-from runtime.flags import read_flags
-from runtime.spelling import FOREIGN, is_ours, near_miss, suggestion
+from runtime.settings.fields import ContradictionError, Setting, Table, in_words, resolve, settings_of
+from runtime.settings.flags import read_flags
+from runtime.settings.spelling import FOREIGN, is_ours, near_miss, suggestion
 
 ENVIRONMENT, DOTENV = "environment", ".env"
 

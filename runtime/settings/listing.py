@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 
 from runtime.errors import UserError
-from runtime.fields import Setting, Table, in_words, settings_of
+from runtime.settings.fields import Setting, Table, in_words, settings_of
 
 BEGIN, END = "<!-- settings -->", "<!-- /settings -->"
 PRECEDENCE = "a flag wins over an environment variable, that over a line in .env, and that over the default."

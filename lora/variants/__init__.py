@@ -1,0 +1,1 @@
+"""The variants of LoRA, a file each, and the registry of their names."""

@@ -1,0 +1,1 @@
+"""The table of settings, and where its values come from."""
