@@ -16,8 +16,9 @@ import runtime.start  # noqa: F401 - before what takes seconds to import
 from jobs.base import base_settings, find_base
 from jobs.job import Job, identity, prepare, unread, unread_names
 from jobs.loop import Training
-from jobs.result import bits_per_character, sample, tell_next, tell_result, tell_samples
+from jobs.result import tell_next, tell_result
 from jobs.selfcheck import Names, digests, self_check
+from jobs.text_report import bits_per_character, sample, tell_samples
 from lora.adapter import Adapter
 from lora.attach import using
 from runtime import report, resume
@@ -73,7 +74,7 @@ def train(given: Resolved) -> Run:
     say_why_another(run, job.plain_name)
     print(report.banner(settings, unread_names(settings)))
     if base:
-        print(f"   Base: {base.name}, text: {job.corpus.name}")
+        print(f"   Base: {base.name}, text: {job.data.name}")
     print(report.statistics(job.model.get_parameter_info(), settings.use_lora), flush=True)
     with RunLock(run):
         finish(job, run, Training(job, run, stepper).all_steps(), start)

@@ -87,7 +87,9 @@ def load_text(name: str, run: Run, data_dir: Path) -> Corpus:
 def held_out(name: str, base: Base, data_dir: Path, batches: int) -> list[Batch]:
     """At most so many batches of 16 windows of a text's held-out part."""
     tokens = tokens_of(load_text(name, base.run, data_dir).validation, base.tokenizer, data_dir)
-    return validation_windows(tokens, base.model.shape.block_size, 16, batches)
+    if len(tokens) < 2:
+        raise UserError(f"the held-out part of {name} has {len(tokens)} tokens, and nothing can be measured on it")
+    return validation_windows(tokens, min(base.model.shape.block_size, len(tokens) - 1), 16, batches)
 
 
 # --- new runs -----------------------------------------------------------------------------------------------------

@@ -149,7 +149,20 @@ def check_base(run: Run, settings: Settings) -> None:
 def check_shape(given: Resolved, shape: ModelShape, tokenizer: Tokenizer, base: Run) -> None:
     """Refuse settings of shape that contradict the base. Raises UsageError naming each."""
     has = asdict(shape) | {"tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
-    wrong = [name for name in SHAPE if given.explicit(name) and getattr(given.settings, name) != has[name]]
+    fixed = [name for name in SHAPE if name != "block_size"]
+    wrong = [name for name in fixed if given.explicit(name) and getattr(given.settings, name) != has[name]]
     if wrong:
         said = ", ".join(f"{name.upper()}={getattr(given.settings, name)} (it has {has[name]})" for name in wrong)
         raise UsageError(f"the base {base.name} has another shape: {said}; leave these out, or choose another BASE")
+
+
+def block_size_for(given: Resolved, longest: int, base: Run) -> int:
+    """The tokens in a run's windows: BLOCK_SIZE where it is given, else as many as the base can take.
+
+    Raises UsageError where that is more than the base's `longest`.
+    """
+    if not given.explicit("block_size"):
+        return longest
+    if (asked := given.settings.block_size) > longest:
+        raise UsageError(f"BLOCK_SIZE={asked}: the base {base.name} takes at most {longest} tokens; lower it to that")
+    return asked

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.corpora import load_corpus
-from data.text import tokens_of, validation_windows
+from data.text import TextData
+from jobs.adapters import load_text
 from jobs.job import Job, prepare
 from lora.attach import activate
 from runtime.batch import Batch
 from runtime.checkpoint import Run
 from runtime.device import Machine
+from runtime.errors import UserError
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
 from runtime.steps import Stepper, evaluate
@@ -82,15 +83,23 @@ class Method:
 def make_method(label: str, given: dict[str, Any], machine: Machine, base: Run) -> Method:
     """A method with these settings beside their defaults, ready for its first step."""
     settings = Settings.from_dict(given | {"base": str(base.folder.resolve())})
-    job = prepare(Resolved(settings, {}), machine, base)
+    job = prepare(Resolved(settings, {name.upper(): "compare.py" for name in given}), machine, base)
     return Method(label, job, job.stepper())
 
 
 def base_windows(job: Job, base: Run) -> list[Batch]:
-    """Held-out text of the base's own corpus, on which forgetting is measured."""
-    corpus = load_corpus(base.about["settings"]["dataset"], Path(job.settings.data_dir))
-    tokens = tokens_of(corpus.validation, job.tokenizer, Path(job.settings.data_dir))
-    return validation_windows(tokens, job.model.shape.block_size, job.settings.batch_size, job.settings.eval_iters)
+    """Held-out text of the base's own corpus, on which forgetting is measured, in windows as long as the job's.
+
+    Raises UserError where that text is gone or too short.
+    """
+    s = job.settings
+    try:
+        corpus = load_text(base.about["settings"]["dataset"], base, Path(s.data_dir))
+        return TextData.load(corpus, job.tokenizer, Path(s.data_dir), s.block_size, s.batch_size, 1, 0).validation(
+            s.eval_iters
+        )
+    except UserError as error:
+        raise UserError(f"forgetting is measured on the text of the base {base.name}: {error}") from error
 
 
 def untouched(method: Method, windows: list[Batch]) -> float:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import platform
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from data.corpora import Corpus, load_corpus
-from data.text import TextBatches, tokens_of, validation_windows
+from data.corpora import load_corpus
+from data.dataset import Dataset
+from data.text import TextData
 from data.tokenizers import Tokenizer, build_tokenizer
-from jobs.base import TOKENIZER, check_shape, load_trained, reference
+from jobs.base import TOKENIZER, block_size_for, check_shape, load_trained, reference
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.attach import attach, base_tensors, detach
@@ -23,7 +23,6 @@ from lora.optim import after_steps, extra_losses, make_optimizer
 from lora.variants.registry import VARIANTS
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
-from runtime.batch import Batch
 from runtime.checkpoint import Run, fingerprint, identity_of
 from runtime.console import say
 from runtime.device import Machine, check_compiler
@@ -39,17 +38,15 @@ TEST_CHARACTERS = (300_000, 30_000)  # of training and held-out text that a TEST
 
 @dataclass
 class Job:
-    """Everything a run works with. base: the run it starts from, or None; train, validation: token ids."""
+    """Everything a run works with. base: the run it starts from, or None. settings: BLOCK_SIZE is the run's own."""
 
     settings: Settings
     machine: Machine
     base: Run | None
     base_sha256: str | None
-    corpus: Corpus
+    data: Dataset
     tokenizer: Tokenizer
     model: BigramLanguageModelLoRA
-    train: np.ndarray
-    validation: np.ndarray
 
     @property
     def kind(self) -> str:
@@ -62,27 +59,22 @@ class Job:
         kind, rank = self.kind, ""
         if kind == "lora":
             kind, rank = self.settings.lora_variant, f"-r{self.settings.lora_rank}"
-        return f"{'test-' if self.settings.test_mode else ''}{kind}-{self.corpus.name}{rank}"
+        return f"{'test-' if self.settings.test_mode else ''}{kind}-{self.data.name}{rank}"
 
     @property
     def tokens_per_step(self) -> int:
         """How many tokens one optimisation step learns from."""
         s = self.settings
-        return s.batch_size * s.gradient_accumulation_steps * self.model.shape.block_size
-
-    def windows(self, limit: int | None) -> list[Batch]:
-        """The held-out text as batches, at most `limit` of them."""
-        return validation_windows(self.validation, self.model.shape.block_size, self.settings.batch_size, limit)
+        return s.batch_size * s.gradient_accumulation_steps * s.block_size
 
     def stepper(self) -> Stepper:
-        """Fresh optimisation steps over this job's text."""
+        """Fresh optimisation steps over this job's data."""
         s = self.settings
-        rows = s.batch_size * s.gradient_accumulation_steps
         return Stepper(
             self.model,
             make_optimizer(self.model, (s.beta1, s.beta2), s.weight_decay, s.lora_plus_ratio),
             Schedule(s.learning_rate, s.min_lr, s.warmup_iters, s.max_iters),
-            TextBatches(self.train, self.model.shape.block_size, rows, s.seed).batch,
+            self.data.batch,
             self.machine,
             seed=s.seed,
             accumulation=s.gradient_accumulation_steps,
@@ -93,17 +85,19 @@ class Job:
         )
 
     def evaluate(self, limit: int | None = None) -> float:
-        """Mean loss over the held-out text, or over at most `limit` batches of it."""
-        return evaluate(self.model, self.windows(limit), self.machine)
+        """Mean loss over the held-out data, or over at most `limit` batches of it."""
+        return evaluate(self.model, self.data.validation(limit), self.machine)
 
     def about(self) -> dict:
         """What `run.json` says: enough to know the run again, and to tell how it came about."""
         root = Path(self.settings.checkpoints_dir)
         base = reference(self.base, self.base_sha256, root) if self.base else None
-        dataset = {"name": self.corpus.name, "sha256": self.corpus.sha256}
+        dataset = {"name": self.data.name, "sha256": self.data.sha256}
         settings = self.settings.as_dict()
         about = run_metadata(self.kind, settings, self.model.shape, base, self.tokenizer, dataset=dataset)
         about["machine"] = f"{platform.machine()}, {self.machine}, {torch.get_num_threads()} threads"
+        if self.settings.block_size < self.model.shape.block_size:
+            about["window"] = self.settings.block_size
         return about | {"identity": identity(about)}
 
     def product_files(self, **notes: str) -> dict[str, bytes]:
@@ -113,8 +107,8 @@ class Job:
         """
         if self.kind != "lora":
             return model_files.to_files(self.model) | {TOKENIZER: self.tokenizer.dumps()}
-        facts = {"base": self.base.name, "base_sha256": self.base_sha256, "dataset": self.corpus.name}
-        facts |= {"dataset_sha256": self.corpus.sha256, "tokenizer_sha256": self.tokenizer.sha256}
+        facts = {"base": self.base.name, "base_sha256": self.base_sha256, "dataset": self.data.name}
+        facts |= {"dataset_sha256": self.data.sha256, "tokenizer_sha256": self.tokenizer.sha256}
         versions = f"python {platform.python_version()}, torch {torch.__version__}"
         known = {"command": command_of(self.settings, self.base), "versions": versions}
         return adapter_files.to_files(Adapter.of(self.model, **facts), notes | known)
@@ -153,6 +147,8 @@ def identity(about: dict) -> str:
         if settings.use_lora:
             read["lora_targets"] = sorted({name.strip() for name in settings.lora_targets.split(",")})
         data = [about["dataset"]["sha256"], about["tokenizer_sha256"], base and base["sha256"]]
+        if "window" in about:  # on windows that are shorter than the base's; without a base BLOCK_SIZE is read anyway
+            read["window"] = about["window"]
         dtype = about["machine"].split(", ")[-2]
     except (KeyError, TypeError, AttributeError, IndexError, UserError):
         return about["identity"]
@@ -175,6 +171,7 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
     if base:
         model, tokenizer = load_trained(base, settings.dropout)
         check_shape(given, model.shape, tokenizer, base)
+        settings = replace(settings, block_size=block_size_for(given, model.shape.block_size, base))
     else:
         known = corpus.text if settings.tokenizer == "char" else corpus.train  # held-out text may have rare characters
         tokenizer = build_tokenizer(settings.tokenizer, known, settings.vocab_size)
@@ -183,8 +180,9 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
     base_sha256 = fingerprint(base_tensors(model)) if base else None
     if settings.use_lora:
         attach(model, lora_config(settings))
-    tokens = (tokens_of(text, tokenizer, data_dir) for text in (corpus.train, corpus.validation))
-    return Job(settings, machine, base, base_sha256, corpus, tokenizer, model.to(machine.device), *tokens)
+    s, step_size = settings, settings.batch_size * settings.gradient_accumulation_steps
+    data = TextData.load(corpus, tokenizer, data_dir, s.block_size, s.batch_size, step_size, s.seed)
+    return Job(settings, machine, base, base_sha256, data, tokenizer, model.to(machine.device))
 
 
 def lora_config(settings: Settings) -> LoRAConfig:

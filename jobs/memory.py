@@ -34,7 +34,9 @@ def child() -> None:
     settings = Settings.from_dict(json.load(sys.stdin))
     machine = pick_machine(settings.device, settings.dtype)
     before = machine.restart_peak_memory()
-    job = prepare(Resolved(settings, {}), machine, find_run(Path(settings.checkpoints_dir), settings.base))
+    job = prepare(
+        Resolved(settings, {"BLOCK_SIZE": "job"}), machine, find_run(Path(settings.checkpoints_dir), settings.base)
+    )
     stepper = job.stepper()
     for step in range(STEPS):
         stepper.step(step)

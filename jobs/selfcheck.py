@@ -44,7 +44,8 @@ def self_check(job: Job, run: Run, state: State, start: Names) -> None:
     try:
         check_memory(job)
         fresh, adapter = read_back(job, run)
-        if still := must_have_moved(job.model, state.best_step) & unmoved(start, digests(adapter)):
+        moving = must_have_moved(job.model, state.best_step, job.settings.block_size)
+        if still := moving & unmoved(start, digests(adapter)):
             rate = f"LEARNING_RATE={job.settings.learning_rate} (too low?)"
             raise UserError(f"training with {rate} has not moved {cut_short(sorted(still))}")
         check_saved(job, adapter, state)
@@ -78,14 +79,14 @@ def unmoved(start: Names, now: Names) -> set[str]:
     return {name for name, digest in now.items() if start.get(name) == digest}
 
 
-def must_have_moved(model: nn.Module, steps: int) -> set[str]:
-    """The tensors that so many steps cannot have left as they were: all that have a gradient.
+def must_have_moved(model: nn.Module, steps: int, block_size: int) -> set[str]:
+    """The tensors that so many steps on windows of this size cannot have left as they were: all that have a gradient.
 
     While B is zero, A has none, so after one step only B and the copies of embeddings and biases must have moved. Two
     tensors never have one: what is added to all scores of a query changes no attention, as the bias of k_proj is, and
     with one position there is nothing to weigh, so with BLOCK_SIZE=1 q_proj and k_proj have no effect.
     """
-    idle = ("q_proj", "k_proj") if model.shape.block_size == 1 else ()
+    idle = ("q_proj", "k_proj") if block_size == 1 else ()
     found = set()
     for path, host in hosts(model).items():
         layer = path.rpartition(".")[2]
@@ -115,7 +116,7 @@ def check_saved(job: Job, adapter: Adapter, state: State) -> None:
 def check_losses(job: Job, fresh: BigramLanguageModelLoRA, adapter: Adapter) -> None:
     """Raises UserError where a fresh base, without and with the adapter from disk, computes something else than the
     run's own model with the same values in the adapter that it trained; these stay in it."""
-    few = job.windows(FEW)
+    few = job.data.validation(FEW)
     with using(job.model):
         without = evaluate(job.model, few, job.machine)
     if not math.isclose(without, expected := evaluate(fresh, few, job.machine), rel_tol=SAME):

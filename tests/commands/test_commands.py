@@ -135,7 +135,7 @@ BAD = [
     ("training.py", {"DATASET": "shakespear"}, (), 2, "shakespeare"),
     ("training.py", {"DATASET": "empty.txt"}, (), 1, "empty"),
     ("training.py", {"DATASET": "latin1.txt"}, (), 1, "UTF-8"),
-    ("training.py", {"DATASET": "short.txt"}, (), 1, "lower BLOCK_SIZE"),
+    ("training.py", {"DATASET": "short.txt"}, (), 1, "BLOCK_SIZE="),
     ("training.py", {"DATASET": "greek.txt", "USE_LORA": "1"}, (), 1, "'λ'"),
     ("training.py", {"TOKENIZER": "gpt2", "TIKTOKEN_CACHE_DIR": ""}, (), 1, "TOKENIZER=bpe"),
     ("generate.py", {}, ("--run", "nobody"), 2, "runs there: test-"),

@@ -34,8 +34,8 @@ TEXTS = {
     "empty": (b"", "is empty"),
     "only a mark": (b"\xef\xbb\xbf", "is empty"),
     "only blanks": (b" \t\r\n" * 500, "is empty"),
-    "shorter than a block": (b"to be", "lower BLOCK_SIZE"),
-    "no room to validate": (b"to be or not to be " * 3, "lower BLOCK_SIZE"),
+    "shorter than a block": (b"to be", "BLOCK_SIZE="),
+    "no room to validate": (b"to be or not to be " * 3, "BLOCK_SIZE="),
     "all one character": (b"a" * 5_000, ""),
     "all one astral character": ("😀".encode() * 2_000, ""),
     "one long line": (b"to be or not to be " * 20_000, ""),
@@ -51,9 +51,9 @@ TINY += ("--eval-iters=1", "--dtype=fp32", "--vocab-size=300", "--test-mode")
 TRAIN = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-import jobs.result, training
+import jobs.text_report, training
 from runtime.errors import run_command
-jobs.result.TEST_SAMPLE_CHARACTERS = 20
+jobs.text_report.TEST_SAMPLE_CHARACTERS = 20
 for i, flags in enumerate(json.loads(sys.argv[2])):
     sys.argv = ["training.py", *flags]
     try:
@@ -83,7 +83,7 @@ def test_a_run_on_any_text_ends_well_or_in_one_line(tmp_path, tokenizer):
         errors = [line for line in parts[i].splitlines() if line.startswith("error: ")]
         status = int(parts[i + 1].split(">")[0])
         if tokenizer == "bpe" and errors and not wrong:
-            wrong = "lower BLOCK_SIZE"  # where byte pairs make a few tokens of what repeats
+            wrong = "BLOCK_SIZE="  # where byte pairs make a few tokens of what repeats
         assert (status, len(errors)) == ((1, 1) if wrong else (0, 0)), (name, parts[i])
         assert not errors or wrong in errors[0], (name, errors)
 

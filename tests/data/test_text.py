@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -11,12 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.text import TextBatches, tokens_of, validation_windows
+from data.corpora import Corpus
+from data.text import TextData, tokens_of, validation_windows
 from data.tokenizers import build_tokenizer
 from runtime.batch import Batch
 from runtime.errors import UserError
 
 TOKENS = np.arange(5000, dtype=np.uint16)
+
+
+def windows_of(tokens: np.ndarray, block_size: int, rows: int, seed: int) -> TextData:
+    """These tokens as both splits of a text."""
+    return TextData(Corpus("text", "", ""), tokens, tokens, block_size, rows, rows, seed)
 
 
 def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,32 +64,32 @@ def test_unknown_characters_leave_no_cache(tmp_path: Path) -> None:
 
 
 def test_batches_are_functions_of_seed_and_step() -> None:
-    batches = TextBatches(TOKENS, 16, 8, seed=1337)
+    batches = windows_of(TOKENS, 16, 8, seed=1337)
     expected = [batches.batch(step) for step in range(5)]
     for step in (4, 0, 3, 3, 1):
-        again = TextBatches(TOKENS, 16, 8, seed=1337).batch(step)
+        again = windows_of(TOKENS, 16, 8, seed=1337).batch(step)
         assert torch.equal(again.tokens, expected[step].tokens)
         assert torch.equal(again.targets, expected[step].targets)
     assert not torch.equal(expected[0].tokens, expected[1].tokens)
-    assert not torch.equal(TextBatches(TOKENS, 16, 8, seed=1338).batch(0).tokens, expected[0].tokens)
+    assert not torch.equal(windows_of(TOKENS, 16, 8, seed=1338).batch(0).tokens, expected[0].tokens)
 
 
 def test_batches_do_not_touch_the_global_generators() -> None:
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002
     before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
-    TextBatches(TOKENS, 16, 8, seed=0).batch(0)
+    windows_of(TOKENS, 16, 8, seed=0).batch(0)
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all()
 
 
 def test_batches_stay_the_same_across_versions() -> None:
-    x, _ = pair(TextBatches(TOKENS, 16, 4, seed=1337).batch(7))
+    x, _ = pair(windows_of(TOKENS, 16, 4, seed=1337).batch(7))
     assert x[:, 0].tolist() == [2710, 2090, 1923, 1842]
 
 
 def test_target_is_the_next_token() -> None:
-    x, y = pair(TextBatches(TOKENS, 16, 8, seed=1).batch(3))
+    x, y = pair(windows_of(TOKENS, 16, 8, seed=1).batch(3))
     assert x.dtype == y.dtype == torch.int64
     assert x.shape == y.shape == (8, 16)
     assert x.is_contiguous()
@@ -92,46 +99,47 @@ def test_target_is_the_next_token() -> None:
 
 
 def test_neighbouring_steps_share_no_numbers() -> None:
-    batches = TextBatches(np.arange(2**20, dtype=np.uint32), 1, 32, seed=5)
+    batches = windows_of(np.arange(2**20, dtype=np.uint32), 1, 32, seed=5)
     starts = torch.cat([batches.batch(step).tokens.flatten() for step in range(100)])
     assert len(starts.unique()) > 0.99 * len(starts)  # chance alone repeats about five
 
 
 @given(seed=st.integers(0, 2**63), step=st.integers(0, 10**9))
 def test_any_seed_and_step(seed: int, step: int) -> None:
-    x, y = pair(TextBatches(TOKENS, 16, 4, seed).batch(step))
+    x, y = pair(windows_of(TOKENS, 16, 4, seed).batch(step))
     assert torch.equal(y, x + 1)
 
 
 def test_windows_reach_both_ends() -> None:
-    batches = TextBatches(TOKENS[:20], 16, 64, seed=0)
+    batches = windows_of(TOKENS[:20], 16, 64, seed=0)
     x, y = pair(batches.batch(0))
     assert x.min() == 0
     assert y.max() == 19
 
 
 def test_text_of_exactly_one_window() -> None:
-    x, y = pair(TextBatches(TOKENS[:17], 16, 2, seed=0).batch(9))
+    x, y = pair(windows_of(TOKENS[:17], 16, 2, seed=0).batch(9))
     assert x.tolist() == [list(range(16))] * 2
     (window,) = validation_windows(TOKENS[:17], 16, 2, None)
     assert window.targets.tolist() == [list(range(1, 17))]
 
 
-@pytest.mark.parametrize("length", [0, 1, 16])
-def test_text_shorter_than_a_window(length: int) -> None:
-    for use in (
-        lambda: TextBatches(TOKENS[:length], 16, 2, seed=0),
-        lambda: validation_windows(TOKENS[:length], 16, 2, None),
-    ):
-        with pytest.raises(UserError) as error:
-            use()
-        assert str(error.value) == (
-            f"the text has {length} tokens, and BLOCK_SIZE=16 needs at least 17; lower BLOCK_SIZE or use a longer text"
-        )
+@pytest.mark.parametrize(("train", "held_out"), [(0, 0), (100, 0), (100, 1), (100, 2), (100, 16), (16, 100)])
+def test_a_text_shorter_than_a_window_is_told_a_size_that_works(train: int, held_out: int) -> None:
+    splits = TOKENS[:train], TOKENS[:held_out]
+    with pytest.raises(UserError) as error:
+        TextData(Corpus("letters", "", ""), *splits, 16, 2, 2, 0)
+    told, part = str(error.value), "training" if train < held_out or not train else "held-out"
+    shorter = min(train, held_out)
+    assert told.startswith(f"the {part} part of letters has {shorter} tokens, and BLOCK_SIZE=16 needs 17; ")
+    assert ("--block-size" in told) == (shorter > 1)
+    if found := re.search(r"--block-size (\d+)", told):
+        data = TextData(Corpus("letters", "", ""), *splits, int(found[1]), 2, 2, 0)
+        assert data.batch(0).tokens.shape == (2, shorter - 1) and data.validation(None)
 
 
 def test_a_batch_takes_well_under_a_millisecond() -> None:
-    batches = TextBatches(np.zeros(5_000_000, dtype=np.uint16), 128, 32, seed=0)
+    batches = windows_of(np.zeros(5_000_000, dtype=np.uint16), 128, 32, seed=0)
     times = []
     for step in range(50):
         start = time.perf_counter()

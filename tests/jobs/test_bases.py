@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from runtime.encoding import to_sealed_json
 from runtime.errors import UserError
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
+from tests.commands.command_line import run
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8}
 FAST = {"test_mode": True, "device": "cpu", "dtype": "fp32", "batch_size": 4, "eval_iters": 2, "max_iters": 4}
@@ -204,3 +207,22 @@ def test_a_command_that_opens_an_adapter_reads_and_hashes_its_base_once(root, mo
     monkeypatch.setattr(storage, "read_folder", lambda folder: read.append(folder.parent.name) or honest_read(folder))
     choose(root, "test-lora-b-r2", None, ())
     assert len(hashed) == 1 and sorted(read) == ["base", "test-lora-b-r2"]
+
+
+def test_an_adapter_may_train_on_shorter_windows_than_its_base_takes(tmp_path, data_dir):
+    shutil.copytree(FIXTURES / "base", tmp_path / "runs/base")
+    (tmp_path / "short.txt").write_text(
+        "To be, or not to be: that is the question.\n" * 3
+    )  # 129 characters, 13 held out
+    lora = ("--use-lora", "--dataset", "short.txt", "--checkpoints-dir", "runs", "--max-iters", "3", "--dtype", "fp32")
+    refused = run(tmp_path, data_dir, "training.py", *lora)
+    assert refused.returncode == 1
+    found = re.search(r"has 13 tokens, and BLOCK_SIZE=16 needs 17; set (--block-size) (12),", refused.stderr)
+    done = run(tmp_path, data_dir, "training.py", *lora, *found.groups())
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "runs/lora-short-r8/run.json").read_bytes())["window"] == 12
+    again = run(tmp_path, data_dir, "training.py", *lora, "--block-size", "8")
+    assert "lora-short-r8 was trained with BLOCK_SIZE=12" in again.stderr, "another window is another run"
+    longer = run(tmp_path, data_dir, "training.py", *lora, "--block-size", "17")
+    assert longer.returncode == 2
+    assert longer.stderr.endswith("BLOCK_SIZE=17: the base base takes at most 16 tokens; lower it to that\n")

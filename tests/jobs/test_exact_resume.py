@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import jobs.job
-import jobs.result
+import jobs.text_report
 import training
 from jobs import loop
 from jobs.job import Job
@@ -121,7 +121,7 @@ class Case:
         torch.manual_seed(12345 + moments.k)  # whatever was drawn before must not matter
         with moments.of_a_run(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop.Training, "all_steps", noted)
-            patch.setattr(jobs.result, "TEST_SAMPLE_CHARACTERS", 2)
+            patch.setattr(jobs.text_report, "TEST_SAMPLE_CHARACTERS", 2)
             train(self.values)
 
     def left(self) -> dict:

@@ -26,7 +26,7 @@ import torch
 import torch._dynamo  # what the first optimizer would import, in every child anew
 from faulty_disk import MODES, FaultyDisk, applies
 
-import jobs.result
+import jobs.text_report
 import training
 from jobs import loop
 from lora.peft_format import load_adapter, save_adapter
@@ -111,7 +111,7 @@ class Sweep:
             return state
 
         loop.Training.all_steps = noted
-        jobs.result.TEST_SAMPLE_CHARACTERS = 4
+        jobs.text_report.TEST_SAMPLE_CHARACTERS = 4
         sys.argv = ["training.py", *self.flags]
         training.main()
 

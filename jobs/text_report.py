@@ -1,0 +1,53 @@
+"""What only text can tell of a run: samples, and the words in them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from data.corpora import distinct_words, load_corpus, words
+from jobs.job import Job
+from models.sampling import Sampling, generate
+from runtime import report
+from runtime.console import say
+from runtime.errors import UserError
+
+SAMPLE_CHARACTERS, TEST_SAMPLE_CHARACTERS = 1_000, 300
+
+
+def sample(job: Job) -> str:
+    """About 1,000 characters after a newline (300 in TEST_MODE), the same for the same seed and weights."""
+    start = job.tokenizer.encode("\n").tolist()
+    characters = TEST_SAMPLE_CHARACTERS if job.settings.test_mode else SAMPLE_CHARACTERS
+    count = characters * len(job.data.held_out) // len(job.data.corpus.validation)
+    with job.machine.autocast():
+        rows = generate(job.model, [start], count, Sampling(temperature=0.8), job.settings.seed)
+    return job.tokenizer.decode(rows[0][len(start) :])
+
+
+def bits_per_character(job: Job, loss: float) -> float:
+    """A loss in nats per token of the held-out text in bits per character of it, whatever its tokens are."""
+    return loss * len(job.data.held_out) / len(job.data.corpus.validation) / math.log(2)
+
+
+def tell_samples(job: Job, samples: dict[str, str]) -> None:
+    """Samples of text by title, and how many of their words the text has; from a base, those only the text has."""
+    foreign = base_words(job) if job.base else set()
+    counted = distinct_words(job.data.corpus.text) - foreign
+    which = f"that only {job.data.name} has" if foreign else f"of {job.data.name}"
+    for title, text in samples.items():
+        found, count = [word for word in words(text) if word in counted], max(1, len(words(text)))
+        some = f": {', '.join(list(dict.fromkeys(found))[:8])}" if foreign and found else ""
+        print(f"📝 {title}:\n{report.indented(text)}")
+        print(f"   {len(found)} of {count} words ({100 * len(found) / count:.0f} %) are words {which}{some}")
+
+
+def base_words(job: Job) -> set[str]:
+    """The words of the text that the base was trained on; none where that text is gone, or not known."""
+    if not (dataset := job.base.about["settings"]["dataset"]):
+        return set()
+    try:
+        return distinct_words(load_corpus(dataset, Path(job.settings.data_dir)).text)
+    except UserError as error:
+        say(f"Counting words without the base's own text: {error}")
+        return set()
