@@ -16,6 +16,7 @@ python adapters.py COMMAND --help tells what each takes.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
@@ -46,10 +47,20 @@ A_NAME = {"pattern": rf"|{NAME}", "allowed": f"a run's name, not a path: {NAMED}
 A_PATH = {"pattern": rf"|{FOLDER}", "path": True, "allowed": "a path", **ONLY_HERE}
 A_TEXT = A_PATH | {"allowed": "the name of a corpus or a path"}
 
+PLOTS = "requirements-plots.txt"
+
 
 def numbers(text: str) -> list[float]:
     """The numbers of a text with commas between them."""
     return [float(part) for part in text.split(",")]
+
+
+def check_picture(out: str) -> None:
+    """Raises UsageError where a picture was asked for that could not be drawn, or not be written there."""
+    if out:
+        check_free(Path(out))
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UsageError(f"--out {out}: pictures need matplotlib; get it with: {install_line(PLOTS)}")
 
 
 def save_picture(folder: Path, name: str, out: str, draw: Callable[[], bytes]) -> None:
@@ -59,7 +70,7 @@ def save_picture(folder: Path, name: str, out: str, draw: Callable[[], bytes]) -
     try:
         data = draw()
     except ImportError:
-        say(f"No picture: matplotlib is not installed; get it with: {install_line('requirements-plots.txt')}")
+        say(f"No picture: matplotlib is not installed; get it with: {install_line(PLOTS)}")
         return
     check_free(path)
     storage.write_file(path, data)
@@ -107,8 +118,7 @@ class Inspect(Command):
     out: str = setting("", "File for the picture; empty puts it into the run's folder", **A_PATH)
 
     def run(self) -> None:
-        if self.out:
-            check_free(Path(self.out))
+        check_picture(self.out)
         (adapted,) = open_adapters(self.root, (self.name,))
         found = adapter_report.sizes(adapted)
         print(adapter_report.inspected(adapted, found))
@@ -141,8 +151,7 @@ class Strength(Inspect):
     eval_iters: int = setting(40, "Batches of held-out text", low=1, **ONLY_HERE)
 
     def run(self) -> None:
-        if self.out:
-            check_free(Path(self.out))
+        check_picture(self.out)
         machine = pick_machine(self.device, self.dtype)
         (adapted,) = open_adapters(self.root, (self.name,))
         strengths, roles = numbers(self.strengths or "1"), forgetting.texts_to_measure(adapted, self.dataset)

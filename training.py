@@ -16,6 +16,7 @@ import runtime.start  # noqa: F401 - before what takes seconds to import
 from jobs.base import base_settings, find_base
 from jobs.job import Job, identity, prepare, unread, unread_names
 from jobs.loop import Training
+from jobs.preflight import preflight
 from jobs.result import tell_next, tell_result
 from jobs.selfcheck import Names, digests, self_check
 from jobs.text_report import bits_per_character, sample, tell_samples
@@ -71,6 +72,7 @@ def train(given: Resolved) -> Run:
     if run.finished:
         tell_finished(run)
         return run
+    preflight(job)
     say_why_another(run, job.plain_name)
     print(report.banner(settings, unread_names(settings)))
     if base:

@@ -1,0 +1,49 @@
+"""What a run will need later is checked before its first step."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.commands.command_line import run
+
+TINY = ("--n-layer", "1", "--n-head", "1", "--n-embd", "8", "--block-size", "8", "--max-iters", "3", "--dtype", "fp32")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    lines = [f"line {i} of a text that says something new each time\n" for i in range(100)]
+    (tmp_path / "new.txt").write_text("".join(lines))
+    (tmp_path / "same.txt").write_text("All work and no play\n" * 100)
+    (tmp_path / "one.txt").write_text("ab " * 500)
+    return tmp_path
+
+
+def test_no_room_for_the_saves_is_told_before_the_first_step(folder, data_dir):
+    saves = ("--max-iters", "1000000000", "--save-interval", "1", "--keep-checkpoints", "1000000")
+    done = run(folder, data_dir, "training.py", "--dataset", "new.txt", *TINY[:8], "--n-embd", "4096", *saves)
+    assert done.returncode == 1 and "Total parameters" not in done.stdout
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith("error: checkpoints: the run will save up to ") and "lower KEEP_CHECKPOINTS=1000000" in told
+    assert not list((folder / "checkpoints").glob("*/step-*"))
+
+
+@pytest.mark.parametrize(("text", "warned"), [("new.txt", False), ("same.txt", True), ("one.txt", True)])
+def test_a_held_out_text_that_was_trained_on_is_warned_of(folder, data_dir, text, warned):
+    done = run(folder, data_dir, "training.py", "--dataset", text, *TINY)
+    assert done.returncode == 0, done.stderr
+    assert ("of the held-out lines of " in done.stderr) == warned
+
+
+def test_a_runs_folder_that_cannot_be_written_is_one_line(folder, data_dir):
+    (folder / "checkpoints").write_text("a file")
+    done = run(folder, data_dir, "training.py", "--dataset", "new.txt", *TINY)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ") and "checkpoints" in done.stderr
+
+
+def test_a_picture_that_was_asked_for_needs_its_library_first(folder, data_dir):
+    (folder / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'matplotlib' else find(name, *rest)\n"
+    )
+    done = run(folder, data_dir, "adapters.py", "strength", "nobody", "--out", "x.png", PYTHONPATH=str(folder))
+    assert done.returncode == 2 and "--out x.png: pictures need matplotlib; get it with: " in done.stderr
