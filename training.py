@@ -65,7 +65,7 @@ def train(given: Resolved) -> Run:
         say(f"There is no trained base in {settings.checkpoints_dir} yet, and LoRA adapts one: training it first")
         base = train(base_settings(given))
     job = prepare(given, machine, base)
-    start = digests(Adapter.of(job.model)) if job.kind == "lora" else {}
+    start = digests(Adapter.from_model(job.model)) if job.kind == "lora" else {}
     stepper = job.stepper()
     root, about = Path(settings.checkpoints_dir), job.about()
     run = claim(root, job.plain_name, settings.run_name, about, settings.fresh, identity)

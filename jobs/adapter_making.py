@@ -11,15 +11,15 @@ from data.corpora import CORPORA
 from jobs.adapters import Adapted, Base, check_free, metadata_of_made, publish, texts_of
 from jobs.job import TOKENIZER
 from lora import peft_format as adapter_files
-from lora.adapter import Adapter, cut_short
-from lora.attach import merge
+from lora.adapter import Adapter
 from lora.combine import Combined, combine
+from lora.merge import merge
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime import storage
 from runtime.batch import Batch
 from runtime.checkpoint import Run
-from runtime.errors import UserError
+from runtime.errors import UserError, join_problems
 
 TOLERANCE = 1e-4  # of the largest logit: sums in another order differ by less than a tenth of it in fp32
 
@@ -40,7 +40,7 @@ def merge_run(adapted: Adapted, folder: Path, windows: list[Batch]) -> tuple[Run
     model, adapter, base = adapted.base.model, adapted.adapter, adapted.base
     texts, origin = texts_of(adapted.run), {"how": "merge", "adapter": adapted.run.name, "sha256": adapter.sha256}
     about = metadata_of_made(folder.parent, "full", base, adapter, texts, origin)
-    adapter.put_on(model, base_sha256=base.sha256)
+    adapter.attach_to(model, base_sha256=base.sha256)
     expected = _logits(model, windows)
     merge(model)
     files = model_files.to_files(model) | {TOKENIZER: base.tokenizer.dumps()}
@@ -73,8 +73,8 @@ def combine_runs(parts: list[Adapted], weights: list[float], method: str, rank: 
     notes = {"combined": f"{told}, by {method}", "trained on": ", ".join(texts) or "not known"}
     if method == "svd":
         notes["relative error of svd"] = f"{made.error:.3g}"
-    facts = made.adapter.facts | {"base": base.run.name, "base_sha256": base.sha256}
-    files = adapter_files.to_files(replace(made.adapter, facts=facts), notes)
+    metadata = made.adapter.metadata | {"base": base.run.name, "base_sha256": base.sha256}
+    files = adapter_files.to_files(replace(made.adapter, metadata=metadata), notes)
     publish(folder, metadata_of_made(folder.parent, "lora", base, made.adapter, texts, origin), files, {})
     return made
 
@@ -88,10 +88,10 @@ def import_folder(source: Path, base: Base, folder: Path) -> Adapter:
     check_free(folder)
     adapter = adapter_files.load_adapter(source)
     if problems := base.problems(adapter):
-        raise UserError(f"{source} does not fit {base.run.name}: {cut_short(problems)}")
-    facts = {"base": base.run.name, "base_sha256": base.sha256}
-    adapter = replace(adapter, facts=adapter.facts | facts | {"tokenizer_sha256": base.tokenizer.sha256})
-    texts = [text for text in (adapter.facts.get("dataset"),) if text in CORPORA]
+        raise UserError(f"{source} does not fit {base.run.name}: {join_problems(problems)}")
+    fingerprints = {"base": base.run.name, "base_sha256": base.sha256}
+    adapter = replace(adapter, metadata=adapter.metadata | fingerprints | {"tokenizer_sha256": base.tokenizer.sha256})
+    texts = [text for text in (adapter.metadata.get("dataset"),) if text in CORPORA]
     origin = {"how": "import", "sha256": adapter.sha256}
     files = adapter_files.to_files(adapter, {"imported": "from an adapter folder"})
     publish(folder, metadata_of_made(folder.parent, "lora", base, adapter, texts, origin), files, {})
@@ -101,7 +101,7 @@ def import_folder(source: Path, base: Base, folder: Path) -> Adapter:
 def export_folder(adapted: Adapted, target: Path) -> None:
     """An adapter's files as a folder that PEFT reads, wherever it is wanted. Raises UsageError where one stands."""
     check_free(target)
-    files, shared = adapted.run.read(), adapted.adapter.shared(adapted.base.tensors)
+    files, shared = adapted.run.read(), adapted.adapter.make_shared(adapted.base.tensors)
     if shared is not None:  # made of a seed here; elsewhere that might give others
         whole = adapter_files.to_files(adapted.adapter, shared=shared)
         files |= {name: whole[name] for name in (adapter_files.CONFIG, adapter_files.TENSORS)}

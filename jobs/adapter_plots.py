@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lora.combine import Size
+from lora.combine import DeltaSize
 
 
 def _png(figure: Figure) -> bytes:
@@ -18,7 +18,7 @@ def _png(figure: Figure) -> bytes:
     return data.getvalue()
 
 
-def _grid(sizes: dict[str, Size], of: str) -> tuple[list[str], list[str], np.ndarray]:
+def _grid(sizes: dict[str, DeltaSize], of: str) -> tuple[list[str], list[str], np.ndarray]:
     """Values by block (rows) and kind of linear (columns); NaN where there is none."""
     split = {path: path.rpartition(".")[::2] for path in sizes}
     places = [(parent.removeprefix("blocks.").split(".")[0] or "-", leaf) for parent, leaf in split.values()]
@@ -29,7 +29,7 @@ def _grid(sizes: dict[str, Size], of: str) -> tuple[list[str], list[str], np.nda
     return rows, columns, grid
 
 
-def _heat(axes: Axes, sizes: dict[str, Size], of: str, title: str, form: str) -> None:
+def _heat(axes: Axes, sizes: dict[str, DeltaSize], of: str, title: str, form: str) -> None:
     rows, columns, grid = _grid(sizes, of)
     picture = axes.imshow(grid, cmap="viridis", aspect="auto", vmin=0)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
@@ -42,7 +42,7 @@ def _heat(axes: Axes, sizes: dict[str, Size], of: str, title: str, form: str) ->
     axes.figure.colorbar(picture, ax=axes, shrink=0.8)
 
 
-def draw_sizes(sizes: dict[str, Size], title: str) -> bytes:
+def draw_sizes(sizes: dict[str, DeltaSize], title: str) -> bytes:
     """How much of each weight an adapter changes, and in how many directions, as the bytes of a PNG."""
     height = 2 + 0.35 * len(_grid(sizes, "norm")[0])
     figure = Figure(figsize=(12, height), layout="constrained")

@@ -10,7 +10,7 @@ from jobs.adapters import Adapted, texts_of
 from jobs.family import Family
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
-from lora.combine import Size, diff, size, target_paths
+from lora.combine import DeltaSize, all_targets, cosines, delta_size
 from lora.variants.registry import VARIANTS
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime import report
@@ -79,27 +79,27 @@ def _rows_below(family: Family, base: Run | None, depth: int) -> list[tuple[str,
     return rows
 
 
-def sizes(adapted: Adapted) -> dict[str, Size]:
+def sizes(adapted: Adapted) -> dict[str, DeltaSize]:
     """How large the change of each module is."""
     base = adapted.base.tensors
-    return {path: size(adapted.adapter, path, base) for path in target_paths([adapted.adapter], base)}
+    return {path: delta_size(adapted.adapter, path, base) for path in all_targets([adapted.adapter], base)}
 
 
-def inspected(adapted: Adapted, found: dict[str, Size]) -> str:
+def inspected(adapted: Adapted, found: dict[str, DeltaSize]) -> str:
     """Facts of an adapter, and a table of its modules."""
     adapter, base = adapted.adapter, adapted.base.tensors
     rows = [("module", "rank", "alpha", "|dW|", "|dW|/|W|", "effective rank")]
     for path, (norm, relative, effective) in found.items():
         rank, alpha = f"{adapter.config.rank_at(path)}", f"{adapter.config.alpha_at(path):g}"
-        alpha = "" if "alpha" in VARIANTS[adapter.config.variant].unread else alpha
+        alpha = "" if "alpha" in VARIANTS[adapter.config.variant].ignored_fields else alpha
         rows.append((path, rank, alpha, f"{norm:.3f}", f"{relative:.4f}", f"{effective:.2f}"))
-    for path, key, copy in adapter.copies():
+    for path, key, copy in adapter.trained_copies():
         own = base[f"{path}.{key}"]
         change, whole = (copy - own).norm().item(), own.norm().item()
         rows.append((f"{path}.{key}", "", "", f"{change:.3f}", f"{change / whole:.4f}" if whole else "", ""))
-    facts = {"base": adapted.base.run.name, "variant": adapter.config.variant, "targets": adapter.config.targets}
-    facts |= {key: text for key, text in adapter.facts.items() if key != "base"} | {"fingerprint": adapter.sha256}
-    lines = [f"{key.replace('_', ' ')}: {text}" for key, text in facts.items()]
+    metadata = {"base": adapted.base.run.name, "variant": adapter.config.variant, "targets": adapter.config.targets}
+    metadata |= {key: text for key, text in adapter.metadata.items() if key != "base"} | {"fingerprint": adapter.sha256}
+    lines = [f"{key.replace('_', ' ')}: {text}" for key, text in metadata.items()]
     note = "|.| is the Frobenius norm; effective rank: exp of the entropy of the singular values' shares of their sum."
     return "\n".join([*lines, "", report.table(rows), note])
 
@@ -107,7 +107,7 @@ def inspected(adapted: Adapted, found: dict[str, Size]) -> str:
 def compared(one: Adapted, other: Adapted) -> str:
     """The cosine of two adapters' changes, module by module."""
     rows = [("module", "cosine")]
-    for path, value in diff(one.adapter, other.adapter, one.base.tensors).items():
+    for path, value in cosines(one.adapter, other.adapter, one.base.tensors).items():
         missing = [side.run.name for side in (one, other) if path not in side.adapter.targets()]
         rows.append((path, f"{value:+.4f}" if value is not None else f"not in {missing[0]}" if missing else "zero"))
     return report.table(rows)

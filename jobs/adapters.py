@@ -12,12 +12,12 @@ from data.text import tokens_of, validation_windows
 from jobs.base import Base, base_of, reference
 from jobs.job import IN_CONFIG, TEST_CHARACTERS, run_metadata
 from lora import peft_format as adapter_files
-from lora.adapter import Adapter, cut_short
+from lora.adapter import Adapter
 from runtime import storage
 from runtime.batch import Batch
 from runtime.checkpoint import PRODUCTS, Run, all_runs, open_run, suggest
 from runtime.encoding import to_sealed_json
-from runtime.errors import UsageError, UserError
+from runtime.errors import UsageError, UserError, join_problems
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def open_adapters(root: Path, names: tuple[str, ...]) -> list[Adapted]:
         for problem in base.problems(adapter)
     ]
     if problems:
-        raise UserError(f"no adapter for {base.run.name}: {cut_short(problems)}")
+        raise UserError(f"no adapter for {base.run.name}: {join_problems(problems)}")
     return [Adapted(run, adapter, base) for run, adapter in zip(runs, adapters, strict=True)]
 
 

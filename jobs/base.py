@@ -61,7 +61,7 @@ class Base:
 
     def problems(self, adapter: Adapter) -> list[str]:
         """Every way in which an adapter does not fit this base, its tokenizer included."""
-        told, own = adapter.facts.get("tokenizer_sha256", self.tokenizer.sha256), self.tokenizer.sha256
+        told, own = adapter.metadata.get("tokenizer_sha256", self.tokenizer.sha256), self.tokenizer.sha256
         wrong = [] if told == own else [f"its tokenizer is {told[:12]}, and that of {self.run.name} is {own[:12]}"]
         return wrong + adapter.problems(self.model, self.sha256)
 

@@ -82,7 +82,7 @@ def choose(root: Path, run_name: str, wanted: Strengths | None, others: Iterable
         raise UserError(f"{names[-1]}: it was trained on {base.run.name}, and {on}")
     attached = {name: f"adapter_{i}" for i, name in enumerate(names)}
     for name, item in zip(names, adapted, strict=True):
-        item.adapter.put_on(base.model, attached[name], base.sha256)
+        item.adapter.attach_to(base.model, attached[name], base.sha256)
     return Choice(base, attached, wanted)
 
 

@@ -31,7 +31,7 @@ def measure(
     """Held-out loss on each text at each strength."""
     windows = {text: held_out(text, adapted.base, data_dir, batches) for text in texts}
     model = adapted.base.model
-    adapted.adapter.put_on(model, base_sha256=adapted.base.sha256)
+    adapted.adapter.attach_to(model, base_sha256=adapted.base.sha256)
     model.to(machine.device)
     losses: Curves = {text: [] for text in texts}
     for strength in strengths:

@@ -107,17 +107,17 @@ class Job:
         """
         if self.kind != "lora":
             return model_files.to_files(self.model) | {TOKENIZER: self.tokenizer.dumps()}
-        facts = {"base": self.base.name, "base_sha256": self.base_sha256, "dataset": self.data.name}
-        facts |= {"dataset_sha256": self.data.sha256, "tokenizer_sha256": self.tokenizer.sha256}
+        metadata = {"base": self.base.name, "base_sha256": self.base_sha256, "dataset": self.data.name}
+        metadata |= {"dataset_sha256": self.data.sha256, "tokenizer_sha256": self.tokenizer.sha256}
         versions = f"python {platform.python_version()}, torch {torch.__version__}"
         known = {"command": command_of(self.settings, self.base), "versions": versions}
-        return adapter_files.to_files(Adapter.of(self.model, **facts), notes | known)
+        return adapter_files.to_files(Adapter.from_model(self.model, **metadata), notes | known)
 
     def load_product(self, files: dict[str, bytes], where: str) -> None:
         """Put a saved product back into the model, which then has done with training."""
         if self.kind == "lora":
             detach(self.model, "default")
-            adapter_files.from_files(files, where).put_on(self.model, base_sha256=self.base_sha256)
+            adapter_files.from_files(files, where).attach_to(self.model, base_sha256=self.base_sha256)
         else:
             model_files.load_weights(self.model, files, where)
         self.model.requires_grad_(False)
@@ -192,7 +192,7 @@ def lora_config(settings: Settings) -> LoRAConfig:
 
 def unread_names(settings: Settings) -> list[str]:
     """The LoRA settings that this variant of LoRA does not read."""
-    return [f"lora_{name}" for name in VARIANTS[settings.lora_variant].unread] if settings.use_lora else []
+    return [f"lora_{name}" for name in VARIANTS[settings.lora_variant].ignored_fields] if settings.use_lora else []
 
 
 def unread(given: Resolved) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from jobs.job import Job
-from lora.attach import hosts
+from lora.attach import adaptable_layers
 from lora.layers import LoRALinear
 from runtime import report
 from runtime.checkpoint import Run
@@ -28,8 +28,8 @@ def tell_result(job: Job, run: Run, result: dict) -> None:
 
 def tell_ranks(job: Job) -> None:
     """The ranks of the modules, where they are not all the same: a line for each block."""
-    linears = {path: host for path, host in hosts(job.model).items() if isinstance(host, LoRALinear)}
-    ranks = {path: variant.rank_left() for path, linear in linears.items() for variant in linear.variants()}
+    linears = {path: layer for path, layer in adaptable_layers(job.model).items() if isinstance(layer, LoRALinear)}
+    ranks = {path: variant.current_rank() for path, linear in linears.items() for variant in linear.variants()}
     if len(set(ranks.values())) < 2:
         return
     print(f"   Ranks: {sum(ranks.values())} in {len(ranks)} modules, {statistics.mean(ranks.values()):.2f} on average")

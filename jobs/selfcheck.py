@@ -14,13 +14,13 @@ from torch import nn
 
 from jobs.job import Job, load_trained
 from lora import peft_format as adapter_files
-from lora.adapter import Adapter, cut_short
-from lora.attach import base_tensors, hosts, using
+from lora.adapter import Adapter
+from lora.attach import adaptable_layers, base_tensors, using
 from lora.variants.lora import LoRA
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime import storage
 from runtime.checkpoint import Run, fingerprint
-from runtime.errors import UserError
+from runtime.errors import UserError, join_problems
 from runtime.resume import State
 from runtime.steps import evaluate
 
@@ -47,7 +47,7 @@ def self_check(job: Job, run: Run, state: State, start: Names) -> None:
         moving = must_have_moved(job.model, state.best_step, job.settings.block_size)
         if still := moving & unmoved(start, digests(adapter)):
             rate = f"LEARNING_RATE={job.settings.learning_rate} (too low?)"
-            raise UserError(f"training with {rate} has not moved {cut_short(sorted(still))}")
+            raise UserError(f"training with {rate} has not moved {join_problems(sorted(still))}")
         check_saved(job, adapter, state)
         check_losses(job, fresh, adapter)
     except UserError as error:
@@ -88,13 +88,13 @@ def must_have_moved(model: nn.Module, steps: int, block_size: int) -> set[str]:
     """
     idle = ("q_proj", "k_proj") if block_size == 1 else ()
     found = set()
-    for path, host in hosts(model).items():
-        layer = path.rpartition(".")[2]
-        for entry in host.entries():
-            soon = {entry.copy_of("weight"), entry.copy_of("bias")}
-            soon |= set(entry.fast_parameters()) if isinstance(entry, LoRA) else set()
-            for key, p in entry.named_parameters():
-                effect = layer not in idle and (layer, key) != ("k_proj", "bias")
+    for path, layer in adaptable_layers(model).items():
+        name = path.rpartition(".")[2]
+        for module in layer.active_modules():
+            soon = {module.copy_of("weight"), module.copy_of("bias")}
+            soon |= set(module.lora_plus_parameters()) if isinstance(module, LoRA) else set()
+            for key, p in module.named_parameters():
+                effect = name not in idle and (name, key) != ("k_proj", "bias")
                 if p.requires_grad and effect and (steps > 1 or p in soon):
                     found.add(f"{path}.{key}")
     return found
@@ -104,7 +104,7 @@ def check_saved(job: Job, adapter: Adapter, state: State) -> None:
     """Raises UserError where the adapter on disk has other tensors than the one in memory or, where no step came after
     it, other values. (A GPU that passes a step again after a stop may differ in last bits from what it saved then.)"""
     exact = state.best_step == state.step and job.machine.device.type == "cpu"
-    here, there = Adapter.of(job.model).named_tensors(), adapter.named_tensors()
+    here, there = Adapter.from_model(job.model).named_tensors(), adapter.named_tensors()
     if wrong := sorted(here.keys() ^ there.keys()):
         side = "on disk" if wrong[0] in here else "in memory"
         raise UserError(f"{wrong[0]} is missing {side}")
@@ -121,9 +121,9 @@ def check_losses(job: Job, fresh: BigramLanguageModelLoRA, adapter: Adapter) -> 
         without = evaluate(job.model, few, job.machine)
     if not math.isclose(without, expected := evaluate(fresh, few, job.machine), rel_tol=SAME):
         raise UserError(f"without its adapter the model has loss {without:.6f}, and its base {expected:.6f}")
-    adapter.put_on(fresh, base_sha256=job.base_sha256)
+    adapter.attach_to(fresh, base_sha256=job.base_sha256)
     for path, tensors in adapter.tensors.items():
-        job.model.get_submodule(path).lora["default"].take_back(tensors)
+        job.model.get_submodule(path).lora["default"].load_adapter_state(tensors)
     loss, expected = (evaluate(model, few, job.machine) for model in (fresh, job.model))
     if not math.isclose(loss, expected, rel_tol=SAME):
         raise UserError(f"read back from disk, the adapter has loss {loss:.6f}, and in the run itself {expected:.6f}")

@@ -1,4 +1,4 @@
-"""The card of an adapter: a README.md that the hub, and people, read. It says what is known, and nothing else."""
+"""The model card of an adapter: a README.md for the Hugging Face hub and for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 
 from lora.adapter import Adapter
-from lora.config import LoRAConfig
 from lora.variants.registry import VARIANTS
 
 CARD = "README.md"
@@ -18,20 +17,19 @@ def _front_matter(base: str | None) -> list[str]:
     return [*lines, *(f"- {json.dumps(tag)}" for tag in tags), "---"]  # JSON's strings are YAML's
 
 
-def _made_of(adapter: Adapter) -> dict[str, str]:
-    config: LoRAConfig = adapter.config
-    ranks = sorted({config.rank_at(path) for path in adapter.targets()})
-    alphas = sorted({config.alpha_at(path) for path in adapter.targets()})
-    about = {"rank": ", ".join(map(str, ranks)), "alpha": ", ".join(f"{alpha:g}" for alpha in alphas)}
-    count = sum(tensor.numel() for tensor in adapter.named_tensors().values())
+def _config_rows(adapter: Adapter) -> dict[str, str]:
+    config, targets = adapter.config, adapter.targets()
+    ranks = sorted({config.rank_at(path) for path in targets})
+    alphas = sorted({config.alpha_at(path) for path in targets})
+    sizes = {"rank": ", ".join(map(str, ranks)), "alpha": ", ".join(f"{alpha:g}" for alpha in alphas)}
     return {
         "variant": config.variant,
-        **{name: text for name, text in about.items() if name not in VARIANTS[config.variant].unread},
+        **{name: text for name, text in sizes.items() if name not in VARIANTS[config.variant].ignored_fields},
         "dropout": f"{config.dropout:g}",
         "targets": config.targets,
         "biases": config.bias,
         "embeddings": "trained" if config.train_embeddings else "the base's",
-        "parameters": f"{count:,}",
+        "parameters": f"{sum(tensor.numel() for tensor in adapter.named_tensors().values()):,}",
     }
 
 
@@ -40,10 +38,10 @@ def _cell(text: str) -> str:
 
 
 def card(adapter: Adapter, notes: Mapping[str, str]) -> bytes:
-    """The card as bytes. notes: facts beside the adapter's own, such as `command`, by name."""
-    base = adapter.facts.get("base")
-    facts = {**adapter.facts, **_made_of(adapter), **notes}
-    rows = [f"| {name.replace('_', ' ')} | {_cell(text)} |" for name, text in facts.items()]
+    """Return the card as bytes. notes: more rows of its table, by name, such as `command`."""
+    base = adapter.metadata.get("base")
+    table = {**adapter.metadata, **_config_rows(adapter), **notes}
+    rows = [f"| {name.replace('_', ' ')} | {_cell(text)} |" for name, text in table.items()]
     use = [
         "Its base is a model of this repository, not one of the hub. With the base's weights loaded into `model`,",
         "`peft.PeftModel.from_pretrained(model, folder)` reads this folder, and so does `adapters.py import`.",

@@ -1,4 +1,4 @@
-"""What training takes beside the model: the optimizer, and what variants add to a step."""
+"""The optimizer, and what variants add to a training step."""
 
 from __future__ import annotations
 
@@ -8,30 +8,32 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lora.attach import hosts
+from lora.attach import adaptable_layers
 from lora.variants.lora import LoRA
 
 
 def active_variants(model: nn.Module) -> dict[type[LoRA], list[LoRA]]:
-    """The active adapters' tensors on the model's linears, by variant."""
+    """Return the active adapters' modules on the model's linears, by variant."""
     found: dict[type[LoRA], list[LoRA]] = {}
-    for host in hosts(model).values():
-        for entry in host.entries():
-            if isinstance(entry, LoRA):
-                found.setdefault(type(entry), []).append(entry)
+    for layer in adaptable_layers(model).values():
+        for module in layer.active_modules():
+            if isinstance(module, LoRA):
+                found.setdefault(type(module), []).append(module)
     return found
 
 
 def make_optimizer(
     model: nn.Module, betas: tuple[float, float], weight_decay: float, lora_plus_ratio: float = 1.0
 ) -> torch.optim.Optimizer:
-    """Fused AdamW over everything that trains, with decay on matrices only, as in nanoGPT.
+    """Return fused AdamW over everything trainable, with weight decay on matrices only, as in nanoGPT.
 
-    An adapter's tensors and a full model's weights go through the same groups; their rate is set before each step.
-    The tensors that a variant declares fast (B) learn `lora_plus_ratio` times as fast as all others: Hayou et al.
-    2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv 2402.12354.
+    An adapter's tensors and a full model's weights get the same groups. The caller sets their learning rate before each
+    step, times the group's `lr_scale`: `lora_plus_ratio` for a variant's `lora_plus_parameters` (B), else 1. Hayou et
+    al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv 2402.12354.
     """
-    fast = {p for entries in active_variants(model).values() for entry in entries for p in entry.fast_parameters()}
+    fast = {
+        p for modules in active_variants(model).values() for module in modules for p in module.lora_plus_parameters()
+    }
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for p in model.parameters():
         if p.requires_grad:
@@ -45,13 +47,14 @@ def make_optimizer(
 
 
 def extra_losses(model: nn.Module) -> list[Callable[[], Tensor]]:
-    """What the model's active variants add to the loss of a step, each () when called."""
+    """Return functions for the terms () that the active variants add to the loss of a step."""
     variants = active_variants(model).items()
-    return [partial(variant.extra_loss, entries) for variant, entries in variants if variant.extra_loss]
+    return [partial(variant.extra_loss, modules) for variant, modules in variants if variant.extra_loss]
 
 
 def after_steps(model: nn.Module, steps: int) -> list[Callable[[int], None]]:
-    """What they do after each of `steps` updates, called with its number while the gradients are still there."""
+    """Return the active variants' hooks for after each of `steps` updates, called with the number of the step while the
+    gradients are still there."""
     variants = active_variants(model).items()
-    hooks = [(variant.after_step, entries) for variant, entries in variants if variant.after_step]
-    return [lambda step, hook=hook, entries=entries: hook(entries, step, steps) for hook, entries in hooks]
+    hooks = [(variant.after_step, modules) for variant, modules in variants if variant.after_step]
+    return [lambda step, hook=hook, modules=modules: hook(modules, step, steps) for hook, modules in hooks]

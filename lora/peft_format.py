@@ -1,7 +1,7 @@
-"""Adapter folder <-> Adapter, in PEFT's own format, so that either reads the other's files.
+"""Read and write adapter folders in PEFT's format.
 
-`adapter_config.json` says what it is; `adapter_model.safetensors` holds its tensors, with SHA-256 fingerprints of
-base, tokenizer and data set in the metadata; `README.md` tells people. Only what was trained is in it.
+`adapter_config.json` is PEFT's config, `adapter_model.safetensors` holds the trained tensors, with the SHA-256
+fingerprints of base, tokenizer and data set in its metadata, and `README.md` is the card.
 """
 
 from __future__ import annotations
@@ -18,36 +18,31 @@ from lora.attach import REGEX
 from lora.card import CARD, card
 from lora.config import LoRAConfig
 from lora.variants.lora import LoRA
-from lora.variants.registry import VARIANTS, checked
+from lora.variants.registry import VARIANTS, variant_of
 from runtime import storage
-from runtime.checkpoint import fingerprint, pack, read_json, to_json, unpack
+from runtime.encoding import fingerprint, pack, read_json, to_json, unpack
 from runtime.errors import UsageError, UserError
 from runtime.settings.config import HIGHEST_RANK
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# What PEFT may write into a config that changes what the tensors mean, and that nothing here understands.
-FOREIGN = ("exclude_modules", "layers_to_transform", "layer_replication")
-FOREIGN += ("fan_in_fan_out", "lora_bias", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora")
-FOREIGN += ("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
-# How PEFT may have made the matrices while it changed the base's weights, which are then not the ones of the base.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Fields of PEFT's configs that change what the tensors mean, and that nothing here implements.
+UNSUPPORTED = ("exclude_modules", "layers_to_transform", "layer_replication", "fan_in_fan_out", "lora_bias")
+UNSUPPORTED += ("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "alora_invocation_tokens")
+UNSUPPORTED += ("arrow_config", "kasa_config", "monteclora_config")
+# Initialisations with which PEFT changes the base's weights, so that the adapter does not fit the base as it was.
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _peft_key(path: str, name: str, targeted: bool, names: Mapping[str, str]) -> str:
-    """PEFT's name of a tensor; the bias of a linear it wraps stands under the layer inside the wrapper."""
+    """Return PEFT's name of a tensor. The bias of a targeted linear is that of the layer inside PEFT's wrapper."""
     if name in names:
         return f"{PREFIX}{path}.{names[name]}"
     return f"{PREFIX}{path}.base_layer.{name}" if targeted else f"{PREFIX}{path}.{name}"
 
 
-def whole_modules(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
-    """The paths of the modules whose whole weight an adapter has a copy of."""
-    return [path for path, group in tensors.items() if "weight" in group]
-
-
 def _our_key(key: str, names: Mapping[str, str]) -> tuple[str, str]:
-    """Module path and tensor name for PEFT's name of a tensor, with or without an adapter's name in it."""
+    """Return module path and tensor name for PEFT's name of a tensor, with or without an adapter's name in it."""
     key = key.removeprefix(PREFIX)
     for name, theirs in names.items():
         stem, _, weight = theirs.partition(".")
@@ -57,19 +52,24 @@ def _our_key(key: str, names: Mapping[str, str]) -> tuple[str, str]:
     return re.sub(r"\.(base_layer|modules_to_save(\.[^.]+)?)$", "", path), name
 
 
+def whole_modules(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """Return the paths of the modules whose whole weight is among an adapter's tensors."""
+    return [path for path, group in tensors.items() if "weight" in group]
+
+
 def to_files(
     adapter: Adapter, notes: Mapping[str, str] | None = None, shared: nn.Module | None = None
 ) -> dict[str, bytes]:
-    """The files of an adapter folder, ready to be committed.
+    """Return the files of an adapter folder, by name.
 
-    notes: what else its card tells. shared: what all its layers share, to be stored too, for whoever cannot make it.
+    notes: more rows of its card. shared: from `Adapter.make_shared`, to store too, for readers that cannot make it.
     """
     config, variant = adapter.config, VARIANTS[adapter.config.variant]
-    regex = config.targets.startswith(REGEX)
-    about = {
+    regex, targets = config.targets.startswith(REGEX), set(adapter.targets())
+    peft_config = {
         "peft_type": variant.peft_type,
         "task_type": None,
-        "base_model_name_or_path": adapter.facts.get("base"),
+        "base_model_name_or_path": adapter.metadata.get("base"),
         **{theirs: getattr(config, ours) for ours, theirs in variant.peft_fields.items()},
         "target_modules": config.targets.removeprefix(REGEX) if regex else adapter.target_modules(),
         "bias": config.bias,
@@ -77,10 +77,9 @@ def to_files(
         "fan_in_fan_out": False,
         "inference_mode": True,
         **variant.peft_flags,
-        **variant.ranks_to_peft(config, adapter.targets()),
+        **variant.special_fields_to_peft(config, adapter.targets()),
         **({"save_projection": shared is not None} if variant.peft_shared else {}),
     }
-    targets = set(adapter.targets())
     tensors = {
         _peft_key(path, name, path in targets, variant.peft_names): tensor
         for path, group in adapter.tensors.items()
@@ -88,40 +87,50 @@ def to_files(
     }
     if shared is not None:
         tensors |= {variant.peft_shared[name]: tensor for name, tensor in shared.named_buffers()}
-    packed = pack(tensors, {"format": "pt"} | adapter.facts)
-    return {CONFIG: to_json(about), TENSORS: packed, CARD: card(adapter, notes or {})}
+    packed = pack(tensors, {"format": "pt"} | adapter.metadata)
+    return {CONFIG: to_json(peft_config), TENSORS: packed, CARD: card(adapter, notes or {})}
 
 
-def _foreign(about: dict) -> list[str]:
-    """The settings that change what the tensors mean and are not understood here, by name."""
-    given = {name: value for name in FOREIGN if (value := about.get(name)) not in (None, [], {}) and value is not False}
-    if str(how := about.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
-        given["init_lora_weights"] = how
-    return [f"{name}={value!r} is not supported" for name, value in given.items()]
+def _find_variant(peft_config: dict, where: str) -> str:
+    """Return the name of the variant that this config describes. Raises UserError if there is none."""
+    kind, types = peft_config.get("peft_type"), {variant.peft_type: variant for variant in VARIANTS.values()}
+    if not isinstance(kind, str) or kind not in types:
+        raise UserError(f"{where}: peft_type is {kind!r}; only {', '.join(types)} adapters can be read")
+    for name, variant in VARIANTS.items():
+        flags = variant.peft_flags.items()
+        if variant.peft_type == kind and all(bool(peft_config.get(flag)) == value for flag, value in flags):
+            return name
+    flags = ", ".join(f"{flag}={peft_config.get(flag)}" for flag in types[kind].peft_flags)
+    raise UserError(f"{where}: no variant has {flags}")
 
 
-def _unusable(about: dict, variant: type[LoRA], copied: list[str]) -> list[str]:
-    """The settings whose values cannot be read, or do not go with the modules that are copied, by name."""
-    problems, targets, saved = [], about.get("target_modules"), about.get("modules_to_save") or []
+def _unsupported(peft_config: dict) -> list[str]:
+    """Return a message for each setting that changes what the tensors mean and is not implemented here."""
+    given = {name: peft_config.get(name) for name in UNSUPPORTED}
+    found = {name: value for name, value in given.items() if value not in (None, [], {}) and value is not False}
+    if str(init := peft_config.get("init_lora_weights")).lower().startswith(BASE_CHANGING_INITS):
+        found["init_lora_weights"] = init
+    return [f"{name}={value!r} is not supported" for name, value in found.items()]
+
+
+def _unreadable(peft_config: dict, variant: type[LoRA], copied: list[str]) -> list[str]:
+    """Return a message for each setting that cannot be read or contradicts the modules that the file has whole."""
+    problems, targets, saved = [], peft_config.get("target_modules"), peft_config.get("modules_to_save") or []
     for name in variant.peft_fields.values():
-        if not _is_number(value := about.get(name, 0.0 if name.endswith("dropout") else None)):
+        value = peft_config.get(name, 0.0 if name.endswith("dropout") else None)
+        if type(value) not in (int, float) or not abs(value) < 2**64:
             problems.append(f"{name} is {value!r}, which is no usable number")
     try:
-        variant.ranks_from_peft(about)
+        variant.special_fields_from_peft(peft_config)
     except (TypeError, ValueError, AttributeError) as error:
-        problems.append(
-            f"rank_pattern={about.get('rank_pattern')!r}, alpha_pattern={about.get('alpha_pattern')!r}: {error}"
-        )
+        patterns = (f"{name}={peft_config.get(name)!r}" for name in ("rank_pattern", "alpha_pattern"))
+        problems.append(f"{', '.join(patterns)}: {error}")
     named = isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)
     if not named and not _is_regex(targets):
         problems.append(f"target_modules is {targets!r}; only a list of module names or one expression can be read")
     if not isinstance(saved, list) or any(not any(f".{p}".endswith(f".{name}") for p in copied) for name in saved):
         problems.append(f"modules_to_save is {saved}; the file has whole weights of {', '.join(copied) or 'none'}")
     return problems
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < 2**64
 
 
 def _is_regex(text: object) -> bool:
@@ -131,43 +140,32 @@ def _is_regex(text: object) -> bool:
         return False
 
 
-def _variant(about: dict, where: str) -> str:
-    """The variant whose config this is. Raises UserError where there is none."""
-    kind, types = about.get("peft_type"), {variant.peft_type: variant for variant in VARIANTS.values()}
-    if not isinstance(kind, str) or kind not in types:
-        raise UserError(f"{where}: peft_type is {kind!r}; only {', '.join(types)} adapters can be read")
-    for name, variant in VARIANTS.items():
-        flags = variant.peft_flags.items()
-        if variant.peft_type == kind and all(bool(about.get(flag)) == value for flag, value in flags):
-            return name
-    told = ", ".join(f"{flag}={about.get(flag)}" for flag in types[kind].peft_flags)
-    raise UserError(f"{where}: no variant has {told}")
+def _read_config(peft_config: dict, name: str, copied: list[str], where: str) -> LoRAConfig:
+    """Return our config for PEFT's. name: of its variant. copied: the modules whose whole weight the file has.
 
-
-def _config(about: dict, copied: list[str], where: str) -> LoRAConfig:
-    """Raises UserError that names everything that is not understood. copied: the modules with a whole weight."""
-    name = _variant(about, where)
+    Raises UserError that names everything that cannot be read.
+    """
     variant = VARIANTS[name]
-    if problems := _foreign(about) + _unusable(about, variant, copied):
+    if problems := _unsupported(peft_config) + _unreadable(peft_config, variant, copied):
         raise UserError(f"{where}: {'; '.join(problems)}")
-    targets = about["target_modules"]
+    targets = peft_config["target_modules"]
     fields = {
         "targets": REGEX + targets if isinstance(targets, str) else ",".join(targets),
         "variant": name,
-        "bias": about.get("bias", "none"),
-        "train_embeddings": bool(about.get("modules_to_save")),
-        **{ours: about[theirs] for ours, theirs in variant.peft_fields.items() if theirs in about},
-        **variant.ranks_from_peft(about),
+        "bias": peft_config.get("bias", "none"),
+        "train_embeddings": bool(peft_config.get("modules_to_save")),
+        **{ours: peft_config[theirs] for ours, theirs in variant.peft_fields.items() if theirs in peft_config},
+        **variant.special_fields_from_peft(peft_config),
     }
     try:
         config = LoRAConfig(**fields)
-        checked(config)
+        variant_of(config)
         return config
     except UsageError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def _tensors(flat: Mapping[str, Tensor], variant: type[LoRA], where: str) -> dict[str, dict[str, Tensor]]:
+def _by_module(flat: Mapping[str, Tensor], variant: type[LoRA], where: str) -> dict[str, dict[str, Tensor]]:
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in flat.items():
         path, name = _our_key(key, variant.peft_names)
@@ -178,38 +176,39 @@ def _tensors(flat: Mapping[str, Tensor], variant: type[LoRA], where: str) -> dic
 
 
 def from_files(files: dict[str, bytes], where: str) -> Adapter:
-    """The adapter that these files hold; `where` names them in messages.
+    """Read an adapter from its files; `where` names them in messages.
 
-    Raises UserError for a file that is missing or damaged, and for what cannot be represented here, by name.
+    Raises UserError for a file that is missing or corrupted, and names every setting that cannot be read.
     """
     if missing := [name for name in (CONFIG, TENSORS) if name not in files]:
         raise UserError(f"{where}: {missing[0]} is missing, so this is no adapter folder")
-    about = read_json(files[CONFIG], f"{where}/{CONFIG}")
-    variant = VARIANTS[_variant(about, f"{where}/{CONFIG}")]
+    peft_config = read_json(files[CONFIG], f"{where}/{CONFIG}")
+    name = _find_variant(peft_config, f"{where}/{CONFIG}")
+    variant = VARIANTS[name]
     flat = unpack(files[TENSORS], f"{where}/{TENSORS}")
     shared = {name: flat.pop(key) for name, key in variant.peft_shared.items() if key in flat}
-    tensors = _tensors(flat, variant, where)
-    config = _config(about, whole_modules(tensors), f"{where}/{CONFIG}")
+    tensors = _by_module(flat, variant, where)
+    config = _read_config(peft_config, name, whole_modules(tensors), f"{where}/{CONFIG}")
     header = json.loads(files[TENSORS][8 : 8 + int.from_bytes(files[TENSORS][:8], "little")])
-    facts = {key: value for key, value in header.get("__metadata__", {}).items() if key != "format"}
-    if shared:  # what counts is what was stored, whatever was noted of it
-        facts[SHARED] = fingerprint(shared)
+    metadata = {key: value for key, value in header.get("__metadata__", {}).items() if key != "format"}
+    if shared:  # the stored tensors count, whatever the metadata says of them
+        metadata[SHARED] = fingerprint(shared)
     largest = max((size for tensor in flat.values() for size in tensor.shape), default=0)
-    largest = max(largest, HIGHEST_RANK)  # of what a variant took ranks away from, no tensor may be left that size
-    if (rank := max(config.rank, *config.rank_pattern.values(), 0)) > largest:  # before anybody makes room for it
+    largest = max(largest, HIGHEST_RANK)  # a pruned file may have no tensor as large as the initial rank
+    if (rank := max(config.rank, *config.rank_pattern.values(), 0)) > largest:  # before memory is allocated for it
         raise UserError(f"{where}: a rank of {rank:,} is more than any tensor in {TENSORS} has")
-    return Adapter(config, tensors, facts)
+    return Adapter(config, tensors, metadata)
 
 
 def save_adapter(folder: Path, adapter: Adapter) -> None:
-    """Commit an adapter as a new folder. Raises UserError where it exists or cannot be written."""
+    """Save an adapter as a new folder. Raises UserError where it exists or cannot be written."""
     storage.commit_folder(folder, to_files(adapter))
 
 
 def load_adapter(folder: Path) -> Adapter:
-    """Read an adapter folder: ours is verified against its manifest, PEFT's has none.
+    """Read an adapter folder. Ours is verified against its manifest; PEFT's has none.
 
-    Raises UserError where something is missing, damaged or not understood.
+    Raises UserError where something is missing, corrupted or cannot be read.
     """
     with storage.plain_errors(folder, "read"):
         if (folder / storage.MANIFEST).exists():

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lora.functional import kept_by_dropout
+from lora.functional import dropout_mask
 
 # Queries that are taken at once on the CPU. Of the keys, those after the last of them are never looked at, which
 # saves 1/4 of all work with two blocks and 3/8 with four; smaller blocks lose it again to more and smaller products.
@@ -53,7 +53,7 @@ class AttentionByBlocks(torch.autograd.Function):
             hidden = _hidden(b - a, b, q.dtype).expand(len(q), -1, -1)
             P = torch.baddbmm(hidden, q_block, k[:, :b].transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)
             if dropout:
-                mask, ctx.scale = kept_by_dropout(P, dropout)
+                mask, ctx.scale = dropout_mask(P, dropout)
                 saved += P, P * mask * ctx.scale, mask
             else:
                 saved += P, P, None

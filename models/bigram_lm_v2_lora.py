@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lora.attach import adapter_parameters, attach
 from lora.config import LoRAConfig
 from lora.functional import compute_dtype, dropout
-from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, side_by_side
+from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, fused_projection
 from models import sampling
 from models.attention import causal_attention
 from runtime.batch import mean_cross_entropy
@@ -52,7 +52,7 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C); with a cache, T new positions that also attend to what it holds."""
         B, T, C = x_BTC.shape
-        qkv_BT3HD = side_by_side((self.q_proj, self.k_proj, self.v_proj), x_BTC).view(B, T, 3, self.n_head, -1)
+        qkv_BT3HD = fused_projection((self.q_proj, self.k_proj, self.v_proj), x_BTC).view(B, T, 3, self.n_head, -1)
         q_BHTD, k_BHTD, v_BHTD = (t.transpose(1, 2) for t in qkv_BT3HD.unbind(2))
         if cache is None or cache.store(qkv_BT3HD[:, :, 1:].permute(2, 0, 3, 1, 4)):
             y_BHTD = causal_attention(q_BHTD, k_BHTD, v_BHTD, self.dropout if self.training else 0.0)

@@ -7,11 +7,10 @@ from dataclasses import asdict, fields
 import torch
 from torch import Tensor, nn
 
-from lora.adapter import cut_short
 from lora.attach import base_tensors
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
 from runtime.encoding import differences, pack, read_json, to_json, unpack
-from runtime.errors import UserError
+from runtime.errors import UserError, join_problems
 from runtime.storage import DamagedError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -54,7 +53,7 @@ def load_weights(model: nn.Module, files: dict[str, bytes], where: str) -> None:
 def _copy(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     wanted = dict(model.named_parameters())
     if problems := differences(wanted, tensors):
-        raise UserError(f"{where}/{WEIGHTS} does not fit its {CONFIG}: {cut_short(sorted(problems))}")
+        raise UserError(f"{where}/{WEIGHTS} does not fit its {CONFIG}: {join_problems(sorted(problems))}")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])

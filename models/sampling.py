@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora.attach import unchanging
+from lora.merge import cached_weights
 from models.choosing import Sampling, choose
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def stream(
     generators = seeded[0] if isinstance(seed, int) else seeded
     model.eval()
     try:
-        with unchanging(model):
+        with cached_weights(model):
             for _ in range(max_new_tokens):
                 with _products(model):
                     logits_BV = _read(cache, rows)

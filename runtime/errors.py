@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from runtime.start import open_closed_streams, raise_on_ctrl_c
 
@@ -22,6 +22,12 @@ class UsageError(UserError):
     """A setting or an argument is wrong, so nothing was started; the command exits with status 2."""
 
     status = 2
+
+
+def join_problems(problems: Sequence[str], limit: int = 8) -> str:
+    """Join problems into one line that lists at most `limit` of them."""
+    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    return f"{'; '.join(problems[:limit])}{more}"
 
 
 LESS_MEMORY = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS by the same factor, or make the model smaller"

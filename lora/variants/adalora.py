@@ -1,4 +1,4 @@
-"""AdaLoRA: updates in the form of a singular value decomposition, whose ranks go where they matter."""
+"""AdaLoRA: updates in the form of a singular value decomposition, with ranks allocated by importance."""
 
 from __future__ import annotations
 
@@ -11,46 +11,45 @@ from torch import Tensor, nn
 from lora.config import LoRAConfig
 from lora.variants.lora import LoRA
 
-ORTHOGONALITY = 0.5  # weight of its term of the loss; the paper tries 0.1 to 0.5, PEFT takes this
+ORTHOGONALITY = 0.5  # weight of the regulariser; the paper tries 0.1 to 0.5, PEFT takes this
 SMOOTHING = 0.85  # of sensitivity and of its uncertainty, as in the paper
-BEGIN, END = 0.1, 0.5  # shares of a run between which ranks are taken away; the paper's lie around these
+BEGIN, END = 0.1, 0.5  # ranks are pruned between these fractions of a run; the paper's lie around them
 
 
 def budget(done: int, steps: int, first: int, last: int) -> int:
-    """How many ranks all modules together have after `done` of `steps` steps: the paper's cubic, equation 12."""
+    """Return the total rank of all modules after `done` of `steps` steps, by the paper's cubic schedule (equation 12)
+    from `first` to `last`."""
     begin, end = BEGIN * steps, END * steps
     left = min(1.0, max(0.0, 1 - (done - begin) / (end - begin)))
     return int(last + (first - last) * left**3)
 
 
 class AdaLoRA(LoRA):
-    """W' = W + (alpha / first rank) B diag(E) A, with E (rank, 1) zero, A (rank, in) and B (out, rank) normal.
+    """W' = W + (alpha / initial rank) B diag(E) A, with E (rank, 1) zero, A (rank, in) and B (out, rank) normal.
 
-    A term of the loss keeps the rows of A and the columns of B near to orthonormal. The least important ranks of all
-    modules are set to zero step by step, until the budget is spent: `target_rank` on the average of the modules. A file
-    has what is left, so ranks differ from module to module, and may be 0.
+    A regulariser keeps the rows of A and the columns of B close to orthonormal. Step by step the least important ranks
+    of all modules are set to zero, until they are `target_rank` per module on average. An adapter file holds the ranks
+    that are left, so ranks differ between modules and may be 0.
 
     Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512; P,
-    Lambda and Q there are B, E and A here, as in PEFT. The term is the mean Frobenius norm, as in the authors' code and
-    in PEFT, and not the sum of its squares as in the paper: that would drown the loss where there are many modules.
+    Lambda and Q there are B, E and A here, as in PEFT. The regulariser is the mean Frobenius norm, as in the authors'
+    code and in PEFT, not the paper's sum of squares, which would drown the loss where there are many modules.
     """
 
     shapes: ClassVar[dict[str, tuple]] = LoRA.shapes | {"E": ("rank", 1)}
-    least_rank: ClassVar[int] = 0
-    unread: ClassVar[tuple[str, ...]] = ()
+    ignored_fields: ClassVar[tuple[str, ...]] = ()
     peft_type: ClassVar[str] = "ADALORA"
     peft_flags: ClassVar[dict[str, Any]] = {}
     peft_fields: ClassVar[dict[str, str]] = {"rank": "init_r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
     peft_names: ClassVar[dict[str, str]] = {"A": "lora_A", "B": "lora_B", "E": "lora_E"}
 
-    def make(self) -> None:
-        """Give it its tensors, such that W' is W."""
+    def make_tensors(self) -> None:
         self.A = self.parameter(self.rank, self.in_features)
         self.B = self.parameter(self.out_features, self.rank)
         self.E = self.parameter(self.rank, 1)
         nn.init.normal_(self.A, std=0.02)
         nn.init.normal_(self.B, std=0.02)
-        # Of each rank: E, its row of A and its column of B, side by side.
+        # For each rank: E, its row of A and its column of B, concatenated.
         triplets = torch.zeros(self.rank, 1 + self.in_features + self.out_features)
         self.register_buffer("sensitivity", triplets)
         self.register_buffer("uncertainty", triplets.clone())
@@ -58,7 +57,6 @@ class AdaLoRA(LoRA):
 
     @classmethod
     def problems(cls, config: LoRAConfig) -> list[str]:
-        """What makes no sense for this variant, in words."""
         target, first = config.target_rank, f"lora_rank={config.rank}"
         rules = {
             f"lora_target_rank={target!r}: must be a whole number from 1 to {first}": target is None
@@ -72,65 +70,61 @@ class AdaLoRA(LoRA):
 
     @staticmethod
     def target_rank(config: LoRAConfig) -> int:
-        """The average rank that a run ends with: two thirds of the first, as in the paper, unless the config tells."""
+        """Return the average rank at the end: the config's, or two thirds of the initial one, as in the paper."""
         return config.target_rank or max(1, round(config.rank / 1.5))
 
     def scaling(self, alpha: float) -> float:
-        """What B diag(E) A is multiplied by, which the ranks that are left do not change; PEFT has no other alphas."""
+        """Return the scale of B diag(E) A, which pruning does not change. As in PEFT, it is one for all modules."""
         return self.config.alpha / self.config.rank
 
-    def thin(self) -> tuple[Tensor, Tensor]:
-        """B diag(E), and A; differentiable."""
+    def low_rank_factors(self) -> tuple[Tensor, Tensor]:
         return self.B * self.E.t(), self.A
 
-    def fast_parameters(self) -> list[nn.Parameter]:
-        """The tensors that LoRA+ lets learn faster: those that start at zero."""
+    def lora_plus_parameters(self) -> list[nn.Parameter]:
         return [self.E]
 
-    def rank_left(self) -> int:
-        """The rank of what `to_save` gives."""
+    def current_rank(self) -> int:
         return int(self.kept.sum())
 
-    def to_save(self) -> dict[str, Tensor]:
-        """What of it an adapter's file holds: the ranks that are left."""
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Return the tensors that an adapter file holds: the ranks that are left."""
         left = {"A": self.A[self.kept], "B": self.B[:, self.kept], "E": self.E[self.kept]}
-        return super().to_save() | left
+        return super().adapter_state() | left
 
     @torch.no_grad()
-    def take_back(self, saved: Mapping[str, Tensor]) -> None:
-        """Become what `to_save` gave."""
-        rank = len(saved["E"])
-        super().take_back({name: tensor for name, tensor in saved.items() if name not in self.shapes})
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        rank = len(state["E"])
+        super().load_adapter_state({name: tensor for name, tensor in state.items() if name not in self.shapes})
         self.kept.copy_(torch.arange(self.rank) < rank)
         self.E.zero_()
-        self.E[:rank], self.A[:rank], self.B[:, :rank] = saved["E"], saved["A"], saved["B"]
+        self.E[:rank], self.A[:rank], self.B[:, :rank] = state["E"], state["A"], state["B"]
 
     @staticmethod
-    def extra_loss(entries: list[AdaLoRA]) -> Tensor:
-        """How far the rows of the As and the columns of the Bs are from orthonormal, times its weight."""
-        grams = [M @ M.t() for entry in entries if entry.rank for M in (entry.A, entry.B.t())]
+    def extra_loss(modules: list[AdaLoRA]) -> Tensor:
+        """Return the regulariser (): how far the rows of the As and the columns of the Bs are from orthonormal."""
+        grams = [M @ M.t() for module in modules if module.rank for M in (module.A, module.B.t())]
         return ORTHOGONALITY * sum((G - torch.eye(len(G), device=G.device)).norm() for G in grams) / max(1, len(grams))
 
     @staticmethod
     @torch.no_grad()
-    def after_step(entries: list[AdaLoRA], step: int, steps: int) -> None:
-        """Measure what each rank matters, and set those to zero that are not among the most important ones."""
-        first = sum(entry.rank for entry in entries)
-        last = sum(min(entry.rank, AdaLoRA.target_rank(entry.config)) for entry in entries)
-        if step < END * steps:  # then the ranks stay where they are
-            importance = torch.cat([entry.importance() for entry in entries])
+    def after_step(modules: list[AdaLoRA], step: int, steps: int) -> None:
+        """Update the importance of each rank, and set all but the most important ranks to zero."""
+        first = sum(module.rank for module in modules)
+        last = sum(min(module.rank, AdaLoRA.target_rank(module.config)) for module in modules)
+        if step < END * steps:  # afterwards the ranks stay where they are
+            importance = torch.cat([module.importance() for module in modules])
             kept = torch.zeros_like(importance, dtype=torch.bool)
             kept[importance.topk(budget(step + 1, steps, first, last)).indices] = True
-            for entry, part in zip(entries, kept.split([entry.rank for entry in entries]), strict=True):
-                entry.kept.copy_(part)
-        for entry in entries:
-            entry.E.mul_(entry.kept[:, None])
+            for module, part in zip(modules, kept.split([module.rank for module in modules]), strict=True):
+                module.kept.copy_(part)
+        for module in modules:
+            module.E.mul_(module.kept[:, None])
 
     def importance(self) -> Tensor:
-        """What each rank matters (rank,): of E and, on the average, of its row and its column, sensitivity times
-        uncertainty, both smoothed over the steps; equations 8 to 11 of the paper.
+        """Return the importance (rank,) of each rank, and update what it is made of: sensitivity times uncertainty,
+        both smoothed over the steps, of E plus the means over its row and its column; equations 8 to 11 of the paper.
 
-        Steps whose gradients overflowed, which change no weight, count as insensitive.
+        A step whose gradients overflow changes no weight and counts as sensitivity 0.
         """
         triplets, gradients = (
             torch.cat([E, A, B.t()], 1)
@@ -144,18 +138,17 @@ class AdaLoRA(LoRA):
         return E[:, 0] + A.mean(1) + B.mean(1)
 
     @classmethod
-    def ranks_to_peft(cls, config: LoRAConfig, paths: Iterable[str]) -> dict[str, Any]:
-        """The ranks that are left, as PEFT's config has them: which of the first ones, by path. It insists on a
-        schedule, which is over."""
+    def special_fields_to_peft(cls, config: LoRAConfig, paths: Iterable[str]) -> dict[str, Any]:
+        """Return which of the initial ranks are left, by path, and a finished schedule, without which PEFT refuses."""
         ranks = {path: rank for path in paths if (rank := config.rank_at(path)) != config.rank}
         left = {f"{path}.lora_E": [i < rank for i in range(config.rank)] for path, rank in ranks.items()}
-        over = {"tinit": 0, "tfinal": 0, "total_step": 1}
-        return {"target_r": cls.target_rank(config), "rank_pattern": left or None} | over
+        finished = {"tinit": 0, "tfinal": 0, "total_step": 1}
+        return {"target_r": cls.target_rank(config), "rank_pattern": left or None} | finished
 
     @classmethod
-    def ranks_from_peft(cls, about: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields of a `LoRAConfig` for them. Raises what a config that is wrong makes it raise."""
-        left = {name.removesuffix(".lora_E"): kept for name, kept in (about.get("rank_pattern") or {}).items()}
+    def special_fields_from_peft(cls, peft_config: Mapping[str, Any]) -> dict[str, Any]:
+        left = {name.removesuffix(".lora_E"): kept for name, kept in (peft_config.get("rank_pattern") or {}).items()}
         if not all(type(one) is bool for kept in left.values() for one in kept):
             raise ValueError("only lists of true and false by module can be read")
-        return {"rank_pattern": {path: sum(kept) for path, kept in left.items()}, "target_rank": about.get("target_r")}
+        ranks = {path: sum(kept) for path, kept in left.items()}
+        return {"rank_pattern": ranks, "target_rank": peft_config.get("target_r")}

@@ -1,4 +1,4 @@
-"""VeRA: random matrices that all layers share and nobody trains, with two trained vectors for each layer."""
+"""VeRA: frozen random matrices that all layers share, and two trained vectors on each layer."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from lora.config import LoRAConfig
 from lora.variants.lora import LoRA
 
-D_AT_FIRST = 0.1  # the paper's choice for most of its experiments, and PEFT's
+INITIAL_D = 0.1  # the paper's choice for most of its experiments, and PEFT's
 
 
 @functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)  # what is kept serves training too, whoever asked for it first
-def _drawn(seed: int, rank: int, widest_in: int, widest_out: int) -> tuple[Tensor, Tensor]:
-    """A (rank, in), then B (out, rank), kaiming-uniform, drawn on the CPU as PEFT draws them, whatever they are for."""
+@torch.inference_mode(False)  # the cached tensors serve training too, whoever asked for them first
+def _projections(seed: int, rank: int, max_in: int, max_out: int) -> tuple[Tensor, Tensor]:
+    """Draw A (rank, in), then B (out, rank), kaiming-uniform, on the CPU as PEFT does, for any device."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    shapes = (rank, widest_in), (widest_out, rank)
+    shapes = (rank, max_in), (max_out, rank)
     A, B = (nn.init.kaiming_uniform_(torch.empty(shape, device="cpu"), generator=generator) for shape in shapes)
     return A, B
 
@@ -35,60 +35,54 @@ class Projections(nn.Module):
 
 
 class VeRA(LoRA):
-    """W' = W + diag(b) B diag(d) A, with A (rank, in) and B (out, rank) random, frozen and shared, b (out,) zero and
-    d (rank,) 0.1 at first. There is no alpha.
+    """W' = W + diag(b) B diag(d) A, with A (rank, in) and B (out, rank) random, frozen and shared, b (out,) initially
+    zero and d (rank,) initially 0.1. There is no alpha.
 
     Kopiczko et al. 2023, "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454. A layer takes the first
-    columns of A and the first rows of B. They come from a seed; a file has their SHA-256, and on export themselves.
+    columns of A and the first rows of B. A seed generates them; files have their SHA-256, exports the matrices too.
     """
 
     shapes: ClassVar[dict[str, tuple]] = {"b": ("out",), "d": ("rank",)}
-    unread: ClassVar[tuple[str, ...]] = ("alpha", "target_rank")
+    ignored_fields: ClassVar[tuple[str, ...]] = ("alpha", "target_rank")
     peft_type: ClassVar[str] = "VERA"
     peft_flags: ClassVar[dict[str, Any]] = {}
     peft_fields: ClassVar[dict[str, str]] = {"rank": "r", "dropout": "vera_dropout", "seed": "projection_prng_key"}
     peft_names: ClassVar[dict[str, str]] = {"b": "vera_lambda_b", "d": "vera_lambda_d"}
     peft_shared: ClassVar[dict[str, str]] = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
 
-    def make(self) -> None:
-        """Give it its tensors, such that W' is W."""
+    def make_tensors(self) -> None:
         self.b = self.parameter(self.out_features)
         self.d = self.parameter(self.rank)
-        nn.init.constant_(self.d, D_AT_FIRST)
+        nn.init.constant_(self.d, INITIAL_D)
 
     @classmethod
-    def share(cls, config: LoRAConfig, shapes: Iterable[tuple[int, int]]) -> Projections:
-        """A and B for the largest of these linears."""
+    def make_shared(cls, config: LoRAConfig, shapes: Iterable[tuple[int, int]]) -> Projections:
+        """Return A and B for the largest of these linears."""
         outs, ins = zip(*shapes, strict=True)
-        return Projections(*_drawn(config.seed, config.rank, max(ins), max(outs)))
+        return Projections(*_projections(config.seed, config.rank, max(ins), max(outs)))
 
     @classmethod
     def problems(cls, config: LoRAConfig) -> list[str]:
-        """What makes no sense for this variant, in words."""
         given = [name for name in ("rank_pattern", "alpha_pattern") if getattr(config, name)]
         return [
             f"{name}: vera has one rank for all modules, since they share its matrices, and no alpha" for name in given
         ]
 
     def scaling(self, alpha: float) -> float:
-        """What B A is multiplied by: nothing."""
         return 1.0
 
-    def thin(self) -> tuple[Tensor, Tensor]:
-        """diag(b) B diag(d), and A; differentiable."""
+    def low_rank_factors(self) -> tuple[Tensor, Tensor]:
         B, A = self.shared.B[: self.out_features], self.shared.A[:, : self.in_features]
         return self.b[:, None] * B * self.d, A
 
-    def fast_parameters(self) -> list[nn.Parameter]:
-        """The tensors that LoRA+ lets learn faster: those that start at zero."""
+    def lora_plus_parameters(self) -> list[nn.Parameter]:
         return [self.b]
 
     @classmethod
-    def ranks_to_peft(cls, config: LoRAConfig, paths: Iterable[str]) -> dict[str, Any]:
-        """Nothing: there are none. The words for what this type calls otherwise."""
+    def special_fields_to_peft(cls, config: LoRAConfig, paths: Iterable[str]) -> dict[str, Any]:
+        """Return the biases in VeRA's own words; it has no ranks or alphas of single modules."""
         return {"bias": config.bias.replace("lora", "vera")}
 
     @classmethod
-    def ranks_from_peft(cls, about: Mapping[str, Any]) -> dict[str, Any]:
-        """Nothing: there are none. The words for what this type calls otherwise."""
-        return {"bias": str(about.get("bias", "none")).replace("vera", "lora")}
+    def special_fields_from_peft(cls, peft_config: Mapping[str, Any]) -> dict[str, Any]:
+        return {"bias": str(peft_config.get("bias", "none")).replace("vera", "lora")}

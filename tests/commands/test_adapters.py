@@ -25,7 +25,7 @@ import adapters
 from jobs import adapter_making, checkup
 from jobs.adapters import metadata_of_made, open_adapters, publish
 from jobs.job import load_trained
-from lora.combine import change
+from lora.combine import delta
 from lora.peft_format import to_files
 from runtime.checkpoint import find_run
 from runtime.encoding import fingerprint
@@ -94,7 +94,7 @@ def logits(model) -> torch.Tensor:
 
 def logits_with(*names: str) -> torch.Tensor:
     (adapted,) = open_adapters(Path("checkpoints"), names)
-    adapted.adapter.put_on(adapted.base.model)
+    adapted.adapter.attach_to(adapted.base.model)
     return logits(adapted.base.model)
 
 
@@ -131,7 +131,7 @@ def test_inspect_tells_the_size_of_each_change(walked, here):
     (folio,) = open_adapters(Path("checkpoints"), ("folio",))
     base = folio.base.tensors
     for path in folio.adapter.targets():
-        B, A = change(folio.adapter, path, base)
+        B, A = delta(folio.adapter, path, base)
         norm = (B @ A).norm()
         told = re.search(rf"^{path} +8 +16 +([\d.]+) +([\d.]+) +([\d.]+)$", out, re.M)
         assert abs(float(told[1]) - norm) < 1e-3
@@ -162,9 +162,9 @@ def test_strength_goes_from_the_base_to_the_adapter(walked, here):
 def test_a_combination_is_the_sum_of_the_changes_and_works_as_a_run(walked, here):
     one, two, both = open_adapters(Path("checkpoints"), ("folio", "milton", "both"))
     base, expected = one.base.tensors, {}
-    assert both.adapter.facts["base_sha256"] == fingerprint(base)
+    assert both.adapter.metadata["base_sha256"] == fingerprint(base)
     for path in one.adapter.targets():
-        parts = [change(part.adapter, path, base) for part in (one, two)]
+        parts = [delta(part.adapter, path, base) for part in (one, two)]
         expected[f"{path}.weight"] = base[f"{path}.weight"] + sum(0.5 * p.B @ p.A for p in parts if p).float()
     for name in ("token_embedding", "position_embedding"):
         copies = [part.adapter.tensors[name]["weight"] for part in (one, two)]
@@ -320,9 +320,9 @@ def test_check_of_files_models_and_runs(here, monkeypatch, capsys, tmp_path):
 
 
 def rewritten(here: Path, name: str, **changes) -> None:
-    """A LoRA run like folio, with other facts in its adapter's file or another base in run.json."""
+    """A LoRA run like folio, with other metadata in its adapter's file or another base in run.json."""
     (source,) = open_adapters(Path("checkpoints"), ("folio",))
-    adapter = replace(source.adapter, facts=source.adapter.facts | changes.get("facts", {}))
+    adapter = replace(source.adapter, metadata=source.adapter.metadata | changes.get("metadata", {}))
     about = metadata_of_made(here / "checkpoints", "lora", source.base, adapter, [], {"how": "test"})
     if "base" in changes:
         about["base"] = {"run": changes["base"], "sha256": "e" * 64}
@@ -369,7 +369,7 @@ REFUSED = [
 
 
 def test_bad_input_is_one_line_and_nothing_is_written(here, monkeypatch, capsys):
-    rewritten(here, "foreign", facts={"base_sha256": "f" * 64, "tokenizer_sha256": "e" * 64})
+    rewritten(here, "foreign", metadata={"base_sha256": "f" * 64, "tokenizer_sha256": "e" * 64})
     rewritten(here, "elsewhere", base="poet")
     before = snapshot(here)
     for words, status, told in REFUSED:

@@ -29,7 +29,7 @@ def test_a_finished_run_computes_what_it_computed(name):
     if open_run(RUNS / name).kind == "lora":
         (adapted,) = open_adapters(RUNS, (name,))
         model = adapted.base.model
-        adapted.adapter.put_on(model)
+        adapted.adapter.attach_to(model)
     else:
         model = Base.open(RUNS, name).model
     with torch.no_grad():

@@ -121,7 +121,7 @@ def test_an_adalora_run_whose_best_step_has_other_ranks_than_its_last_passes(roo
     losses = iter([3.0])
     monkeypatch.setattr(Job, "evaluate", lambda self, limit=None: next(losses, 3.5))
     last: list[Adapter] = []
-    after_training(monkeypatch, lambda job, run: last.append(Adapter.of(job.model)))
+    after_training(monkeypatch, lambda job, run: last.append(Adapter.from_model(job.model)))
     run = adapt(root, lora_variant="adalora", lora_rank=6, max_iters=6, lora_target_rank=2)
     ranks = [sum(len(group.get("E", ())) for group in a.tensors.values()) for a in (load_adapter(run.product), *last)]
     assert run.result["best_step"] == 1

@@ -13,13 +13,14 @@ from tiny_lora import IDX, TARGETS, adapted, batch, logits, stepper, tiny, train
 from torch import Tensor
 
 from lora.adapter import Adapter
-from lora.attach import activate, attach, base_tensors, merged
-from lora.combine import combine, diff, size
+from lora.attach import activate, attach, base_tensors
+from lora.combine import combine, cosines, delta_size
 from lora.config import LoRAConfig
+from lora.merge import merged
 from lora.optim import extra_losses
 from lora.peft_format import from_files, to_files
 from lora.variants.adalora import AdaLoRA, budget
-from lora.variants.registry import checked
+from lora.variants.registry import variant_of
 from runtime.errors import UsageError
 
 TARGETED = "q_proj,up_proj,lm_head"
@@ -189,9 +190,9 @@ def test_what_is_left_of_it_is_the_same_adapter() -> None:
     expected = logits(model)
     assert ranks(model) == 10
     for entry in variants(model).values():
-        saved = {name: tensor.clone() for name, tensor in entry.to_save().items()}
-        assert saved["E"].shape == (entry.rank_left(), 1) and len(saved["A"]) == entry.rank_left()
-        entry.take_back(saved)
+        saved = {name: tensor.clone() for name, tensor in entry.adapter_state().items()}
+        assert saved["E"].shape == (entry.current_rank(), 1) and len(saved["A"]) == entry.current_rank()
+        entry.load_adapter_state(saved)
         assert entry.kept.tolist() == [True] * len(saved["E"]) + [False] * (4 - len(saved["E"]))
     assert torch.allclose(logits(model), expected, atol=1e-6)
     with merged(model):
@@ -205,19 +206,19 @@ def test_one_with_ranks_that_differ_is_added_up_and_measured() -> None:
         entry = variants(pruned)[path]
         entry.kept[left:] = False
         entry.E.data[left:] = 0
-    adapters = [Adapter.of(pruned), Adapter.of(whole)]
+    adapters = [Adapter.from_model(pruned), Adapter.from_model(whole)]
     for name, adapter in zip(("one", "two"), adapters, strict=True):
-        adapter.put_on(both, name)
+        adapter.attach_to(both, name)
     activate(both, {"one": 0.5, "two": -2.0})
     for method, rank in (("cat", None), ("linear", None), ("svd", 8)):
         model, made = tiny(), combine(adapters, (0.5, -2.0), base, method, rank)
-        made.adapter.put_on(model)
+        made.adapter.attach_to(model)
         assert torch.allclose(logits(model), logits(both), atol=1e-4) and made.error < 1e-6
     alone = combine(adapters[:1], (1.0,), base, "cat").adapter  # LoRA has no rank 0, so it is one of zeros
     assert len(alone.tensors["lm_head"]["A"]) == 1 and not alone.tensors["lm_head"]["B"].any()
-    assert size(adapters[0], "lm_head", base) == (0.0, 0.0, 0.0)
-    assert size(adapters[0], "blocks.0.attention.q_proj", base).effective_rank == pytest.approx(1)
-    assert diff(*adapters, base)["lm_head"] is None
+    assert delta_size(adapters[0], "lm_head", base) == (0.0, 0.0, 0.0)
+    assert delta_size(adapters[0], "blocks.0.attention.q_proj", base).effective_rank == pytest.approx(1)
+    assert cosines(*adapters, base)["lm_head"] is None
 
 
 WRONG = [{"target_rank": 5}, {"target_rank": 0}, {"target_rank": 2.5}, {"target_rank": True}, {"target_rank": "2"}]
@@ -227,7 +228,7 @@ WRONG += [{"rank_pattern": {"q_proj": 5}}, {"rank_pattern": {"q_proj": -1}}, {"a
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_what_makes_no_sense_for_it_is_refused_by_name(wrong: dict) -> None:
     with pytest.raises(UsageError, match=rf"^(lora_)?{next(iter(wrong))}\b.*: ") as error:
-        checked(LoRAConfig(rank=4, variant="adalora", **wrong))
+        variant_of(LoRAConfig(rank=4, variant="adalora", **wrong))
     assert "\n" not in str(error.value)
 
 
@@ -239,5 +240,5 @@ def test_a_file_is_read_whose_first_rank_is_above_all_sizes_that_are_left() -> N
         entry.kept[2:] = False
         entry.E[2:] = 0
     fresh = tiny()
-    from_files(to_files(Adapter.of(model)), "here").put_on(fresh)
+    from_files(to_files(Adapter.from_model(model)), "here").attach_to(fresh)
     assert torch.allclose(logits(fresh), logits(model), atol=1e-6)

@@ -19,8 +19,8 @@ from lora.peft_format import CONFIG, from_files, to_files
 from lora.variants.registry import VARIANTS
 from runtime.errors import UserError
 
-FILES = to_files(Adapter.of(adapted(EVERYTHING, bias=True)))
-FOREIGN = {
+FILES = to_files(Adapter.from_model(adapted(EVERYTHING, bias=True)))
+UNSUPPORTED = {
     "peft_type": "LOHA", "rank_pattern": {"q_proj": 0}, "alpha_pattern": {"q_proj": "2"}, "exclude_modules": "lm_head",
     "layers_to_transform": [0], "layer_replication": [[0, 1]], "fan_in_fan_out": True, "lora_bias": True,
     "target_parameters": ["x"], "trainable_token_indices": [1], "use_bdlora": {"nblocks": 2}, "use_qalora": True,
@@ -28,7 +28,7 @@ FOREIGN = {
     "init_lora_weights": "pissa", "target_modules": "all-linear", "modules_to_save": ["lm_head"],
     "bias": "some", "r": None, "lora_alpha": "16", "lora_dropout": [],
 }  # fmt: skip
-FOREIGN_VALUES = [*FOREIGN.items(), ("layers_to_transform", 0), ("init_lora_weights", "pissa_niter_4")]
+FOREIGN_VALUES = [*UNSUPPORTED.items(), ("layers_to_transform", 0), ("init_lora_weights", "pissa_niter_4")]
 FOREIGN_VALUES += [("init_lora_weights", kind) for kind in ("olora", "corda", "loftq", "lora_ga")]
 FOREIGN_VALUES += [("r", 2.5), ("r", 0), ("r", True), ("lora_alpha", float("nan")), ("lora_dropout", 1.0)]
 FOREIGN_VALUES += [("target_modules", None), ("target_modules", [1]), ("target_modules", []), ("modules_to_save", 3)]
@@ -39,9 +39,9 @@ FOREIGN_VALUES += [("rank_pattern", {"q": 1.5}), ("rank_pattern", [1])]
 @pytest.mark.parametrize(("name", "value"), FOREIGN_VALUES, ids=str)
 def test_what_cannot_be_represented_is_refused_by_name(name: str, value: object) -> None:
     files = FILES
-    about = json.loads(files[CONFIG]) | {name: value}
+    peft_config = json.loads(files[CONFIG]) | {name: value}
     with pytest.raises(UserError) as error:
-        from_files(files | {CONFIG: json.dumps(about).encode()}, "here")
+        from_files(files | {CONFIG: json.dumps(peft_config).encode()}, "here")
     known_as = {"r": "lora_rank|r is", "bias": "lora_bias"}.get(name, name)
     assert re.match(rf"^here/{CONFIG}: .*({known_as})", str(error.value))
 
@@ -50,11 +50,11 @@ def small_files(variant: str) -> dict[str, bytes]:
     """An adapter of rank 8 on one square linear."""
     config, sizes = LoRAConfig(variant=variant, targets="lm_head"), {"rank": 8, "in": 4, "out": 4}
     tensors = {k: torch.ones([sizes.get(n, n) for n in shape]) for k, shape in VARIANTS[variant].shapes.items()}
-    return to_files(Adapter(config, {"lm_head": tensors}), shared=VARIANTS[variant].share(config, [(4, 4)]))
+    return to_files(Adapter(config, {"lm_head": tensors}), shared=VARIANTS[variant].make_shared(config, [(4, 4)]))
 
 
 SMALL = {variant: small_files(variant) for variant in VARIANTS}
-NAMES = sorted({name for files in SMALL.values() for name in json.loads(files[CONFIG])} | FOREIGN.keys())
+NAMES = sorted({name for files in SMALL.values() for name in json.loads(files[CONFIG])} | UNSUPPORTED.keys())
 JSON = st.recursive(
     st.none() | st.booleans() | st.sampled_from([-1, 0, 3, 2**40, 2**63, 10**400, "lora", "all", "vera_only"])
     | st.floats() | st.text(max_size=9),
@@ -67,16 +67,16 @@ JSON = st.recursive(
 @settings(deadline=None, max_examples=400)
 @given(variant=st.sampled_from(list(VARIANTS)), name=st.sampled_from(NAMES), value=JSON)
 def test_no_value_in_a_config_ends_in_anything_but_one_line(variant: str, name: str, value: object) -> None:
-    about = json.loads(SMALL[variant][CONFIG]) | {name: value}
+    peft_config = json.loads(SMALL[variant][CONFIG]) | {name: value}
     model = torch.nn.ModuleDict({"lm_head": LoRALinear(4, 4)})
     try:
-        adapter = from_files(SMALL[variant] | {CONFIG: json.dumps(about).encode()}, "here")
+        adapter = from_files(SMALL[variant] | {CONFIG: json.dumps(peft_config).encode()}, "here")
     except UserError as error:
         assert str(error).startswith((f"here/{CONFIG}: ", "here: a rank of "))
         assert "\n" not in str(error)
         return
     try:
-        adapter.put_on(model)
+        adapter.attach_to(model)
     except UserError as error:
         assert "\n" not in str(error) and not adapter_names(model)
 
@@ -93,17 +93,17 @@ OURS |= {"projection_prng_key": "projection_prng_key|seed", "vera_dropout": "lor
 
 @pytest.mark.parametrize(("variant", "name", "value"), OF_VARIANTS, ids=str)
 def test_what_a_variant_cannot_read_is_refused_by_name(variant: str, name: str, value: object) -> None:
-    about = json.loads(SMALL[variant][CONFIG]) | {name: value}
+    peft_config = json.loads(SMALL[variant][CONFIG]) | {name: value}
     with pytest.raises(UserError, match=rf"^here/{CONFIG}: .*({OURS.get(name, name)})") as error:
-        from_files(SMALL[variant] | {CONFIG: json.dumps(about).encode()}, "here")
+        from_files(SMALL[variant] | {CONFIG: json.dumps(peft_config).encode()}, "here")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["LOHA", "vera", "", None, ["LORA"], {"LORA": 1}, 7])
 def test_a_type_that_is_not_ours_is_refused_by_name(kind: object) -> None:
-    about = json.loads(SMALL["lora"][CONFIG]) | {"peft_type": kind}
+    peft_config = json.loads(SMALL["lora"][CONFIG]) | {"peft_type": kind}
     with pytest.raises(UserError) as error:
-        from_files(SMALL["lora"] | {CONFIG: json.dumps(about).encode()}, "here")
+        from_files(SMALL["lora"] | {CONFIG: json.dumps(peft_config).encode()}, "here")
     told = f"here/{CONFIG}: peft_type is {kind!r}; only LORA, VERA, ADALORA adapters can be read"
     assert str(error.value) == told
 
@@ -119,7 +119,7 @@ def test_all_that_cannot_be_represented_is_told_together() -> None:
 @pytest.mark.parametrize("name", ["peft_type", "r", "lora_alpha", "target_modules"])
 def test_a_setting_that_is_missing_is_named(name: str) -> None:
     files = FILES
-    about = json.loads(files[CONFIG])
-    del about[name]
+    peft_config = json.loads(files[CONFIG])
+    del peft_config[name]
     with pytest.raises(UserError, match=rf"^here/{CONFIG}: {name} is "):
-        from_files(files | {CONFIG: json.dumps(about).encode()}, "here")
+        from_files(files | {CONFIG: json.dumps(peft_config).encode()}, "here")

@@ -20,7 +20,7 @@ from lora.config import LoRAConfig
 from lora.peft_format import CONFIG, TENSORS, from_files, load_adapter, save_adapter, to_files
 from lora.variants.registry import VARIANTS
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from runtime.checkpoint import fingerprint
+from runtime.encoding import fingerprint
 from runtime.errors import UsageError, UserError
 from runtime.storage import DamagedError
 
@@ -35,7 +35,7 @@ CONFIG_OF_TEST = replace(CONFIGS[1], dropout=0.0)
 
 
 def of(model: torch.nn.Module, name: str = "default") -> Adapter:
-    return Adapter.of(model, name, base="base-x", base_sha256=fingerprint(base_tensors(model)), dataset="folio")
+    return Adapter.from_model(model, name, base="base-x", base_sha256=fingerprint(base_tensors(model)), dataset="folio")
 
 
 def example() -> tuple[torch.nn.Module, Adapter]:
@@ -50,15 +50,15 @@ def test_an_adapter_comes_back_bit_for_bit(config: LoRAConfig, tmp_path: Path) -
     save_adapter(tmp_path / "adapter", of(model))
     loaded, fresh = load_adapter(tmp_path / "adapter"), tiny(bias=bias)
     random = torch.get_rng_state()
-    loaded.put_on(fresh)
+    loaded.attach_to(fresh)
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(logits(fresh.eval()), logits(model.eval()))
     assert same(state(fresh), state(model))
     assert set(trained(fresh)) == set(trained(model))
-    assert loaded.facts == of(model).facts
-    assert {"base", "base_sha256", "dataset"} == loaded.facts.keys()
+    assert loaded.metadata == of(model).metadata
+    assert {"base", "base_sha256", "dataset"} == loaded.metadata.keys()
     with safetensors.safe_open(tmp_path / "adapter" / TENSORS, "pt") as file:
-        assert file.metadata() == loaded.facts | {"format": "pt"}
+        assert file.metadata() == loaded.metadata | {"format": "pt"}
     for name in ("rank", "alpha", "dropout", "variant", "bias", "train_embeddings"):
         assert getattr(loaded.config, name) == getattr(config, name)
     with pytest.raises(UserError, match="could not save"):
@@ -95,21 +95,21 @@ def test_an_adapter_is_a_copy_and_one_of_several_can_be_taken() -> None:
 def test_several_adapters_share_a_model() -> None:
     model, adapter = example()
     fresh = tiny(bias=True)
-    adapter.put_on(fresh, "one")
-    adapter.put_on(fresh, "two")
+    adapter.attach_to(fresh, "one")
+    adapter.attach_to(fresh, "two")
     assert (adapter_names(fresh), active_adapters(fresh)) == (["one", "two"], {"two": 1.0})
     assert torch.equal(logits(fresh), logits(model))
     detach(fresh, "one")
     assert torch.equal(logits(fresh), logits(model))
     with pytest.raises(UsageError, match="must be new"):
-        adapter.put_on(fresh, "two")
+        adapter.attach_to(fresh, "two")
 
 
 def refused(adapter: Adapter, model: torch.nn.Module) -> str:
     """The one message, after which the model is as it was."""
     before, training = state(model), [p.requires_grad for p in model.parameters()]
     with pytest.raises(UserError) as error:
-        adapter.put_on(model)
+        adapter.attach_to(model)
     assert same(state(model), before)
     assert [p.requires_grad for p in model.parameters()] == training
     assert (adapter_names(model), active_adapters(model)) == ([], {})
@@ -199,7 +199,7 @@ def test_a_folder_without_a_manifest_is_read_as_it_is(tmp_path: Path) -> None:
     for name, data in to_files(adapter).items():
         (tmp_path / name).write_bytes(data)
     fresh = tiny(bias=True)
-    load_adapter(tmp_path).put_on(fresh)
+    load_adapter(tmp_path).attach_to(fresh)
     assert torch.equal(logits(fresh), logits(model))
     (tmp_path / TENSORS).unlink()
     for folder, missing in ((tmp_path, TENSORS), (tmp_path / "nothing", CONFIG)):
@@ -240,5 +240,5 @@ def test_the_scale_is_the_files(variant: str) -> None:
     config = LoRAConfig(rank=4, alpha=10.0, variant=variant, targets="lm_head", train_embeddings=False)
     adapter = from_files(to_files(of(adapted(config))), "here")
     model = tiny()
-    adapter.put_on(model)
+    adapter.attach_to(model)
     assert model.lm_head.lora["default"].scale == {"rslora": 10 / 2, "vera": 1}.get(variant, 10 / 4)

@@ -14,7 +14,7 @@ from lora.config import LoRAConfig
 from lora.optim import make_optimizer
 from lora.variants.registry import VARIANTS
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from runtime.checkpoint import fingerprint
+from runtime.encoding import fingerprint
 from runtime.errors import UsageError
 from runtime.settings.config import Settings
 

@@ -16,12 +16,12 @@ from lora.attach import (
     adapter_parameters,
     attach,
     detach,
-    target_paths,
-    unchanging,
+    find_targets,
     using,
 )
 from lora.config import LoRAConfig
 from lora.layers import LoRAEmbedding, LoRALinear
+from lora.merge import cached_weights
 from lora.optim import make_optimizer
 from lora.peft_format import from_files, to_files
 from runtime.errors import UsageError
@@ -39,14 +39,14 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
     ],
 )
 def test_targets_are_the_linears_of_these_names(targets: str, names: set[str]) -> None:
-    paths = target_paths(tiny(), targets)
+    paths = find_targets(tiny(), targets)
     assert {path.rpartition(".")[2] for path in paths} == names
     assert len(paths) == sum(1 if name == "lm_head" else 2 for name in names)
 
 
 def test_a_target_may_be_a_path_but_not_half_a_name() -> None:
-    assert target_paths(tiny(), "blocks.1.mlp.up_proj") == ["blocks.1.mlp.up_proj"]
-    assert target_paths(tiny(), "mlp.up_proj") == ["blocks.0.mlp.up_proj", "blocks.1.mlp.up_proj"]
+    assert find_targets(tiny(), "blocks.1.mlp.up_proj") == ["blocks.1.mlp.up_proj"]
+    assert find_targets(tiny(), "mlp.up_proj") == ["blocks.0.mlp.up_proj", "blocks.1.mlp.up_proj"]
     for wrong in ("proj", "roj", "q_proj.weight", "token_embedding", "norm_1", "attention", "", ",", "q_proj,c_attn,x"):
         model, before = tiny(), state(tiny())
         with pytest.raises(UsageError) as error:
@@ -69,7 +69,7 @@ def test_the_presets_are_the_models_own() -> None:
     attach(model, LoRAConfig(rank=2, targets="some"))
     names = ["second.lora.default.A", "second.lora.default.B", "table.lora.default.weight"]
     assert list(trained(model)) == names
-    again = from_files(to_files(Adapter.of(model)), "here")
+    again = from_files(to_files(Adapter.from_model(model)), "here")
     assert again.config.targets == "second" and again.config.train_embeddings
 
 
@@ -198,7 +198,7 @@ def test_what_is_kept_while_nothing_changes_is_kept_by_strength_too() -> None:
     for strengths in chosen:
         with using(model, strengths):
             expected.append(logits(model))
-    with unchanging(model):
+    with cached_weights(model):
         for strengths, plain in zip(chosen, expected, strict=True):
             with using(model, strengths):
                 assert torch.allclose(logits(model), plain, atol=1e-5)

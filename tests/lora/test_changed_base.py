@@ -12,10 +12,11 @@ from tiny_lora import EVERYTHING, IDX, TARGETS, adapted, logits, randomise, same
 from torch import nn
 
 from lora.adapter import Adapter
-from lora.attach import activate, attach, base_tensors, detach, merge, merged, unchanging, using
+from lora.attach import activate, attach, base_tensors, detach, using
 from lora.combine import combine
 from lora.config import LoRAConfig
 from lora.layers import LoRALinear
+from lora.merge import cached_weights, merge, merged
 from lora.variants.registry import VARIANTS
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.errors import UsageError
@@ -83,7 +84,7 @@ INSIDE = [
     lambda model: detach(model, "default"),
     lambda model: activate(model, "default"),
     lambda model: using(model).__enter__(),
-    lambda model: Adapter.of(model, base_sha256="of the base").put_on(model, "another"),
+    lambda model: Adapter.from_model(model, base_sha256="of the base").attach_to(model, "another"),
     lambda model: model.load_state_dict(state(model)),
 ]
 
@@ -106,9 +107,9 @@ def test_while_adapters_are_merged_nothing_may_change_them_or_the_base(change: C
 def test_while_a_model_keeps_what_it_computes_with_nothing_may_change_that(change: Callable) -> None:
     model = adapted(EVERYTHING, bias=True)
     expected = logits(model)
-    with unchanging(model):
+    with cached_weights(model):
         kept = logits(model)
-        with pytest.raises(UsageError, match=r"inside `with unchanging\(model\):`"):
+        with pytest.raises(UsageError, match=r"inside `with cached_weights\(model\):`"):
             change(model)
         assert torch.equal(logits(model), kept)
     assert torch.equal(logits(model), expected)
@@ -169,13 +170,13 @@ def test_adapters_of_a_tied_base_are_saved_put_on_and_combined_head_included() -
     model = tied()
     attach(model, LoRAConfig(rank=4))
     randomise(model)
-    adapter = Adapter.of(model)
+    adapter = Adapter.from_model(model)
     base = {name: tensor.detach() for name, tensor in base_tensors(model).items()}
     again = tied()
-    adapter.put_on(again)
+    adapter.attach_to(again)
     assert torch.equal(logits(again), logits(model))
     whole, half = tied(), combine([adapter, adapter], (0.25, 0.25), base).adapter
-    half.put_on(whole)
+    half.attach_to(whole)
     activate(model, {"default": 0.5})
     assert "lm_head" in half.targets()
     assert torch.allclose(logits(whole), logits(model), atol=1e-5)
@@ -203,7 +204,7 @@ def test_peft_merges_and_unmerges_on_our_layers(autocast: bool) -> None:
             assert (compute(model) - base).norm() < near
 
 
-@pytest.mark.parametrize("held", [merged, unchanging])
+@pytest.mark.parametrize("held", [merged, cached_weights])
 def test_a_copy_of_a_model_that_is_held_is_free_and_keeps_nothing(held: Callable) -> None:
     model = adapted(LoRAConfig())
     with held(model):

@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora.adapter import Adapter
 from lora.attach import base_tensors
-from lora.combine import change, combine, cosine, diff, size
+from lora.combine import combine, cosine, cosines, delta, delta_size
 from lora.config import LoRAConfig
 from lora.peft_format import save_adapter
 from lora.variants.lora import LoRA
-from lora.variants.registry import VARIANTS, checked
-from runtime.checkpoint import fingerprint
+from lora.variants.registry import VARIANTS, variant_of
+from runtime.encoding import fingerprint
 from runtime.errors import UsageError, UserError
 
 BIG = LoRAConfig(rank=4, alpha=6.0, targets="all", bias="all")
@@ -36,8 +36,8 @@ def base() -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in base_tensors(tiny(bias=True)).items()}
 
 
-def adapter(config: LoRAConfig, seed: int = 1, **facts: str) -> Adapter:
-    return Adapter.of(adapted(config, seed, bias=True), base_sha256=fingerprint(base()), **facts)
+def adapter(config: LoRAConfig, seed: int = 1, **metadata: str) -> Adapter:
+    return Adapter.from_model(adapted(config, seed, bias=True), base_sha256=fingerprint(base()), **metadata)
 
 
 def written_out(configs: list[LoRAConfig], weights: tuple[float, ...]) -> dict[str, torch.Tensor]:
@@ -57,25 +57,25 @@ def logits_with(weights: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def logits_of(combined: Adapter) -> torch.Tensor:
     model = tiny(bias=True)
-    combined.put_on(model)
+    combined.attach_to(model)
     return logits(model)
 
 
-THIN = [name for name, variant in VARIANTS.items() if variant.factors is LoRA.factors]
+LOW_RANK = [name for name, variant in VARIANTS.items() if not variant.full_rank]
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> LoRAConfig:
     """Adapters of every variant that is a product of thin matrices, with other ranks and alphas where it has them."""
     config = LoRAConfig(
-        rank=draw(st.integers(1, 5)), alpha=draw(st.sampled_from([1.0, 6.0])), variant=draw(st.sampled_from(THIN)),
+        rank=draw(st.integers(1, 5)), alpha=draw(st.sampled_from([1.0, 6.0])), variant=draw(st.sampled_from(LOW_RANK)),
         targets=draw(st.sampled_from(["minimal", "all", "lm_head", "re:.*(up|q)_proj", "k_proj,blocks.1.mlp.up_proj"])),
         bias=draw(st.sampled_from(["none", "all", "lora_only"])), train_embeddings=draw(st.booleans()),
     )  # fmt: skip
     patterns = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"up_proj": 2.0}}
     patterns = {name: pattern for name, pattern in patterns.items() if draw(st.booleans())}
     try:
-        checked(replace(config, **patterns))
+        variant_of(replace(config, **patterns))
         return replace(config, **patterns)
     except UsageError:  # a variant that has one rank
         return config
@@ -89,20 +89,20 @@ def configs(draw: st.DrawFn) -> LoRAConfig:
 def test_the_sum_is_one_of_changes_whatever_the_adapters_are(parts, method):
     configs, weights = zip(*parts, strict=True)
     adapters = [
-        Adapter.of(adapted(config, seed, bias=True), base_sha256=fingerprint(base()))
+        Adapter.from_model(adapted(config, seed, bias=True), base_sha256=fingerprint(base()))
         for seed, config in enumerate(configs, 1)
     ]
     made = combine(adapters, weights, base(), method)
     dense = {path: sum(w * d for w, d in _dense(adapters, weights, path)) for path in made.adapter.targets()}
     for path, expected in dense.items():
-        B, A = change(made.adapter, path, base())
+        B, A = delta(made.adapter, path, base())
         assert torch.allclose(B @ A, expected, atol=1e-6), path
     expected = {name: tensor.double() for name, tensor in base().items()}
     for one, weight in zip(adapters, weights, strict=True):
-        for path, key, copy in one.copies():
+        for path, key, copy in one.trained_copies():
             expected[f"{path}.{key}"] = expected[f"{path}.{key}"] + weight * (copy - base()[f"{path}.{key}"]).double()
-    for path, delta in dense.items():
-        expected[f"{path}.weight"] = expected[f"{path}.weight"] + delta
+    for path, change in dense.items():
+        expected[f"{path}.weight"] = expected[f"{path}.weight"] + change
     assert torch.allclose(logits_of(made.adapter), logits_with(expected), atol=2e-4, rtol=1e-4)
 
 
@@ -121,8 +121,8 @@ def test_the_sum_equals_the_plain_equation_and_not_the_sum_of_factors(method):
     # what adding As and Bs apart would give, where the ranks allow it: far away
     one, two = adapter(BIG, 1), adapter(BIG, 2)
     path = "lm_head"
-    (B1, A1), (B2, A2) = change(one, path, base()), change(two, path, base())
-    B, A = change(combine([one, two], (0.5, 0.5), base(), method).adapter, path, base())
+    (B1, A1), (B2, A2) = delta(one, path, base()), delta(two, path, base())
+    B, A = delta(combine([one, two], (0.5, 0.5), base(), method).adapter, path, base())
     right, crossed = 0.5 * B1 @ A1 + 0.5 * B2 @ A2, (0.5 * B1 + 0.5 * B2) @ (A1 + A2)
     assert torch.allclose(B @ A, right, atol=1e-6)
     assert (crossed - right).norm() > 0.3 * right.norm()
@@ -154,7 +154,7 @@ def test_svd_is_as_close_as_any_matrix_of_that_rank_and_tells_how_close():
     lost = whole = 0.0
     for path in made.adapter.targets():
         exact = sum(w * d for w, d in _dense([one, two], WEIGHTS, path))
-        B, A = change(made.adapter, path, base())
+        B, A = delta(made.adapter, path, base())
         S = torch.linalg.svdvals(exact)
         error = (B @ A - exact).norm()
         assert len(A) == 3 and torch.allclose(error, S[3:].norm(), rtol=1e-5)
@@ -169,12 +169,11 @@ def test_svd_is_as_close_as_any_matrix_of_that_rank_and_tells_how_close():
 class Renormalised(LoRA):
     """W' has the row norms of W and the direction of W + scale B A: a change of full rank, as in DoRA."""
 
+    full_rank = True
+
     def effective_weight(self, W):
         V = super().effective_weight(W)
         return V * (W.norm(dim=1, keepdim=True) / V.norm(dim=1, keepdim=True))
-
-    def factors(self):
-        return None
 
 
 def test_a_change_of_full_rank_is_combined_by_svd_alone(monkeypatch):
@@ -187,14 +186,14 @@ def test_a_change_of_full_rank_is_combined_by_svd_alone(monkeypatch):
     made = combine([full, low], WEIGHTS, base(), "svd", rank=5)
     path = "blocks.1.attention.q_proj"
     exact = sum(w * d for w, d in _dense([full, low], WEIGHTS, path))
-    B, A = change(made.adapter, path, base())
+    B, A = delta(made.adapter, path, base())
     assert made.adapter.config.variant == "lora" and torch.linalg.matrix_rank(exact) == 32
     assert math.isclose(made.errors[path], (B @ A - exact).norm() / exact.norm(), rel_tol=1e-5)
 
 
 def test_cosines_and_sizes_are_those_of_the_dense_changes():
     one, two = adapter(BIG, 1), adapter(SMALL, 2)
-    found = diff(one, two, base())
+    found = cosines(one, two, base())
     assert set(found) == set(one.targets())
     for path, value in found.items():
         (_, D1), *_ = _dense([one], [1], path)
@@ -203,16 +202,16 @@ def test_cosines_and_sizes_are_those_of_the_dense_changes():
             continue
         (_, D2), *_ = _dense([two], [1], path)
         assert math.isclose(value, (D1 * D2).sum() / (D1.norm() * D2.norm()), abs_tol=1e-6)
-        got, S = size(one, path, base()), torch.linalg.svdvals(D1)[:4]
+        got, S = delta_size(one, path, base()), torch.linalg.svdvals(D1)[:4]
         p = S / S.sum()
         assert math.isclose(got.norm, D1.norm(), rel_tol=1e-5)
         assert math.isclose(got.relative, D1.norm() / base()[f"{path}.weight"].norm(), rel_tol=1e-5)
         assert math.isclose(got.effective_rank, torch.exp(-(p * p.log()).sum()), rel_tol=1e-5)
     negative = combine([one], [-2.0], base(), "cat").adapter
-    assert all(math.isclose(value, -1, rel_tol=1e-6) for value in diff(one, negative, base()).values())
+    assert all(math.isclose(value, -1, rel_tol=1e-6) for value in cosines(one, negative, base()).values())
     zero = combine([one], [0.0], base(), "cat").adapter
-    assert size(zero, "lm_head", base()) == (0.0, 0.0, 0.0)
-    assert cosine(change(zero, "lm_head", base()), change(one, "lm_head", base())) is None
+    assert delta_size(zero, "lm_head", base()) == (0.0, 0.0, 0.0)
+    assert cosine(delta(zero, "lm_head", base()), delta(one, "lm_head", base())) is None
 
 
 def test_thin_factors_never_make_a_matrix_of_the_size_of_a_weight():
@@ -234,8 +233,8 @@ def test_thin_factors_never_make_a_matrix_of_the_size_of_a_weight():
     with Largest() as seen:
         for method, rank in (("cat", None), ("linear", None), ("svd", 3)):
             combine([one, two], (1.0, 1.0), weight, method, rank)
-        diff(one, two, weight)
-        size(one, "lm_head", weight)
+        cosines(one, two, weight)
+        delta_size(one, "lm_head", weight)
     assert d * 8 <= seen.numel < d * d / 10
 
 
@@ -270,4 +269,4 @@ def test_what_cannot_be_combined_is_refused_by_name():
 
 def test_only_facts_that_all_share_are_facts_of_the_sum():
     one, two = adapter(BIG, 1, dataset="folio", base="b"), adapter(SMALL, 2, dataset="milton", base="b")
-    assert combine([one, two], (1, 1), base()).adapter.facts == {"base": "b", "base_sha256": fingerprint(base())}
+    assert combine([one, two], (1, 1), base()).adapter.metadata == {"base": "b", "base_sha256": fingerprint(base())}

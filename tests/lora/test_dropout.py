@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-from lora.functional import dropout, kept_by_dropout
+from lora.functional import dropout, dropout_mask
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
 def test_each_element_is_kept_with_its_probability_whatever_its_neighbours(p: float) -> None:
     torch.manual_seed(0)
-    kept, scale = kept_by_dropout(torch.empty(400, 1000), p)
+    kept, scale = dropout_mask(torch.empty(400, 1000), p)
     n, kept = kept.numel(), kept.flatten().double()
     assert abs(kept.mean() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n)
     assert abs(scale * (1 - p) - 1) < 2e-4

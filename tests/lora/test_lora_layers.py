@@ -14,9 +14,10 @@ from tiny_lora import IDX, TARGETS, adapted, logits, randomise, same, state, tin
 from torch import nn
 
 from lora import functional
-from lora.attach import activate, attach, base_tensors, merged, unchanging
+from lora.attach import activate, attach, base_tensors
 from lora.config import LoRAConfig
-from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, side_by_side
+from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, fused_projection
+from lora.merge import cached_weights, merged
 from lora.optim import make_optimizer
 from lora.variants.registry import VARIANTS
 
@@ -239,7 +240,7 @@ def test_how_a_frozen_weight_is_stored_is_nobody_elses_business(variant: str) ->
     for model in (stored, plain):
         activate(model, {"default": 0.5})
     assert torch.allclose(logits(stored), logits(plain), atol=1e-5)
-    with unchanging(stored):
+    with cached_weights(stored):
         assert torch.allclose(logits(stored), logits(plain), atol=1e-5)
     assert torch.allclose(bf16(stored), bf16(plain), atol=0.1)
 
@@ -264,7 +265,7 @@ def test_linears_side_by_side_are_each_of_them_also_where_one_is_watched(config:
     layers, x = (attention.q_proj, attention.k_proj, attention.v_proj), torch.randn(2, 5, 32)
     for _ in range(2):
         torch.manual_seed(1)
-        together = side_by_side(layers, x)
+        together = fused_projection(layers, x)
         torch.manual_seed(1)
         assert torch.allclose(together, torch.stack([layer(x) for layer in layers], -2), atol=1e-5)
         attention.k_proj.register_forward_hook(lambda *_: seen.append("k"))
@@ -285,7 +286,7 @@ def test_a_wrapper_in_place_of_a_linear_is_called() -> None:
 
 
 def test_linears_side_by_side_may_carry_adapters_of_different_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "ENOUGH", -math.inf)
+    monkeypatch.setattr(functional, "MIN_SAVED", -math.inf)
     model = adapted(LoRAConfig(rank=2, targets="q_proj", train_embeddings=False), name="one")
     attach(model, LoRAConfig(rank=2, variant="dora", targets="k_proj,v_proj", train_embeddings=False), "two")
     randomise(model)
@@ -293,4 +294,4 @@ def test_linears_side_by_side_may_carry_adapters_of_different_kinds(monkeypatch:
     attention, x = model.blocks[0].attention, torch.randn(2, 5, 32)
     layers = (attention.q_proj, attention.k_proj, attention.v_proj)
     expected = torch.stack([nn.functional.linear(x, layer.effective_weight()) for layer in layers], -2)
-    assert torch.allclose(side_by_side(layers, x), expected, atol=1e-5)
+    assert torch.allclose(fused_projection(layers, x), expected, atol=1e-5)

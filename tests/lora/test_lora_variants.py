@@ -14,12 +14,13 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lora import functional
-from lora.attach import activate, attach, detach, merged
+from lora.attach import activate, attach, detach
 from lora.config import LoRAConfig
-from lora.functional import LowRank, lora_linear, lora_linear_as_written, thin_products_pay
+from lora.functional import LowRankLinear, lora_linear, lora_linear_unfused, low_rank_gradients_pay
 from lora.functional import dropout as dropout_of
 from lora.layers import LoRALinear
-from lora.variants.registry import VARIANTS, checked
+from lora.merge import merged
+from lora.variants.registry import VARIANTS, variant_of
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.errors import UsageError
 
@@ -35,7 +36,7 @@ CONFIGS = [
 @pytest.fixture(params=["from the weight", "from the tokens"])
 def gradients_come(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of computing the gradients of A and B, whatever pays at the sizes of a test."""
-    monkeypatch.setattr(functional, "ENOUGH", math.inf if request.param == "from the weight" else -math.inf)
+    monkeypatch.setattr(functional, "MIN_SAVED", math.inf if request.param == "from the weight" else -math.inf)
     return request.param
 
 
@@ -130,8 +131,8 @@ def test_the_fused_gradients_are_those_of_the_formula(trains: tuple[bool, bool, 
         torch.manual_seed(5)
         x, *part = given.values()
         if dropout:
-            return lora_linear_as_written(x, LowRank(*part, 1.5), dropout)
-        return lora_linear(x, LowRank(*part, 1.5))
+            return lora_linear_unfused(x, LowRankLinear(*part, 1.5), dropout)
+        return lora_linear(x, LowRankLinear(*part, 1.5))
 
     torch.manual_seed(5)
     kept = dropout_of(torch.ones(2, 2, 4, dtype=torch.float64), dropout)
@@ -155,18 +156,21 @@ def test_the_fused_gradients_are_those_of_the_formula(trains: tuple[bool, bool, 
 )
 def test_thin_products_are_taken_where_they_pay(sizes: list[tuple[int, int]], tokens: int, pay: bool) -> None:
     parts = [
-        LowRank(torch.empty(o, i), None, torch.ones(8, i, requires_grad=True), torch.ones(o, 8), 1.0) for o, i in sizes
+        LowRankLinear(torch.empty(o, i), None, torch.ones(8, i, requires_grad=True), torch.ones(o, 8), 1.0)
+        for o, i in sizes
     ]
-    assert thin_products_pay(tokens, parts) == pay
+    assert low_rank_gradients_pay(tokens, parts) == pay
     y = lora_linear(torch.ones(tokens, sizes[0][1]), *parts)
     assert y.shape == (tokens, sum(out for out, _ in sizes))
     assert ("EffectiveLinear" in str([y.grad_fn, y.grad_fn.next_functions])) == pay
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "ENOUGH", -math.inf)
+    monkeypatch.setattr(functional, "MIN_SAVED", -math.inf)
     x, W, A, B = (torch.randn(3, 3, requires_grad=True) for _ in range(4))
-    (slope,) = torch.autograd.grad(lora_linear(x, LowRank(W, None, A, B, 1.0)).square().sum(), A, create_graph=True)
+    (slope,) = torch.autograd.grad(
+        lora_linear(x, LowRankLinear(W, None, A, B, 1.0)).square().sum(), A, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
 
@@ -175,7 +179,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong(monkeypatch: pytest.Mo
 def test_the_fused_product_in_bf16_keeps_the_dtypes_of_what_trains() -> None:
     generator = torch.Generator().manual_seed(0)
     x, W, A, B = (torch.randn(8, 8, generator=generator).requires_grad_() for _ in range(4))
-    y = lora_linear(x.bfloat16(), LowRank(W, None, A, B, 0.5))
+    y = lora_linear(x.bfloat16(), LowRankLinear(W, None, A, B, 0.5))
     plain = F.linear(x, W) + 0.5 * x @ A.T @ B.T
     assert y.dtype == torch.bfloat16
     assert near(y, plain, 0.15)
@@ -197,7 +201,7 @@ def test_dropout_is_on_what_the_adapter_adds(variant: str, bias: bool, dtype: to
     leaves = [x, *(p for p in entry.parameters() if p.requires_grad)]
     torch.manual_seed(3)
     kept = dropout_of(torch.ones_like(x), 0.4)
-    B, A = entry.thin()
+    B, A = entry.low_rank_factors()
     added = entry.scale * B @ A
     plain = F.linear(x, layer.weight) + F.linear(x * kept, added)
     if (magnitude := getattr(entry, "magnitude", None)) is not None:
@@ -275,4 +279,4 @@ WRONG += [{"dropout": 1.0}, {"dropout": -0.1}, {"variant": "lara"}, {"bias": "so
 def test_settings_that_make_no_sense_are_refused_by_name(wrong: dict) -> None:
     ((name, value),) = wrong.items()
     with pytest.raises(UsageError, match=f"^lora_{name}={value!r}: must be "):
-        checked(LoRAConfig(**wrong))
+        variant_of(LoRAConfig(**wrong))

@@ -22,8 +22,9 @@ from tiny_lora import (
 )
 from torch import nn
 
-from lora.attach import activate, active_adapters, adapter_names, attach, base_tensors, merge, merged
+from lora.attach import activate, active_adapters, adapter_names, attach, base_tensors
 from lora.config import LoRAConfig
+from lora.merge import merge, merged
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 

@@ -12,13 +12,14 @@ from tiny_lora import adapted, batch, logits, same, state, stepper, tiny, traine
 from torch import Tensor
 
 from lora.adapter import Adapter
-from lora.attach import activate, attach, base_tensors, detach, merged
+from lora.attach import activate, attach, base_tensors, detach
 from lora.card import CARD
-from lora.combine import combine, diff, size
+from lora.combine import combine, cosines, delta_size
 from lora.config import LoRAConfig
+from lora.merge import merged
 from lora.peft_format import CONFIG, load_adapter, save_adapter
 from lora.variants.lora import LoRA
-from lora.variants.registry import VARIANTS, checked
+from lora.variants.registry import VARIANTS, variant_of
 from runtime import resume
 from runtime.errors import UsageError
 from runtime.steps import Stepper
@@ -32,8 +33,8 @@ class Toy(LoRA):
     peft_flags: ClassVar[dict] = {}
     peft_names: ClassVar[dict] = LoRA.peft_names | {"gain": "toy_gain"}
 
-    def make(self):
-        super().make()
+    def make_tensors(self):
+        super().make_tensors()
         self.gain = torch.nn.Parameter(torch.ones(self.out_features))
         self.register_buffer("bound", torch.tensor(2.0))
 
@@ -41,7 +42,7 @@ class Toy(LoRA):
     def problems(cls, config):
         return ["lora_rank=13: is unlucky"] if config.rank == 13 else []
 
-    def thin(self):
+    def low_rank_factors(self):
         return self.gain[:, None] * self.B, self.A
 
     @staticmethod
@@ -103,12 +104,12 @@ def test_it_trains_with_its_term_and_its_hook() -> None:
 def test_it_is_saved_and_loads_back_and_merges(tmp_path: Path) -> None:
     model = run("toy").model
     expected = logits(model)
-    save_adapter(tmp_path / "toy", Adapter.of(model))
-    about = json.loads((tmp_path / "toy" / CONFIG).read_bytes())
-    assert about["peft_type"] == "TOY" and about["rank_pattern"] == {"q_proj": 2}
+    save_adapter(tmp_path / "toy", Adapter.from_model(model))
+    peft_config = json.loads((tmp_path / "toy" / CONFIG).read_bytes())
+    assert peft_config["peft_type"] == "TOY" and peft_config["rank_pattern"] == {"q_proj": 2}
     assert "| variant | toy |" in (tmp_path / "toy" / CARD).read_text("utf-8")
     fresh = tiny()
-    load_adapter(tmp_path / "toy").put_on(fresh)
+    load_adapter(tmp_path / "toy").attach_to(fresh)
     assert torch.equal(logits(fresh), expected)
     with merged(model):
         assert torch.allclose(logits(model), expected, atol=1e-5)
@@ -128,21 +129,21 @@ def test_a_run_that_goes_on_from_a_saved_step_ends_with_the_same_bits(variant: s
 
 
 def test_it_is_combined_as_its_thin_factors_are() -> None:
-    one, two = (Adapter.of(adapted(config(), seed)) for seed in (1, 2))
+    one, two = (Adapter.from_model(adapted(config(), seed)) for seed in (1, 2))
     base = {name: tensor.detach() for name, tensor in base_tensors(tiny()).items()}
     both = tiny()
-    one.put_on(both, "one")
-    two.put_on(both, "two")
+    one.attach_to(both, "one")
+    two.attach_to(both, "two")
     activate(both, {"one": 0.5, "two": -2.0})
     for method in ("cat", "linear"):
         made, model = combine([one, two], (0.5, -2.0), base, method).adapter, tiny()
-        made.put_on(model)
+        made.attach_to(model)
         assert made.config.variant == "lora" and torch.allclose(logits(model), logits(both), atol=1e-4)
-    assert size(one, "lm_head", base).effective_rank > 1 and -1 < diff(one, two, base)["lm_head"] < 1
+    assert delta_size(one, "lm_head", base).effective_rank > 1 and -1 < cosines(one, two, base)["lm_head"] < 1
 
 
 def test_what_it_refuses_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match=r"^lora_rank=13: is unlucky$"):
-        checked(LoRAConfig(rank=13, variant="toy"))
+        variant_of(LoRAConfig(rank=13, variant="toy"))
     with pytest.raises(UsageError, match=r"^lora_variant='tom': must be one of lora, .*, toy$"):
-        checked(LoRAConfig(variant="tom"))
+        variant_of(LoRAConfig(variant="tom"))

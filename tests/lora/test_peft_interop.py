@@ -43,8 +43,8 @@ def check_same(one: Model, other: Model, **base) -> None:
 
 def read_by_peft(ours: Model, folder: Path, shared: bool = False, **base) -> Model:
     """A PEFT model with our adapter, out of a folder that we saved."""
-    adapter = Adapter.of(ours)
-    with_it = adapter.shared(base_tensors(ours)) if shared else None
+    adapter = Adapter.from_model(ours)
+    with_it = adapter.make_shared(base_tensors(ours)) if shared else None
     storage.commit_folder(folder, to_files(adapter, shared=with_it))
     return peft.PeftModel.from_pretrained(tiny(**base), folder)
 
@@ -53,7 +53,7 @@ def read_by_us(theirs: Model, folder: Path, **base) -> Model:
     """Our model with PEFT's adapter, out of a folder that PEFT saved."""
     theirs.save_pretrained(folder)
     ours = tiny(**base)
-    load_adapter(folder).put_on(ours)
+    load_adapter(folder).attach_to(ours)
     return ours
 
 
@@ -112,8 +112,11 @@ def test_veras_projections_go_both_ways_whether_they_are_stored_or_not(stored: b
         assert ({"base_model.vera_A", "base_model.vera_B"} <= keys) == stored
         assert any("vera_A" in key for key in keys) == stored
         assert json.loads((tmp_path / folder / CONFIG).read_bytes())["save_projection"] == stored
-    facts = [load_adapter(tmp_path / folder).facts.get(SHARED) for folder in ("theirs", "ours")]
-    assert facts == [Adapter.of(ours).facts[SHARED] if stored else None, Adapter.of(ours).facts[SHARED]]
+    metadata = [load_adapter(tmp_path / folder).metadata.get(SHARED) for folder in ("theirs", "ours")]
+    assert metadata == [
+        Adapter.from_model(ours).metadata[SHARED] if stored else None,
+        Adapter.from_model(ours).metadata[SHARED],
+    ]
 
 
 def pruned_by_peft(steps: int = 9) -> peft.PeftModel:
@@ -154,12 +157,12 @@ def test_peft_reads_what_we_have_pruned(pattern: dict, tmp_path: Path) -> None:
     ours = adapted(LoRAConfig(rank=4, alpha=6.0, variant="adalora", rank_pattern=pattern))
     left = {"lm_head": 2, "blocks.0.attention.q_proj": 0, "blocks.1.mlp.up_proj": 1, "blocks.1.mlp.down_proj": 4}
     prune(ours, left)
-    adapter = Adapter.of(ours)
+    adapter = Adapter.from_model(ours)
     assert {path: len(adapter.tensors[path]["E"]) for path in left} == left
     assert {path: adapter.config.rank_at(path) for path in left} == left
     check_same(read_by_peft(ours, tmp_path / "ours"), ours)
     again = tiny()
-    load_adapter(tmp_path / "ours").put_on(again)
+    load_adapter(tmp_path / "ours").attach_to(again)
     check_same(again, ours)
     again(IDX, TARGETS)[1].backward()
     assert again.blocks[1].mlp.up_proj.lora["default"].E.grad.all()
@@ -196,17 +199,17 @@ def test_keys_that_carry_the_adapters_name_are_understood(tmp_path: Path) -> Non
 
     safetensors.torch.save_file(renamed("default"), path)
     ours = tiny()
-    load_adapter(tmp_path).put_on(ours)
+    load_adapter(tmp_path).attach_to(ours)
     assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)
     safetensors.torch.save_file(renamed("one") | {k: t.clone() for k, t in renamed("two").items()}, path)
     with pytest.raises(UserError, match="holds several adapters"):
         load_adapter(tmp_path)
 
 
-FOREIGN = [{"layers_to_transform": [0]}, {"use_dora": True, "use_rslora": True}, {"init_lora_weights": "olora"}]
+UNSUPPORTED = [{"layers_to_transform": [0]}, {"use_dora": True, "use_rslora": True}, {"init_lora_weights": "olora"}]
 
 
-@pytest.mark.parametrize("options", FOREIGN, ids=str)
+@pytest.mark.parametrize("options", UNSUPPORTED, ids=str)
 def test_what_we_cannot_compute_is_refused_by_name(options: dict, tmp_path: Path) -> None:
     train_with_peft({}, **options).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=next(iter(options))):

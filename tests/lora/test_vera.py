@@ -16,15 +16,16 @@ import torch
 from tiny_lora import IDX, TARGETS, adapted, logits, projections, same, state, stepper, tiny, trained, variants
 
 from lora.adapter import SHARED, Adapter
-from lora.attach import activate, adapter_names, attach, base_tensors, merged
-from lora.combine import combine, size
+from lora.attach import activate, adapter_names, attach, base_tensors
+from lora.combine import combine, delta_size
 from lora.config import LoRAConfig
+from lora.merge import merged
 from lora.optim import make_optimizer
 from lora.peft_format import CONFIG, TENSORS, from_files, to_files
 from lora.variants import vera
-from lora.variants.registry import checked
+from lora.variants.registry import variant_of
 from runtime import resume
-from runtime.checkpoint import fingerprint, pack, unpack
+from runtime.encoding import fingerprint, pack, unpack
 from runtime.errors import UsageError, UserError
 
 VERA = LoRAConfig(rank=4, variant="vera", seed=7)
@@ -77,7 +78,7 @@ def test_they_are_in_nothing_that_is_counted_trained_or_saved() -> None:
         == count
     )
     assert not any("shared" in key for key in model.state_dict())
-    stored = safetensors.torch.load(to_files(Adapter.of(model))[TENSORS])
+    stored = safetensors.torch.load(to_files(Adapter.from_model(model))[TENSORS])
     assert sum(tensor.numel() for tensor in stored.values()) == count
     run = stepper(model, 2)
     run.step(0)
@@ -86,15 +87,17 @@ def test_they_are_in_nothing_that_is_counted_trained_or_saved() -> None:
 
 
 def test_another_process_makes_the_same_ones() -> None:
-    code = "import torch; from lora.variants.vera import _drawn; from runtime.checkpoint import fingerprint; "
-    code += f"torch.manual_seed(99); print(fingerprint(dict(zip('AB', _drawn(7, 4, *{WIDEST})))))"
+    code = "import torch; from lora.variants.vera import _projections; from runtime.checkpoint import fingerprint; "
+    code += f"torch.manual_seed(99); print(fingerprint(dict(zip('AB', _projections(7, 4, *{WIDEST})))))"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
-    assert told.stdout.strip() == Adapter.of(adapted(VERA)).facts[SHARED] == fingerprint(shared(adapted(VERA)))
+    assert (
+        told.stdout.strip() == Adapter.from_model(adapted(VERA)).metadata[SHARED] == fingerprint(shared(adapted(VERA)))
+    )
 
 
 def test_those_made_for_a_generation_serve_training() -> None:
-    vera._drawn.cache_clear()
+    vera._projections.cache_clear()
     with torch.inference_mode():
         attach(tiny(), VERA)
     model = adapted(VERA)
@@ -108,25 +111,25 @@ Files = dict[str, bytes]
 def stored_ones_with_another_bit(files: Files) -> Files:
     tensors = unpack(files[TENSORS], "")
     tensors["base_model.vera_B"].view(torch.int32)[3, 2] ^= 1
-    return files | {TENSORS: pack(tensors, facts_in(files))}
+    return files | {TENSORS: pack(tensors, metadata_in(files))}
 
 
 def without_one_of_them(files: Files) -> Files:
     tensors = unpack(files[TENSORS], "")
     del tensors["base_model.vera_A"]
-    return files | {TENSORS: pack(tensors, facts_in(files))}
+    return files | {TENSORS: pack(tensors, metadata_in(files))}
 
 
 def another_fact(files: Files) -> Files:
     tensors = {key: t for key, t in unpack(files[TENSORS], "").items() if "vera_A" not in key and "vera_B" not in key}
-    return files | {TENSORS: pack(tensors, facts_in(files) | {SHARED: "f" * 64})}
+    return files | {TENSORS: pack(tensors, metadata_in(files) | {SHARED: "f" * 64})}
 
 
 def another_seed(files: Files) -> Files:
     return files | {CONFIG: json.dumps(json.loads(files[CONFIG]) | {"projection_prng_key": 8}).encode()}
 
 
-def facts_in(files: Files) -> dict[str, str]:
+def metadata_in(files: Files) -> dict[str, str]:
     header = json.loads(files[TENSORS][8 : 8 + int.from_bytes(files[TENSORS][:8], "little")])
     return header["__metadata__"]
 
@@ -134,14 +137,14 @@ def facts_in(files: Files) -> dict[str, str]:
 @pytest.mark.parametrize("change", [stored_ones_with_another_bit, without_one_of_them, another_fact, another_seed])
 def test_a_file_that_was_trained_with_others_is_refused_by_name(change: Callable) -> None:
     trained_one, model = adapted(VERA), tiny()
-    adapter = Adapter.of(trained_one)
-    files = to_files(adapter, shared=adapter.shared(base_tensors(trained_one)))
-    from_files(files, "here").put_on(tiny())
+    adapter = Adapter.from_model(trained_one)
+    files = to_files(adapter, shared=adapter.make_shared(base_tensors(trained_one)))
+    from_files(files, "here").attach_to(tiny())
     before = state(model)
     with pytest.raises(
         UserError, match=r"^the adapter does not fit this model: its shared projections are \w{12}, "
     ) as told:
-        from_files(change(files), "here").put_on(model)
+        from_files(change(files), "here").attach_to(model)
     assert f"seed {8 if change is another_seed else 7} makes here" in str(told.value) and "\n" not in str(told.value)
     assert same(state(model), before) and adapter_names(model) == []
 
@@ -150,7 +153,7 @@ def test_seeds_of_every_size_that_a_run_may_have_come_back() -> None:
     for seed in (0, 2**31 - 1, 2**62, -5):
         config = replace(VERA, seed=seed, targets="minimal")
         model, fresh = adapted(config), tiny()
-        from_files(to_files(Adapter.of(model)), "here").put_on(fresh)
+        from_files(to_files(Adapter.from_model(model)), "here").attach_to(fresh)
         assert torch.equal(logits(fresh), logits(model))
 
 
@@ -166,20 +169,20 @@ def test_two_of_them_with_other_seeds_add_up_and_merge() -> None:
         assert torch.allclose(logits(model), expected, atol=1e-5)
     assert not torch.allclose(expected, logits(adapted(VERA)), atol=1e-2)
     base = {name: tensor.detach() for name, tensor in base_tensors(tiny()).items()}
-    one, two = (Adapter.of(model, name) for name in ("one", "two"))
+    one, two = (Adapter.from_model(model, name) for name in ("one", "two"))
     for method in ("cat", "linear"):
         fresh = tiny()
-        combine([one, two], (1.0, 0.5), base, method).adapter.put_on(fresh)
+        combine([one, two], (1.0, 0.5), base, method).adapter.attach_to(fresh)
         assert torch.allclose(logits(fresh), expected, atol=1e-4)
     W = base["lm_head.weight"]
     dense = variants(adapted(VERA))["lm_head"].effective_weight(W).detach() - W
-    assert size(one, "lm_head", base).norm == pytest.approx(dense.norm().item(), rel=1e-4)
+    assert delta_size(one, "lm_head", base).norm == pytest.approx(dense.norm().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("wrong", [{"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2.0}}], ids=str)
 def test_it_has_no_ranks_and_alphas_of_single_modules(wrong: dict) -> None:
     with pytest.raises(UsageError, match=f"^{next(iter(wrong))}: vera has one rank for all modules") as error:
-        checked(LoRAConfig(rank=4, variant="vera", **wrong))
+        variant_of(LoRAConfig(rank=4, variant="vera", **wrong))
     assert "\n" not in str(error.value)
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lora.attach import activate, adapter_parameters, attach, hosts
+from lora.attach import activate, adaptable_layers, adapter_parameters, attach
 from lora.config import LoRAConfig
 from lora.optim import after_steps, extra_losses, make_optimizer
 from lora.variants.lora import LoRA
@@ -56,7 +56,7 @@ def trained(model: BigramLanguageModelLoRA) -> dict[str, Tensor]:
 
 def variants(model: torch.nn.Module) -> dict[str, LoRA]:
     """The active adapter's tensors on each linear that it changes, by the linear's path."""
-    found = ((path, entry) for path, host in hosts(model).items() for entry in host.entries())
+    found = ((path, entry) for path, layer in adaptable_layers(model).items() for entry in layer.active_modules())
     return {path: entry for path, entry in found if isinstance(entry, LoRA)}
 
 

@@ -58,7 +58,7 @@ def base_files() -> dict[str, bytes]:
 def lora_files() -> dict[str, bytes]:
     adapted = model()
     attach(adapted, LoRAConfig(rank=2, alpha=4.0))
-    return adapter_files.to_files(Adapter.of(adapted))
+    return adapter_files.to_files(Adapter.from_model(adapted))
 
 
 def step_files() -> dict[str, bytes]:
@@ -71,7 +71,7 @@ READERS = {
         base_files,
         lambda files: (model_files.from_files(files, "here"), load_tokenizer(files["tokenizer.json"])),
     ),
-    "adapter": (lora_files, lambda files: adapter_files.from_files(files, "here").put_on(model())),
+    "adapter": (lora_files, lambda files: adapter_files.from_files(files, "here").attach_to(model())),
 }
 FILES = [(kind, name) for kind, (make, _) in READERS.items() for name in make() if name != "README.md"]
 

@@ -1,0 +1,106 @@
+"""Merge adapters into the weights, for a `with` block or for good, and cache effective weights for inference."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lora.attach import adaptable_layers, adapter_names, check_unlocked, detach, using
+from lora.functional import storage_key
+from lora.layers import CACHED, MERGED, LoRALinear
+from runtime.errors import UsageError
+
+
+def _merged_tensors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each base tensor that the active adapters change, with its effective value.
+
+    Raises UsageError at a tensor that another layer shares, since merging would change that layer too.
+    """
+    names: dict[tuple, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            names[storage_key(p)].append(f"{path}.{name}")
+    for layer in adaptable_layers(model).values():
+        for name, effective in layer.effective_tensors().items():
+            base = getattr(layer, name)
+            if effective is base:
+                continue
+            if len(shared := names[storage_key(base)]) > 1:
+                path, _, own = shared[-1].rpartition(".")
+                owner = f"model.get_submodule({path!r})"
+                raise UsageError(
+                    f"{' and '.join(shared)} are one tensor, and merging into one of them would change all; "
+                    f"untie them first: {owner}.{own} = torch.nn.Parameter({owner}.{own}.detach().clone())"
+                )
+            yield base, effective
+
+
+@contextmanager
+def _locked(model: nn.Module, by: str) -> Iterator[None]:
+    """Refuse changes of weights and adapters inside the `with` block; an outer lock stays as it is."""
+    free = [layer for layer in adaptable_layers(model).values() if not layer.locked_by]
+    try:
+        for layer in free:
+            layer.locked_by = by
+        yield
+    finally:
+        for layer in free:
+            layer.locked_by = ""
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """Merge the active adapters into the weights, in fp32, inside the `with` block; restore every bit afterwards.
+
+    Raises UsageError where it is nested, and for a tensor to merge into that several layers share. Inside, loading a
+    base, attaching, detaching and activating raise UsageError too.
+    """
+    check_unlocked(model)
+    saved: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for base, effective in _merged_tensors(model):
+                saved.append((base, base.clone()))
+                base.copy_(effective)
+        with using(model), _locked(model, MERGED):
+            yield model
+    finally:
+        with torch.no_grad():
+            for base, before in saved:
+                base.copy_(before)
+
+
+def merge(model: nn.Module) -> None:
+    """Merge the active adapters into the weights for good, in fp32, and detach all adapters.
+
+    Inactive adapters are detached too, since their base has changed. The model stays frozen. Raises UsageError inside
+    `merged` or `cached_weights`, and for a tensor to merge into that several layers share; then nothing is merged.
+    """
+    check_unlocked(model)
+    with torch.no_grad():
+        for base, effective in list(_merged_tensors(model)):  # all computed before the first is written
+            base.copy_(effective)
+    for name in adapter_names(model):
+        detach(model, name)
+
+
+@contextmanager
+def cached_weights(model: nn.Module) -> Iterator[nn.Module]:
+    """Cache the effective weights inside the `with` block, for inference; passes with gradients do not use the cache.
+
+    Inside, loading a base, attaching and detaching raise UsageError.
+    """
+    layers = adaptable_layers(model).values()
+    linears = [layer for layer in layers if isinstance(layer, LoRALinear) and layer.cache is None]
+    try:
+        for linear in linears:
+            linear.cache = {}
+        with _locked(model, CACHED):
+            yield model
+    finally:
+        for linear in linears:
+            linear.cache = None
