@@ -89,7 +89,7 @@ def held_out(name: str, base: Base, data_dir: Path, batches: int) -> list[Batch]
     tokens = tokens_of(load_text(name, base.run, data_dir).validation, base.tokenizer, data_dir)
     if len(tokens) < 2:
         raise UserError(f"the held-out part of {name} has {len(tokens)} tokens, and nothing can be measured on it")
-    return validation_windows(tokens, min(base.model.shape.block_size, len(tokens) - 1), 16, batches)
+    return validation_windows(tokens, min(base.model.config.max_positions, len(tokens) - 1), 16, batches)
 
 
 # --- new runs -----------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def metadata_of_made(root: Path, kind: str, base: Base, adapter: Adapter, texts:
     if kind == "lora":
         settings |= {f"lora_{name}": getattr(adapter.config, name) for name in IN_CONFIG}
     named = reference(base.run, base.sha256, root)
-    return run_metadata(kind, settings, base.model.shape, named, base.tokenizer, texts=texts, made=made)
+    return run_metadata(kind, settings, base.model.config, named, base.tokenizer, texts=texts, made=made)
 
 
 def check_free(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -12,7 +12,8 @@ from data.tokenizers import Tokenizer, load_tokenizer
 from lora.adapter import Adapter
 from lora.attach import base_tensors
 from models import files as model_files
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.config import ModelConfig
 from runtime.checkpoint import Run, all_runs, find_run, open_run
 from runtime.console import say
 from runtime.encoding import fingerprint
@@ -146,9 +147,9 @@ def check_base(run: Run, settings: Settings) -> None:
         raise UsageError(f"BASE={settings.base} is a TEST_MODE run, which serves as a base in TEST_MODE only")
 
 
-def check_shape(given: Resolved, shape: ModelShape, tokenizer: Tokenizer, base: Run) -> None:
+def check_shape(given: Resolved, config: ModelConfig, tokenizer: Tokenizer, base: Run) -> None:
     """Refuse settings of shape that contradict the base. Raises UsageError naming each."""
-    has = asdict(shape) | {"tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
+    has = config.as_dict() | {"tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
     fixed = [name for name in SHAPE if name != "block_size"]
     wrong = [name for name in fixed if given.explicit(name) and getattr(given.settings, name) != has[name]]
     if wrong:

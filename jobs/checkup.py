@@ -108,8 +108,8 @@ class Checkup:
         model = self.attempt(lambda: model_files.from_files(files, str(folder)))
         if TOKENIZER in files:
             tokenizer = self.attempt(lambda: load_tokenizer(files[TOKENIZER]))
-            if model and tokenizer and tokenizer.vocab_size != model.shape.vocab_size:
-                sizes = f"{tokenizer.vocab_size} tokens, and its model {model.shape.vocab_size}"
+            if model and tokenizer and tokenizer.vocab_size != model.config.vocab_size:
+                sizes = f"{tokenizer.vocab_size} tokens, and its model {model.config.vocab_size}"
                 self.problems.append(f"{folder}: its tokenizer has {sizes}")
         else:
             self.problems.append(f"{folder}: {TOKENIZER} is missing")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shlex
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from lora.config import LoRAConfig
 from lora.optim import after_steps, extra_losses, make_optimizer
 from lora.variants.registry import VARIANTS
 from models import files as model_files
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.config import ModelConfig
 from runtime.checkpoint import Run, fingerprint, identity_of
 from runtime.console import say
 from runtime.device import Machine, check_compiler
 from runtime.errors import UserError
-from runtime.settings.config import SHAPE, Settings
+from runtime.settings.config import Settings
 from runtime.settings.fields import settings_of
 from runtime.settings.sources import Resolved
 from runtime.steps import Schedule, Stepper, evaluate
@@ -94,9 +95,9 @@ class Job:
         base = reference(self.base, self.base_sha256, root) if self.base else None
         dataset = {"name": self.data.name, "sha256": self.data.sha256}
         settings = self.settings.as_dict()
-        about = run_metadata(self.kind, settings, self.model.shape, base, self.tokenizer, dataset=dataset)
+        about = run_metadata(self.kind, settings, self.model.config, base, self.tokenizer, dataset=dataset)
         about["machine"] = f"{platform.machine()}, {self.machine}, {torch.get_num_threads()} threads"
-        if self.settings.block_size < self.model.shape.block_size:
+        if self.settings.block_size < self.model.config.max_positions:
             about["window"] = self.settings.block_size
         return about | {"identity": identity(about)}
 
@@ -124,11 +125,11 @@ class Job:
 
 
 def run_metadata(
-    kind: str, settings: dict, shape: ModelShape, base: dict | None, tokenizer: Tokenizer, **origin: Any
+    kind: str, settings: dict, config: ModelConfig, base: dict | None, tokenizer: Tokenizer, **origin: Any
 ) -> dict:
     """What `run.json` says of any run. base: its name and fingerprint;
     origin: the text it was trained on, or what it was made of."""
-    about = {"kind": kind, "settings": settings, "shape": asdict(shape), "base": base} | origin
+    about = {"kind": kind, "settings": settings, "config": config.as_dict(), "base": base} | origin
     about["tokenizer_sha256"] = tokenizer.sha256
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return about | {"identity": identity_of(about), "versions": versions}
@@ -170,13 +171,14 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
     torch.manual_seed(settings.seed)
     if base:
         model, tokenizer = load_trained(base, settings.dropout)
-        check_shape(given, model.shape, tokenizer, base)
-        settings = replace(settings, block_size=block_size_for(given, model.shape.block_size, base))
+        check_shape(given, model.config, tokenizer, base)
+        settings = replace(settings, block_size=block_size_for(given, model.config.max_positions, base))
     else:
         known = corpus.text if settings.tokenizer == "char" else corpus.train  # held-out text may have rare characters
         tokenizer = build_tokenizer(settings.tokenizer, known, settings.vocab_size)
-        sizes = {name: getattr(settings, name) for name in SHAPE if name not in ("tokenizer", "vocab_size")}
-        model = BigramLanguageModelLoRA.from_shape(ModelShape(tokenizer.vocab_size, **sizes), settings.dropout)
+        sizes = {name: getattr(settings, name) for name in ("n_embd", "n_layer", "n_head", "bias")}
+        config = ModelConfig(tokenizer.vocab_size, max_positions=settings.block_size, **sizes)
+        model = BigramLanguageModelLoRA.from_config(config, settings.dropout)
     base_sha256 = fingerprint(base_tensors(model)) if base else None
     if settings.use_lora:
         attach(model, lora_config(settings))

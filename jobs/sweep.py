@@ -18,7 +18,8 @@ import torch
 from jobs.job import lora_config
 from lora.attach import attach
 from lora.optim import make_optimizer
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.config import ModelConfig
 from runtime import storage
 from runtime.batch import Batch
 from runtime.checkpoint import read_json
@@ -35,8 +36,8 @@ def make_stepper(settings: Settings, machine: Machine, width: int, batch: int, r
     """Steps of a model of this width on `batch` rows; LoRA of this rank, or all weights where it is None."""
     s, T = settings, settings.block_size
     torch.manual_seed(s.seed)
-    shape = ModelShape(VOCABULARY, width, T, s.n_head, s.n_layer, s.bias)
-    model = BigramLanguageModelLoRA.from_shape(shape, s.dropout, machine.device)
+    config = ModelConfig(VOCABULARY, width, s.n_layer, s.n_head, max_positions=T, bias=s.bias)
+    model = BigramLanguageModelLoRA.from_config(config, s.dropout, machine.device)
     if rank:
         attach(model, dataclasses.replace(lora_config(s), rank=rank))
     tokens = torch.randint(VOCABULARY, (batch, T + 1))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -20,34 +19,23 @@ from lora.functional import compute_dtype, dropout
 from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, fused_projection
 from models import sampling
 from models.attention import causal_attention
+from models.config import ModelConfig
 from runtime.batch import mean_cross_entropy
 
 if TYPE_CHECKING:
     from models.sampling import LayerCache
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """What must be equal for weights to fit: the sizes of the model, and whether its layers have biases."""
-
-    vocab_size: int
-    n_embd: int = 256
-    block_size: int = 128
-    n_head: int = 4
-    n_layer: int = 4
-    bias: bool = False
-
-
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
-    def __init__(self, shape: ModelShape, dropout: float) -> None:
+    def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
-        self.n_head, self.dropout = shape.n_head, dropout
-        self.q_proj = LoRALinear(shape.n_embd, shape.n_embd, bias=shape.bias)
-        self.k_proj = LoRALinear(shape.n_embd, shape.n_embd, bias=shape.bias)
-        self.v_proj = LoRALinear(shape.n_embd, shape.n_embd, bias=shape.bias)
-        self.o_proj = LoRALinear(shape.n_embd, shape.n_embd, bias=shape.bias)
+        self.n_head, self.dropout = config.n_head, dropout
+        self.q_proj = LoRALinear(config.n_embd, config.n_embd, bias=config.bias)
+        self.k_proj = LoRALinear(config.n_embd, config.n_embd, bias=config.bias)
+        self.v_proj = LoRALinear(config.n_embd, config.n_embd, bias=config.bias)
+        self.o_proj = LoRALinear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x_BTC: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C); with a cache, T new positions that also attend to what it holds."""
@@ -64,10 +52,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linears with a GELU between them, four times as wide inside."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up_proj = LoRALinear(shape.n_embd, 4 * shape.n_embd, bias=shape.bias)
-        self.down_proj = LoRALinear(4 * shape.n_embd, shape.n_embd, bias=shape.bias)
+        self.up_proj = LoRALinear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.down_proj = LoRALinear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -77,12 +65,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then the MLP, each on the normalised stream and added back to it."""
 
-    def __init__(self, shape: ModelShape, dropout: float) -> None:
+    def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
-        self.norm_1 = LoRALayerNorm(shape.n_embd, bias=shape.bias)
-        self.attention = Attention(shape, dropout)
-        self.norm_2 = LoRALayerNorm(shape.n_embd, bias=shape.bias)
-        self.mlp = MLP(shape)
+        self.norm_1 = LoRALayerNorm(config.n_embd, bias=config.bias)
+        self.attention = Attention(config, dropout)
+        self.norm_2 = LoRALayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
         self.dropout = dropout
 
     def forward(self, x_BTC: Tensor, cache: LayerCache | None = None) -> Tensor:
@@ -131,14 +119,12 @@ class BigramLanguageModelLoRA(nn.Module):
         lora_train_embeddings: bool = True,
     ) -> None:
         super().__init__()
-        if n_embd % n_head:
-            raise ValueError(f"n_embd={n_embd} is not a multiple of n_head={n_head}")
         self.dropout = dropout
-        self.shape = shape = ModelShape(vocab_size, n_embd, block_size, n_head, n_layer, bias)
+        self.config = config = ModelConfig(vocab_size, n_embd, n_layer, n_head, max_positions=block_size, bias=bias)
         with torch.device(device):
             self.token_embedding = LoRAEmbedding(vocab_size, n_embd)
             self.position_embedding = LoRAEmbedding(block_size, n_embd)
-            self.blocks = nn.ModuleList(Block(shape, dropout) for _ in range(n_layer))
+            self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(n_layer))
             self.norm = LoRALayerNorm(n_embd, bias=bias)
             self.lm_head = LoRALinear(n_embd, vocab_size, bias=bias)
             self.init_weights()
@@ -151,11 +137,13 @@ class BigramLanguageModelLoRA(nn.Module):
             )
 
     @classmethod
-    def from_shape(
-        cls, shape: ModelShape, dropout: float = 0.0, device: str | torch.device = "cpu"
+    def from_config(
+        cls, config: ModelConfig, dropout: float = 0.0, device: str | torch.device = "cpu"
     ) -> BigramLanguageModelLoRA:
-        """A base of this shape, with fresh weights and no adapter."""
-        return cls(**asdict(shape), dropout=dropout, device=device)
+        """A base of this config, with fresh weights and no adapter. Raises UserError for what is not implemented."""
+        config.check_implemented()
+        sizes = {name: getattr(config, name) for name in ("n_embd", "n_head", "n_layer", "bias")}
+        return cls(config.vocab_size, block_size=config.max_positions, dropout=dropout, device=device, **sizes)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -163,7 +151,7 @@ class BigramLanguageModelLoRA(nn.Module):
         for path, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 last = path.endswith(("o_proj", "down_proj"))
-                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.shape.n_layer) if last else 0.02)
+                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if last else 0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -177,8 +165,8 @@ class BigramLanguageModelLoRA(nn.Module):
         row's last position. Raises ValueError where T exceeds block_size.
         """
         T = idx.shape[1]
-        if T > self.shape.block_size:
-            raise ValueError(f"{T} positions, but block_size is {self.shape.block_size}")
+        if T > self.config.max_positions:
+            raise ValueError(f"{T} positions, but block_size is {self.config.max_positions}")
         positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
         x_BTC = self.token_embedding(idx) + self.position_embedding(positions)
         x_BTC = dropout(x_BTC, self.dropout if self.training else 0.0)

@@ -1,14 +1,13 @@
-"""A base's folder <-> the model: `config.json` with its shape, `model.safetensors` with its weights."""
+"""A base's folder <-> the model: `config.json` with its config, `model.safetensors` with its weights."""
 
 from __future__ import annotations
-
-from dataclasses import asdict, fields
 
 import torch
 from torch import Tensor, nn
 
 from lora.attach import base_tensors
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.config import ModelConfig
 from runtime.encoding import differences, pack, read_json, to_json, unpack
 from runtime.errors import UserError, join_problems
 from runtime.storage import DamagedError
@@ -18,28 +17,27 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 def to_files(model: BigramLanguageModelLoRA) -> dict[str, bytes]:
     """The model's base as files, ready to be committed; adapters are not in it."""
-    return {CONFIG: to_json(asdict(model.shape)), WEIGHTS: pack(base_tensors(model))}
+    return {CONFIG: to_json(model.config.as_dict()), WEIGHTS: pack(base_tensors(model))}
 
 
-def shape_from(files: dict[str, bytes], where: str) -> ModelShape:
-    """The shape of the model that these files hold. Raises UserError where it is missing or makes no sense."""
+def config_from(files: dict[str, bytes], where: str) -> ModelConfig:
+    """The config of the model that these files hold. Raises UserError where it is missing or makes no sense."""
     if CONFIG not in files or WEIGHTS not in files:
         raise UserError(f"{where} holds no model: {CONFIG} and {WEIGHTS} are needed")
-    about = read_json(files[CONFIG], f"{where}/{CONFIG}")
-    kinds = {field.name: bool if field.name == "bias" else int for field in fields(ModelShape)}
-    if about.keys() != kinds.keys() or any(type(about[name]) is not kind for name, kind in kinds.items()):
-        raise DamagedError(f"{where}/{CONFIG} is damaged: it should hold {', '.join(kinds)}")
-    shape = ModelShape(**about)
-    if any(about[name] < 1 for name, kind in kinds.items() if kind is int) or shape.n_embd % shape.n_head:
-        raise DamagedError(f"{where}/{CONFIG} is damaged: no model has the shape {about}")
-    return shape
+    values = read_json(files[CONFIG], f"{where}/{CONFIG}")
+    try:
+        return ModelConfig.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{where}/{CONFIG}: {error}") from None
+    except (ValueError, TypeError) as error:
+        raise DamagedError(f"{where}/{CONFIG} is damaged: {error}") from None
 
 
-def _check_size(shape: ModelShape, tensors: dict[str, Tensor], where: str) -> None:
-    """Raises DamagedError for a shape that needs more weights than there are, before anybody makes room for them."""
-    least = (shape.vocab_size + shape.block_size) * shape.n_embd
-    if least > sum(tensor.numel() for tensor in tensors.values()) or shape.n_layer > len(tensors):
-        raise DamagedError(f"{where}/{WEIGHTS} holds fewer weights than the shape in {CONFIG} needs")
+def _check_size(config: ModelConfig, tensors: dict[str, Tensor], where: str) -> None:
+    """Raises DamagedError for a config that needs more weights than there are, before anybody makes room for them."""
+    least = (config.vocab_size + config.max_positions) * config.n_embd
+    if least > sum(tensor.numel() for tensor in tensors.values()) or config.n_layer > len(tensors):
+        raise DamagedError(f"{where}/{WEIGHTS} holds fewer weights than {CONFIG} needs")
 
 
 def load_weights(model: nn.Module, files: dict[str, bytes], where: str) -> None:
@@ -61,8 +59,8 @@ def _copy(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
 
 def from_files(files: dict[str, bytes], where: str, dropout: float = 0.0) -> BigramLanguageModelLoRA:
     """The model that these files hold, on the CPU, with no adapter."""
-    shape, tensors = shape_from(files, where), unpack(files[WEIGHTS], f"{where}/{WEIGHTS}")
-    _check_size(shape, tensors, where)
-    model = BigramLanguageModelLoRA.from_shape(shape, dropout)
+    config, tensors = config_from(files, where), unpack(files[WEIGHTS], f"{where}/{WEIGHTS}")
+    _check_size(config, tensors, where)
+    model = BigramLanguageModelLoRA.from_config(config, dropout)
     _copy(model, tensors, where)
     return model

@@ -83,7 +83,7 @@ class KVCache:
     seen_B11S: Tensor | None  # what each row holds, where that is not the same for all
 
     def __init__(self, model: BigramLanguageModelLoRA) -> None:
-        self.model, self.block_size = model, model.shape.block_size
+        self.model, self.block_size = model, model.config.max_positions
         self.device = model.token_embedding.weight.device
         self.no_casts = torch.autocast(self.device.type, enabled=False)
         self.layers = [LayerCache(self) for _ in model.blocks]
@@ -140,7 +140,7 @@ def _products(model: BigramLanguageModelLoRA) -> AbstractContextManager:
     With a row or a few, a product in bf16 takes 15 microseconds before it starts: at 128 wide, 4 layers, a token's
     products took 0.35 ms in bf16 and 0.18 ms in fp32, at 384 wide, 6 layers, 2.0 and 4.1 ms (2 cores, AVX512_BF16).
     """
-    narrow = model.shape.n_embd < NARROW and model.token_embedding.weight.device.type == "cpu"
+    narrow = model.config.n_embd < NARROW and model.token_embedding.weight.device.type == "cpu"
     return torch.autocast("cpu", enabled=False) if narrow else nullcontext()
 
 

@@ -62,7 +62,7 @@ def reference(weights: dict[str, Tensor], idx: Tensor, n_head: int, n_layer: int
 def test_logits_and_loss_are_those_of_the_equations(changes: dict, length: int) -> None:
     model = tiny(**changes)
     idx, targets = (torch.arange(2 * length).reshape(2, length) * step % 50 for step in (7, 11))
-    expected = reference(model.state_dict(), idx, model.shape.n_head, model.shape.n_layer)
+    expected = reference(model.state_dict(), idx, model.config.n_head, model.config.n_layer)
     loss = -expected.log_softmax(-1).gather(-1, targets[..., None]).mean()
     for exact in (False, True):
         logits, found = (model.double() if exact else model)(idx, targets)

@@ -11,7 +11,8 @@ import torch
 from lora.attach import attach
 from lora.config import LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from models.files import CONFIG, WEIGHTS, from_files, load_weights, shape_from, to_files
+from models.config import ModelConfig
+from models.files import CONFIG, WEIGHTS, config_from, from_files, load_weights, to_files
 from runtime.checkpoint import pack, unpack
 from runtime.errors import UserError
 from runtime.storage import DamagedError
@@ -28,7 +29,7 @@ def tiny(**changes) -> BigramLanguageModelLoRA:
 def test_a_base_comes_back_bit_for_bit(changes: dict) -> None:
     model = tiny(**changes)
     loaded = from_files(to_files(model), "here", dropout=0.25)
-    assert loaded.shape == model.shape
+    assert loaded.config == model.config
     assert list(loaded.state_dict()) == list(model.state_dict())
     assert all(torch.equal(t, model.state_dict()[key]) for key, t in loaded.state_dict().items())
     assert torch.equal(loaded.eval()(IDX)[0], model(IDX)[0])
@@ -75,7 +76,7 @@ def test_a_long_list_of_problems_says_that_it_is_cut() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"vocab_size": None}, {"n_embd": "32"}, {"n_layer": 2.0}, {"bias": 0}, {"n_head": True}, {"extra": 1},
+        {"vocab_size": None}, {"n_embd": "32"}, {"n_layer": 2.0}, {"bias": 0}, {"n_head": True}, {"norm": "batch"},
         {"n_head": 0}, {"n_head": 5}, {"vocab_size": -1}, {"block_size": 0}, {"n_layer": 0}, {"n_embd": 0},
     ],
     ids=str,
@@ -87,10 +88,38 @@ def test_a_shape_that_makes_no_sense_is_damage(change: dict) -> None:
         from_files(files | {CONFIG: json.dumps(about).encode()}, "here")
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff", b'{"vocab_size": 50}'])
+def test_a_config_of_another_version() -> None:
+    files = to_files(tiny())
+    values = json.loads(files[CONFIG])
+    old = {name: values[name] for name in ("vocab_size", "n_embd", "n_head", "n_layer", "bias")}
+    old["block_size"] = values["max_positions"]
+    assert from_files(files | {CONFIG: json.dumps(old).encode()}, "here").config == ModelConfig.from_dict(values)
+    newer = json.dumps(values | {"experts": 8}).encode()
+    with pytest.raises(UserError, match=f"^here/{CONFIG}: this version does not know 'experts'; a newer one wrote it$"):
+        from_files(files | {CONFIG: newer}, "here")
+
+
+OPTIONS = [
+    {"norm": "rms"}, {"positions": "rotary"}, {"mlp": "gated_silu"}, {"n_kv_head": 1}, {"head_dim": 8}, {"n_inner": 8},
+    {"norm_eps": 1e-6}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"qkv_bias": True}, {"qk_norm": True},
+    {"tied_head": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_what_a_config_can_say_and_the_transformer_cannot_do_yet_is_refused_by_name(option: dict) -> None:
+    files = to_files(tiny())
+    values = json.loads(files[CONFIG]) | option
+    (name,) = option
+    assert ModelConfig.from_dict(ModelConfig.from_dict(values).as_dict()) == ModelConfig.from_dict(values)
+    with pytest.raises(UserError, match=f"^{name}=.* is not implemented yet; only "):
+        from_files(files | {CONFIG: json.dumps(values).encode()}, "here")
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff", b'{"n_embd": 50}'])
 def test_a_torn_config_is_damaged(data: bytes) -> None:
     with pytest.raises(DamagedError, match=f"^here/{CONFIG} is damaged"):
-        shape_from(to_files(tiny()) | {CONFIG: data}, "here")
+        config_from(to_files(tiny()) | {CONFIG: data}, "here")
 
 
 @pytest.mark.parametrize("cut", [0, 7, 100, -1])

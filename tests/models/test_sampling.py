@@ -41,7 +41,7 @@ def without_cache(model: BigramLanguageModelLoRA, prompts: list[list[int]], n: i
     """The definition: each token from a whole pass over its window."""
     rows, generator = [list(prompt) for prompt in prompts], torch.Generator().manual_seed(seed)
     for _ in range(n):
-        windows = [row[window_start(len(row), model.shape.block_size) :] for row in rows]
+        windows = [row[window_start(len(row), model.config.max_positions) :] for row in rows]
         logits = torch.stack([model(torch.tensor([window]))[0][0, -1] for window in windows])
         for row, token in zip(rows, choose(logits, windows, how, generator), strict=True):
             row.append(token)

@@ -21,7 +21,8 @@ from lora.adapter import Adapter
 from lora.attach import attach
 from lora.config import LoRAConfig
 from models import files as model_files
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.config import ModelConfig
 from runtime import resume, storage
 from runtime.checkpoint import Run, claim, open_run
 from runtime.encoding import pack, to_sealed_json, unpack
@@ -32,7 +33,7 @@ from runtime.storage import MANIFEST, DamagedError
 
 ABOUT = {"kind": "base", "identity": "0123456789ab", "settings": {"test_mode": False, "dataset": "folio"}}
 TOKENIZER = build_tokenizer("char", "to be", 0)
-SHAPE = ModelShape(TOKENIZER.vocab_size, n_embd=8, block_size=8, n_head=1, n_layer=1, bias=False)
+CONFIG = ModelConfig(TOKENIZER.vocab_size, n_embd=8, max_positions=8, n_head=1, n_layer=1, bias=False)
 POSIX = pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
 
 
@@ -48,7 +49,7 @@ class Bomb:
 
 def model() -> BigramLanguageModelLoRA:
     torch.manual_seed(0)
-    return BigramLanguageModelLoRA.from_shape(SHAPE)
+    return BigramLanguageModelLoRA.from_config(CONFIG)
 
 
 def base_files() -> dict[str, bytes]:

@@ -15,7 +15,8 @@ from tiny_steps import stepper
 
 from data.tokenizers import build_tokenizer
 from models import files as model_files
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA, ModelShape
+from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.config import ModelConfig
 from runtime import storage
 from runtime.checkpoint import Run, claim, open_run
 from runtime.encoding import to_sealed_json
@@ -43,8 +44,8 @@ def damages(good: bytes) -> Iterator[bytes]:
 def product(seed: int) -> dict[str, bytes]:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer("char", "to be", 0)
-    shape = ModelShape(tokenizer.vocab_size, n_embd=8, block_size=8, n_head=1, n_layer=1, bias=False)
-    return model_files.to_files(BigramLanguageModelLoRA.from_shape(shape)) | {"tokenizer.json": tokenizer.dumps()}
+    config = ModelConfig(tokenizer.vocab_size, n_embd=8, max_positions=8, n_head=1, n_layer=1, bias=False)
+    return model_files.to_files(BigramLanguageModelLoRA.from_config(config)) | {"tokenizer.json": tokenizer.dumps()}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,88 @@
+"""What a transformer is made of: the sizes, and which kind of each part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self, get_type_hints
+
+from runtime.errors import UserError
+
+CHOICES = {"norm": ("layer", "rms"), "positions": ("learned", "rotary"), "mlp": ("gelu", "gelu_tanh", "gated_silu")}
+OLD_NAMES = {"block_size": "max_positions"}  # in files of earlier versions
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What must be equal for weights to fit and to mean the same.
+
+    n_kv_head: heads of keys and values, None for n_head. head_dim: width of a head, None for n_embd / n_head.
+    n_inner: width inside the MLP, None for 4 n_embd. max_positions: the longest context. norm: `layer` or `rms`, with
+    norm_eps.
+    positions: `learned` or `rotary`, with rope_theta and rope_scaling (Hugging Face's mapping). mlp: `gelu` (exact),
+    `gelu_tanh` or `gated_silu`. bias: whether linears and norms have biases; qkv_bias, output_bias (of attention),
+    mlp_bias and norm_bias, None as `bias` says. qk_norm: RMS norm of each head's queries and keys. tied_head: whether
+    the head's weight is the token embedding.
+
+    Raises ValueError for a value that makes no sense, by name.
+    """
+
+    vocab_size: int
+    n_embd: int = 256
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int | None = None
+    head_dim: int | None = None
+    n_inner: int | None = None
+    max_positions: int = 128
+    norm: str = "layer"
+    norm_eps: float = 1e-5
+    positions: str = "learned"
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping | None = None
+    mlp: str = "gelu"
+    bias: bool = False
+    qkv_bias: bool | None = None
+    output_bias: bool | None = None
+    mlp_bias: bool | None = None
+    norm_bias: bool | None = None
+    qk_norm: bool = False
+    tied_head: bool = False
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            whole = hint is float and type(value) is int  # as JSON may have it
+            if not (whole or isinstance(value, hint)) or (isinstance(value, bool) and "bool" not in str(hint)):
+                raise ValueError(f"{name}={value!r}: must be {hint if '|' in str(hint) else hint.__name__}")
+            if type(value) in (int, float) and not 0 < value < 2**53:
+                raise ValueError(f"{name}={value!r}: must be above 0")
+            if name in CHOICES and value not in CHOICES[name]:
+                raise ValueError(f"{name}={value!r}: must be one of {', '.join(CHOICES[name])}")
+        for name, divisor in (("n_embd", 1 if self.head_dim else self.n_head), ("n_head", self.n_kv_head or 1)):
+            if getattr(self, name) % divisor:
+                of = "n_head" if name == "n_embd" else "n_kv_head"
+                raise ValueError(f"{name}={getattr(self, name)} is not a multiple of {of}={divisor}")
+
+    def check_implemented(self) -> None:
+        """Raises UserError that names the first part which the transformer does not have yet."""
+        plain = ModelConfig(self.vocab_size, self.n_embd, self.n_layer, self.n_head, max_positions=self.max_positions)
+        for field in fields(self):
+            value, only = getattr(self, field.name), getattr(plain, field.name)
+            if value != only and field.name != "bias":
+                raise UserError(f"{field.name}={value!r} is not implemented yet; only {only!r} is")
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What `as_dict` wrote, here or in an earlier version; fields that are missing take their defaults.
+
+        Raises UserError for fields that only a later version has, ValueError or TypeError for what makes no sense.
+        """
+        values = {OLD_NAMES.get(name, name): value for name, value in values.items()}
+        if unknown := sorted(values.keys() - {field.name for field in fields(cls)}):
+            raise UserError(f"this version does not know {', '.join(map(repr, unknown))}; a newer one wrote it")
+        return cls(**values)
