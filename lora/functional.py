@@ -92,10 +92,6 @@ def storage_key(tensor: Tensor) -> tuple:
     return tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride()
 
 
-def _is_shared(tensors: Sequence[Tensor]) -> bool:
-    return len(set(map(storage_key, tensors))) == 1
-
-
 def fuse(parts: Sequence[LowRankLinear]) -> LowRankLinear:
     """Fuse linears of the same input into one whose output is theirs, concatenated.
 
@@ -105,7 +101,7 @@ def fuse(parts: Sequence[LowRankLinear]) -> LowRankLinear:
         return parts[0]
     Ws, biases, As, Bs, scales, magnitudes = zip(*parts, strict=True)
     Bs = [B if scale == 1 else B * scale for B, scale in zip(Bs, scales, strict=True)]
-    A, B = (As[0], torch.cat(Bs)) if _is_shared(As) else (torch.cat(As), torch.block_diag(*Bs))
+    A, B = (As[0], torch.cat(Bs)) if len(set(map(storage_key, As))) == 1 else (torch.cat(As), torch.block_diag(*Bs))
     return LowRankLinear(torch.cat(Ws), cat_or_none(biases), A, B, 1.0, cat_or_none(magnitudes))
 
 
@@ -152,15 +148,10 @@ def low_rank_gradients_pay(tokens: int, parts: Sequence[LowRankLinear]) -> bool:
 
     From the tokens it takes 4 low-rank matmuls (2 where A does not train), as wide as the As together and as costly as
     16 columns where that is less, but no matmul of the size of the weight's gradient; a dozen small operations come on
-    top. On 2 cores with AVX512_BF16, forward and backward in ms from the tokens / from the weight, for weights
-    (in, out) at rank 8: (128, 128) with 4,096 tokens 1.78 / 1.56 in bf16 and 3.27 / 2.97 in fp32; (128, 512) with 1,024
-    tokens 1.78 / 1.60 and 2.98 / 3.11, with 2,048 tokens 2.57 / 2.70 and 5.14 / 5.82; (384, 1536) with 2,048 tokens
-    16.3 / 22.1 and 32.1 / 42.4. A whole VeRA step with 4,096 tokens in bf16, all from the tokens / all from the weight,
-    LoRA's at rank 8 being 1, with 3.2M and 10.7M parameters: at rank 64 1.06 / 1.17 and 1.03 / 1.21, at rank 256
-    1.30 / 1.20 and 1.30 / 1.34.
+    top. `docs/design.md` has the measurements.
     """
     As, size = [part.A for part in parts], sum(part.W.numel() for part in parts)
-    rank = sum(len(A) for A in (As[:1] if _is_shared(As) else As))
+    rank = sum(len(A) for A in {storage_key(A): A for A in As}.values())
     around = As[0].shape[1] + sum(len(part.W) for part in parts)
     matmuls = 4 if As[0].requires_grad else 2
     return tokens * (size - matmuls * max(16, rank) * around) > MIN_SAVED

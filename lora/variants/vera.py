@@ -25,15 +25,6 @@ def _projections(seed: int, rank: int, max_in: int, max_out: int) -> tuple[Tenso
     return A, B
 
 
-class Projections(nn.Module):
-    """The matrices that all layers of a VeRA adapter share, as large as the largest layer needs."""
-
-    def __init__(self, A: Tensor, B: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("A", A, persistent=False)
-        self.register_buffer("B", B, persistent=False)
-
-
 class VeRA(LoRA):
     """W' = W + diag(b) B diag(d) A, with A (rank, in) and B (out, rank) random, frozen and shared, b (out,) initially
     zero and d (rank,) initially 0.1. There is no alpha.
@@ -56,10 +47,12 @@ class VeRA(LoRA):
         nn.init.constant_(self.d, INITIAL_D)
 
     @classmethod
-    def make_shared(cls, config: LoRAConfig, shapes: Iterable[tuple[int, int]]) -> Projections:
+    def make_shared(cls, config: LoRAConfig, shapes: Iterable[tuple[int, int]]) -> nn.Module:
         """Return A and B for the largest of these linears."""
-        outs, ins = zip(*shapes, strict=True)
-        return Projections(*_projections(config.seed, config.rank, max(ins), max(outs)))
+        (outs, ins), shared = zip(*shapes, strict=True), nn.Module()
+        for name, matrix in zip("AB", _projections(config.seed, config.rank, max(ins), max(outs)), strict=True):
+            shared.register_buffer(name, matrix, persistent=False)
+        return shared
 
     @classmethod
     def problems(cls, config: LoRAConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""An adapter off its model and on again, through bytes and folders; what does not fit is refused as a whole."""
+"""Adapters round-trip through files and folders; one that does not fit is refused before the model changes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def example() -> tuple[torch.nn.Module, Adapter]:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.variant}-{c.targets[:8]}-{c.bias}")
-def test_an_adapter_comes_back_bit_for_bit(config: LoRAConfig, tmp_path: Path) -> None:
+def test_an_adapter_round_trips_bit_for_bit(config: LoRAConfig, tmp_path: Path) -> None:
     bias = config.bias != "none"
     model = adapted(config, bias=bias)
     save_adapter(tmp_path / "adapter", of(model))
@@ -66,7 +66,7 @@ def test_an_adapter_comes_back_bit_for_bit(config: LoRAConfig, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.variant}-{c.targets[:8]}-{c.bias}")
-def test_the_file_holds_what_was_trained_and_nothing_else(config: LoRAConfig) -> None:
+def test_the_file_holds_only_the_trained_tensors(config: LoRAConfig) -> None:
     model = adapted(config, bias=config.bias != "none")
     stored = safetensors.torch.load(to_files(of(model))[TENSORS])
     assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in trained(model).values())
@@ -77,7 +77,7 @@ def test_the_file_holds_what_was_trained_and_nothing_else(config: LoRAConfig) ->
     assert all(key.startswith("base_model.model.") and "default" not in key for key in stored)
 
 
-def test_an_adapter_is_a_copy_and_one_of_several_can_be_taken() -> None:
+def test_from_model_copies_one_of_several_adapters() -> None:
     model = adapted(LoRAConfig(targets="minimal"), name="one")
     attach(model, LoRAConfig(rank=2, targets="k_proj", train_embeddings=False), "two")
     activate(model)
@@ -106,7 +106,7 @@ def test_several_adapters_share_a_model() -> None:
 
 
 def refused(adapter: Adapter, model: torch.nn.Module) -> str:
-    """The one message, after which the model is as it was."""
+    """The message of the refusal, after which the model is unchanged."""
     before, training = state(model), [p.requires_grad for p in model.parameters()]
     with pytest.raises(UserError) as error:
         adapter.attach_to(model)
@@ -128,7 +128,7 @@ def test_a_base_that_differs_in_the_last_bit_is_refused() -> None:
     assert message.endswith(f"it was trained on base-x with weights {ours}, not {theirs}")
 
 
-def test_all_that_does_not_fit_is_told_together() -> None:
+def test_all_mismatches_are_reported_together() -> None:
     _, adapter = example()
     tensors = copy.deepcopy(adapter.tensors)
     del tensors["blocks.0.attention.q_proj"]["A"]
@@ -151,7 +151,7 @@ def test_all_that_does_not_fit_is_told_together() -> None:
     assert message.count("; ") == 6
 
 
-def test_a_long_list_of_problems_is_cut_and_always_the_same() -> None:
+def test_a_long_list_of_problems_is_truncated_and_deterministic() -> None:
     _, adapter = example()
     empty = Adapter(adapter.config, {}, {})
     message = refused(empty, tiny(bias=True))
@@ -164,7 +164,7 @@ def test_a_long_list_of_problems_is_cut_and_always_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"n_embd": 64}, "not (4, 64)"),
         ({"n_layer": 3}, "blocks.2.attention.q_proj.A is missing"),
@@ -174,10 +174,10 @@ def test_a_long_list_of_problems_is_cut_and_always_the_same() -> None:
         ({"bias": False}, "no biases"),
     ],
 )
-def test_a_model_of_another_shape_is_refused(changes: dict, told: str) -> None:
+def test_a_model_of_another_shape_is_refused(changes: dict, message: str) -> None:
     _, adapter = example()
     unverified = Adapter(adapter.config, adapter.tensors, {})
-    assert told in refused(unverified, tiny(**{"bias": True} | changes))
+    assert message in refused(unverified, tiny(**{"bias": True} | changes))
 
 
 @pytest.mark.parametrize("name", [CONFIG, TENSORS])
@@ -208,19 +208,19 @@ def test_a_folder_without_a_manifest_is_read_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 4, 8, 100, -1])
-def test_a_torn_tensor_file_is_damaged(cut: int) -> None:
+def test_a_truncated_tensor_file_is_refused(cut: int) -> None:
     files = to_files(example()[1])
     with pytest.raises(DamagedError, match=rf"^here/{TENSORS} is not a whole safetensors file"):
         from_files(files | {TENSORS: files[TENSORS][:cut]}, "here")
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe\xff", b"[" * 100_000])
-def test_a_torn_config_is_damaged(data: bytes) -> None:
+def test_a_corrupted_config_is_refused(data: bytes) -> None:
     with pytest.raises(DamagedError, match=rf"^here/{CONFIG} is damaged"):
         from_files(to_files(example()[1]) | {CONFIG: data}, "here")
 
 
-def test_the_card_tells_what_is_known_and_nothing_else() -> None:
+def test_the_card_states_only_what_is_known() -> None:
     import yaml
 
     text = to_files(of(example()[0]), {"command": "python training.py --x 'a|b'"})[CARD].decode()
@@ -236,7 +236,7 @@ def test_the_card_tells_what_is_known_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_scale_is_the_files(variant: str) -> None:
+def test_the_scale_comes_from_the_file(variant: str) -> None:
     config = LoRAConfig(rank=4, alpha=10.0, variant=variant, targets="lm_head", train_embeddings=False)
     adapter = from_files(to_files(of(adapted(config))), "here")
     model = tiny()

@@ -1,4 +1,4 @@
-"""Optimising an adapter: every matrix of it moves, and nothing of the base."""
+"""Training an adapter changes every one of its tensors, and none of the base's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def optimise(model: BigramLanguageModelLoRA, steps: int = 3) -> None:
 
 @pytest.mark.parametrize("embeddings", [False, True])
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
-def test_training_moves_every_adapter_matrix_and_never_the_base(bias: str, embeddings: bool) -> None:
+def test_training_changes_every_adapter_tensor_and_never_the_base(bias: str, embeddings: bool) -> None:
     model = tiny(bias=bias != "none")
     digest = fingerprint(base_tensors(model))
     attach(model, LoRAConfig(rank=4, bias=bias, train_embeddings=embeddings))
@@ -46,7 +46,7 @@ def test_training_moves_every_adapter_matrix_and_never_the_base(bias: str, embed
     assert len(biases) == {"none": 0, "lora_only": 2 * 6 + 1, "all": 2 * 6 + 1 + 2 * 2 + 1}[bias]
 
 
-def test_a_resting_adapter_does_not_move() -> None:
+def test_training_does_not_change_an_inactive_adapter() -> None:
     model = two_adapters()
     activate(model, "two")
     before = state(model)
@@ -57,7 +57,7 @@ def test_a_resting_adapter_does_not_move() -> None:
 
 
 @pytest.mark.parametrize("ratio", [1.0, 4.0])
-def test_matrices_decay_vectors_do_not_and_lora_plus_hurries_b(ratio: float) -> None:
+def test_only_matrices_decay_and_lora_plus_raises_the_learning_rate_of_b(ratio: float) -> None:
     model = adapted(EVERYTHING, bias=True)
     attach(model, LoRAConfig(), "resting")
     activate(model, "default")
@@ -88,7 +88,7 @@ def test_every_adapter_matrix_gets_a_gradient_over_a_frozen_base(recompute: bool
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_starts_at_zero_learns_as_many_times_faster_as_lora_plus_says(variant: str) -> None:
+def test_lora_plus_scales_the_learning_rate_of_what_starts_at_zero(variant: str) -> None:
     model = tiny()
     attach(model, LoRAConfig(rank=4, variant=variant))
     optimizer = make_optimizer(model, (0.9, 0.95), 0.1, 4.0)
@@ -101,7 +101,7 @@ def test_what_starts_at_zero_learns_as_many_times_faster_as_lora_plus_says(varia
 
 
 @pytest.mark.parametrize("ratio", [0, -1, 1001, "nan", "fast"])
-def test_a_lora_plus_ratio_that_makes_no_sense_is_refused_by_name(ratio: object) -> None:
+def test_an_invalid_lora_plus_ratio_is_refused_by_name(ratio: object) -> None:
     with pytest.raises(UsageError, match="^LORA_PLUS_RATIO=.*: must be a number above 0") as error:
         Settings.from_dict({"lora_plus_ratio": ratio, "use_lora": True, "base": "b"})
     assert "\n" not in str(error.value)

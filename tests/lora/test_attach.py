@@ -1,4 +1,4 @@
-"""Attach, activate, detach: what is named counts and trains, everything comes off again."""
+"""Attach, activate and detach: exactly the active adapters apply and train."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_targets_are_the_linears_of_these_names(targets: str, names: set[str]) -
     assert len(paths) == sum(1 if name == "lm_head" else 2 for name in names)
 
 
-def test_a_target_may_be_a_path_but_not_half_a_name() -> None:
+def test_a_target_may_be_a_path_but_not_part_of_a_name() -> None:
     assert find_targets(tiny(), "blocks.1.mlp.up_proj") == ["blocks.1.mlp.up_proj"]
     assert find_targets(tiny(), "mlp.up_proj") == ["blocks.0.mlp.up_proj", "blocks.1.mlp.up_proj"]
     for wrong in ("proj", "roj", "q_proj.weight", "token_embedding", "norm_1", "attention", "", ",", "q_proj,c_attn,x"):
@@ -59,7 +59,7 @@ def test_a_target_may_be_a_path_but_not_half_a_name() -> None:
         assert all(p.requires_grad for p in model.parameters())
 
 
-def test_the_presets_are_the_models_own() -> None:
+def test_presets_come_from_the_model() -> None:
     model = torch.nn.ModuleDict({"first": LoRALinear(4, 4), "second": LoRALinear(4, 4), "table": LoRAEmbedding(4, 4)})
     with pytest.raises(UsageError, match=r"'all' matches no linear of this model; use names out of: first, second$"):
         attach(model, LoRAConfig(targets="all"))
@@ -74,7 +74,7 @@ def test_the_presets_are_the_models_own() -> None:
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_biases_that_are_not_there_cannot_be_trained(bias: str) -> None:
+def test_training_biases_of_a_model_without_them_is_refused(bias: str) -> None:
     model = tiny()
     with pytest.raises(UsageError, match=f"lora_bias={bias}: this model has no biases.*BIAS=True"):
         attach(model, LoRAConfig(bias=bias))
@@ -85,7 +85,7 @@ BAD_NAMES = ["", "a.b", "a b", "ü", "a/b", "keys", "pop", "training", "_modules
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_a_name_that_is_taken_or_unfit_is_refused(name: str) -> None:
+def test_a_name_that_is_taken_or_invalid_is_refused(name: str) -> None:
     model = adapted(LoRAConfig(), name="one")
     before = state(model)
     with pytest.raises(UsageError, match=r"^adapter name .*must be new"):
@@ -106,7 +106,7 @@ def test_a_name_that_is_not_attached_is_refused() -> None:
         assert active_adapters(model) == {"one": 1.0}
 
 
-def test_exactly_the_active_adapters_count_and_train() -> None:
+def test_exactly_the_active_adapters_apply_and_train() -> None:
     model, plain = two_adapters(), logits(tiny(bias=True))
     own = adapter_parameters(model)
     for names in [("one",), ("two",), ("one", "two"), (), ("two", "one")]:
@@ -118,7 +118,7 @@ def test_exactly_the_active_adapters_count_and_train() -> None:
     assert adapter_names(model) == ["one", "two"]
 
 
-def test_an_adapter_named_twice_counts_once() -> None:
+def test_an_adapter_named_twice_applies_once() -> None:
     model = two_adapters()
     activate(model, "one")
     once = logits(model)
@@ -126,7 +126,7 @@ def test_an_adapter_named_twice_counts_once() -> None:
     assert torch.equal(logits(model), once)
 
 
-def test_a_name_counts_at_strength_one_and_a_later_strength_replaces_an_earlier() -> None:
+def test_a_name_means_strength_one_and_the_last_strength_given_wins() -> None:
     model = two_adapters()
     activate(model, "one", "two")
     whole = logits(model)
@@ -160,7 +160,7 @@ def test_at_strength_zero_an_adapter_adds_nothing() -> None:
     assert torch.equal(logits(model), plain)
 
 
-def test_the_optimizer_is_of_what_is_active_and_a_step_moves_nothing_else() -> None:
+def test_the_optimizer_updates_exactly_the_active_adapters() -> None:
     model = two_adapters()
     activate(model, {"two": 0.5})
     before = state(model)
@@ -175,7 +175,7 @@ def test_the_optimizer_is_of_what_is_active_and_a_step_moves_nothing_else() -> N
     assert moved == {key for key in before if ".lora.two." in key}
 
 
-def test_using_lasts_exactly_as_long_as_its_block_and_leaves_alone_what_trains() -> None:
+def test_using_ends_with_its_block_and_does_not_change_what_trains() -> None:
     model = two_adapters()
     activate(model, "one")
     training, expected = trained(model).keys(), logits(model)
@@ -192,7 +192,7 @@ def test_using_lasts_exactly_as_long_as_its_block_and_leaves_alone_what_trains()
         assert torch.equal(logits(model), outputs[str(given)])
 
 
-def test_what_is_kept_while_nothing_changes_is_kept_by_strength_too() -> None:
+def test_cached_weights_are_cached_by_strength() -> None:
     model, chosen = two_adapters(), [{"one": 1.0}, {"one": 0.5}, {"one": 0.5, "two": 1.0}, {}, {"one": 1.0}]
     expected = []
     for strengths in chosen:
@@ -205,7 +205,7 @@ def test_what_is_kept_while_nothing_changes_is_kept_by_strength_too() -> None:
     assert not torch.allclose(expected[0], expected[1], atol=1e-2)
 
 
-def test_dropout_is_off_at_other_strengths_as_the_weight_is_then_built() -> None:
+def test_dropout_is_off_at_strengths_other_than_one() -> None:
     model = adapted(LoRAConfig(dropout=0.9), name="one").train()
     activate(model, {"one": 0.5})
     assert torch.equal(logits(model), logits(model))
@@ -213,7 +213,7 @@ def test_dropout_is_off_at_other_strengths_as_the_weight_is_then_built() -> None
     assert not torch.equal(logits(model), logits(model))
 
 
-def test_detaching_leaves_the_strength_of_the_others() -> None:
+def test_detaching_keeps_the_strengths_of_the_others() -> None:
     model = two_adapters()
     attach(model, LoRAConfig(), "three")
     activate(model, {"one": 0.5, "three": 1.0, "two": -2.0})
@@ -221,7 +221,7 @@ def test_detaching_leaves_the_strength_of_the_others() -> None:
     assert active_adapters(model) == {"one": 0.5, "two": -2.0}
 
 
-def test_detached_a_model_is_the_base_again() -> None:
+def test_detaching_restores_the_base() -> None:
     base = tiny(bias=True)
     before, expected = state(base), logits(base)
     model = two_adapters()
@@ -234,7 +234,7 @@ def test_detached_a_model_is_the_base_again() -> None:
     attach(model, LoRAConfig(), "two")  # the name is free again
 
 
-def test_detaching_one_that_rests_leaves_the_active_one_alone() -> None:
+def test_detaching_an_inactive_adapter_does_not_change_the_active_one() -> None:
     model = two_adapters()
     activate(model, "two")
     before = logits(model)
@@ -243,7 +243,7 @@ def test_detaching_one_that_rests_leaves_the_active_one_alone() -> None:
     assert len(trained(model)) == 2 * 4 + 2  # A and B on q and v of both blocks, and the embeddings
 
 
-def test_the_mode_never_changes_weights() -> None:
+def test_switching_between_train_and_eval_never_changes_weights() -> None:
     model = two_adapters()
     before, expected = state(model), logits(model)
     for mode in (False, True, False):

@@ -1,4 +1,4 @@
-"""A base that changes under its adapters, and tensors that several layers share: right, or refused in one line."""
+"""A base that changes under its adapters, and shared tensors: handled right, or refused in one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def options(variant: str) -> dict:
 
 
 def attached_first(variant: str, between: Callable = lambda model: model) -> BigramLanguageModelLoRA:
-    """An untrained model with a fresh adapter, as its class makes it, into which the tiny base is loaded."""
+    """A new model with a fresh adapter, into which the tiny base is loaded afterwards."""
     torch.manual_seed(3)
     model = BigramLanguageModelLoRA(50, 32, 16, n_head=4, n_layer=2, bias=True, use_lora=True, **options(variant))
     between(model)
@@ -58,14 +58,14 @@ def tied(**options) -> BigramLanguageModelLoRA:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_copies_of_a_shared_tensor_follow_it_too(variant: str) -> None:
+def test_copies_of_a_shared_tensor_sync_with_it_too(variant: str) -> None:
     model, other = tied(), tied(seed=9)
     attach(model, LoRAConfig(variant=variant))
     model.load_state_dict(other.state_dict(), strict=False)
     assert torch.equal(logits(model), logits(other))
 
 
-def test_what_has_been_trained_is_kept_when_a_base_is_loaded() -> None:
+def test_loading_a_base_keeps_trained_copies() -> None:
     config = LoRAConfig(rank=4, variant="dora", bias="all")
     model = adapted(config, bias=True)
     own = {name: p.clone() for name, p in trained(model).items()}
@@ -90,7 +90,7 @@ INSIDE = [
 
 
 @pytest.mark.parametrize("change", INSIDE)
-def test_while_adapters_are_merged_nothing_may_change_them_or_the_base(change: Callable) -> None:
+def test_inside_merged_changes_are_refused(change: Callable) -> None:
     model = adapted(EVERYTHING, bias=True)
     before, expected = state(model), logits(model)
     with merged(model):
@@ -104,14 +104,14 @@ def test_while_adapters_are_merged_nothing_may_change_them_or_the_base(change: C
 
 
 @pytest.mark.parametrize("change", [*INSIDE[:4], *INSIDE[6:]])
-def test_while_a_model_keeps_what_it_computes_with_nothing_may_change_that(change: Callable) -> None:
+def test_inside_cached_weights_changes_are_refused(change: Callable) -> None:
     model = adapted(EVERYTHING, bias=True)
     expected = logits(model)
     with cached_weights(model):
-        kept = logits(model)
+        cached = logits(model)
         with pytest.raises(UsageError, match=r"inside `with cached_weights\(model\):`"):
             change(model)
-        assert torch.equal(logits(model), kept)
+        assert torch.equal(logits(model), cached)
     assert torch.equal(logits(model), expected)
 
 
@@ -120,7 +120,7 @@ CHANGED = [LoRAConfig(), LoRAConfig(train_embeddings=False), LoRAConfig(targets=
 
 
 @pytest.mark.parametrize("config", CHANGED, ids=["both", "head", "embedding"])
-def test_a_change_of_a_shared_tensor_is_merged_only_once_it_is_untied(config: LoRAConfig) -> None:
+def test_merging_into_a_shared_tensor_is_refused_until_it_is_untied(config: LoRAConfig) -> None:
     model = tied()
     attach(model, config)
     randomise(model)
@@ -159,14 +159,14 @@ def test_a_tensor_that_a_layer_of_torch_shares_counts_as_shared() -> None:
         merge(model)
 
 
-def test_the_tensors_of_a_base_are_those_of_its_state_dict_under_every_name() -> None:
+def test_base_tensors_are_the_state_dict_of_the_base_under_every_name() -> None:
     model = tied()
     before = state(model)
     attach(model, LoRAConfig(variant="dora"))
     assert same(dict(base_tensors(model)), before)
 
 
-def test_adapters_of_a_tied_base_are_saved_put_on_and_combined_head_included() -> None:
+def test_adapters_of_a_tied_base_are_copied_attached_and_combined_with_the_head() -> None:
     model = tied()
     attach(model, LoRAConfig(rank=4))
     randomise(model)
@@ -204,10 +204,10 @@ def test_peft_merges_and_unmerges_on_our_layers(autocast: bool) -> None:
             assert (compute(model) - base).norm() < near
 
 
-@pytest.mark.parametrize("held", [merged, cached_weights])
-def test_a_copy_of_a_model_that_is_held_is_free_and_keeps_nothing(held: Callable) -> None:
+@pytest.mark.parametrize("context", [merged, cached_weights])
+def test_a_copy_of_a_locked_model_has_neither_lock_nor_cache(context: Callable) -> None:
     model = adapted(LoRAConfig())
-    with held(model):
+    with context(model):
         logits(model)
         twin = copy.deepcopy(model)
     detach(twin, "default")

@@ -1,4 +1,4 @@
-"""Adapters combine as sums of what they change, never of their factors; how alike and how large they are."""
+"""Adapters combine as sums of their deltas, never of their factors; their sizes and cosines."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def adapter(config: LoRAConfig, seed: int = 1, **metadata: str) -> Adapter:
 
 
 def written_out(configs: list[LoRAConfig], weights: tuple[float, ...]) -> dict[str, torch.Tensor]:
-    """base + Σ w (what each adapter stands for - base), dense, by the plain equation."""
+    """base + Σ w (effective tensor - base), dense, by the plain equation."""
     sums = {name: tensor.detach().double() for name, tensor in base().items()}
     for seed, (config, weight) in enumerate(zip(configs, weights, strict=True), 1):
         for name, tensor in plain_weights(adapted(config, seed, bias=True), config).items():
@@ -66,7 +66,7 @@ LOW_RANK = [name for name, variant in VARIANTS.items() if not variant.full_rank]
 
 @st.composite
 def configs(draw: st.DrawFn) -> LoRAConfig:
-    """Adapters of every variant that is a product of thin matrices, with other ranks and alphas where it has them."""
+    """Configs of every low-rank variant, with rank and alpha patterns where it has them."""
     config = LoRAConfig(
         rank=draw(st.integers(1, 5)), alpha=draw(st.sampled_from([1.0, 6.0])), variant=draw(st.sampled_from(LOW_RANK)),
         targets=draw(st.sampled_from(["minimal", "all", "lm_head", "re:.*(up|q)_proj", "k_proj,blocks.1.mlp.up_proj"])),
@@ -86,7 +86,7 @@ def configs(draw: st.DrawFn) -> LoRAConfig:
     parts=st.lists(st.tuples(configs(), st.sampled_from([1.0, 0.5, -1.0, 0.3, 0.0])), min_size=1, max_size=3),
     method=st.sampled_from(["cat", "linear"]),
 )
-def test_the_sum_is_one_of_changes_whatever_the_adapters_are(parts, method):
+def test_combine_sums_the_deltas_of_any_adapters(parts, method):
     configs, weights = zip(*parts, strict=True)
     adapters = [
         Adapter.from_model(adapted(config, seed, bias=True), base_sha256=fingerprint(base()))
@@ -114,11 +114,11 @@ def _dense(adapters, weights, path):
 
 
 @pytest.mark.parametrize("method", ["cat", "linear"])
-def test_the_sum_equals_the_plain_equation_and_not_the_sum_of_factors(method):
+def test_combine_equals_the_plain_equation_and_not_the_sum_of_factors(method):
     adapters = [adapter(BIG, 1), adapter(SMALL, 2)]
     made = combine(adapters, WEIGHTS, base(), method).adapter
     assert torch.allclose(logits_of(made), logits_with(written_out([BIG, SMALL], WEIGHTS)), atol=1e-4)
-    # what adding As and Bs apart would give, where the ranks allow it: far away
+    # adding As and Bs separately would give something else
     one, two = adapter(BIG, 1), adapter(BIG, 2)
     path = "lm_head"
     (B1, A1), (B2, A2) = delta(one, path, base()), delta(two, path, base())
@@ -128,7 +128,7 @@ def test_the_sum_equals_the_plain_equation_and_not_the_sum_of_factors(method):
     assert (crossed - right).norm() > 0.3 * right.norm()
 
 
-def test_cat_keeps_all_ranks_and_linear_those_that_are_needed():
+def test_cat_keeps_all_ranks_and_linear_only_the_numerical_rank():
     one, two = adapter(BIG, 1), adapter(SMALL, 2)
     for method in ("cat", "linear"):
         made = combine([one, two], WEIGHTS, base(), method).adapter
@@ -142,13 +142,13 @@ def test_cat_keeps_all_ranks_and_linear_those_that_are_needed():
     assert nothing.config.rank == 1 and torch.allclose(logits_of(nothing), logits(tiny(bias=True)), atol=1e-5)
 
 
-def test_one_adapter_times_a_strength_is_between_the_base_and_itself():
+def test_one_adapter_with_weight_one_is_itself_and_with_weight_zero_the_base():
     one = adapter(BIG)
     assert torch.allclose(logits_of(combine([one], [1.0], base(), "cat").adapter), logits_of(one), atol=1e-5)
     assert torch.equal(logits_of(combine([one], [0.0], base(), "cat").adapter), logits(tiny(bias=True)))
 
 
-def test_svd_is_as_close_as_any_matrix_of_that_rank_and_tells_how_close():
+def test_svd_is_the_best_approximation_and_reports_its_error():
     one, two = adapter(BIG, 1), adapter(SMALL, 2)
     made = combine([one, two], WEIGHTS, base(), "svd", rank=3)
     lost = whole = 0.0
@@ -176,7 +176,7 @@ class Renormalised(LoRA):
         return V * (W.norm(dim=1, keepdim=True) / V.norm(dim=1, keepdim=True))
 
 
-def test_a_change_of_full_rank_is_combined_by_svd_alone(monkeypatch):
+def test_only_svd_combines_full_rank_changes(monkeypatch):
     monkeypatch.setitem(VARIANTS, "renormalised", Renormalised)
     full = adapter(replace(BIG, variant="renormalised", targets="q_proj", bias="none", train_embeddings=False))
     low = adapter(replace(SMALL, targets="q_proj"), 2)
@@ -214,7 +214,7 @@ def test_cosines_and_sizes_are_those_of_the_dense_changes():
     assert cosine(delta(zero, "lm_head", base()), delta(one, "lm_head", base())) is None
 
 
-def test_thin_factors_never_make_a_matrix_of_the_size_of_a_weight():
+def test_low_rank_factors_never_build_a_matrix_of_the_size_of_a_weight():
     class Largest(TorchDispatchMode):
         numel = 0
 
@@ -248,7 +248,7 @@ def test_peft_reads_a_combination_with_several_ranks(tmp_path: Path):
     assert torch.allclose(logits(theirs), logits_of(made), atol=1e-5)
 
 
-def test_what_cannot_be_combined_is_refused_by_name():
+def test_adapters_that_cannot_be_combined_are_refused_by_name():
     one, two = adapter(BIG, 1), adapter(SMALL, 2)
     other = Adapter(two.config, two.tensors, {"base": "base-y", "base_sha256": "f" * 64})
     third = Adapter(two.config, two.tensors, {"base": "base-z", "base_sha256": "e" * 64})
@@ -257,16 +257,16 @@ def test_what_cannot_be_combined_is_refused_by_name():
     for method in ("cat", "linear"):
         with pytest.raises(UserError, match="not finite"):
             combine([one], (1e45,), base(), method)
-    for arguments, told in (
+    for arguments, message in (
         (([one, two], (1.0,), base()), "1 weights for 2 adapters"),
         (([one], (1.0,), base(), "ties"), "must be one of linear, cat, svd"),
         (([one], (1.0,), base(), "svd"), "method=svd needs a rank"),
         (([one], (1.0,), base(), "cat", 3), "method=cat takes no rank"),
     ):
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             combine(*arguments)
 
 
-def test_only_facts_that_all_share_are_facts_of_the_sum():
+def test_a_sum_has_only_the_metadata_that_all_share():
     one, two = adapter(BIG, 1, dataset="folio", base="b"), adapter(SMALL, 2, dataset="milton", base="b")
     assert combine([one, two], (1, 1), base()).adapter.metadata == {"base": "b", "base_sha256": fingerprint(base())}

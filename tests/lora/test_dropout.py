@@ -1,4 +1,4 @@
-"""Dropout from 16 random bits an element: the right share, independent elements, one seed one mask."""
+"""Dropout from 16 random bits per element: right probability, independent elements, reproducible from the seed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora.functional import dropout, dropout_mask
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
-def test_each_element_is_kept_with_its_probability_whatever_its_neighbours(p: float) -> None:
+def test_each_element_is_kept_independently_with_its_probability(p: float) -> None:
     torch.manual_seed(0)
     kept, scale = dropout_mask(torch.empty(400, 1000), p)
     n, kept = kept.numel(), kept.flatten().double()
@@ -33,7 +33,7 @@ def test_it_keeps_shape_and_dtype_and_depends_on_the_seed_only(shape: tuple[int,
     assert torch.equal(gradient, outputs[0])  # of ones, both are the mask times its scale
 
 
-def test_nothing_is_drawn_where_nothing_is_dropped() -> None:
+def test_dropout_of_zero_draws_no_random_numbers() -> None:
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""With no adapter the layers are torch's; the kept copy of a frozen weight is never stale and never saved."""
+"""Without adapters the layers equal torch's, and no stale or saved copy of a frozen weight exists."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_layer_without_adapters_is_torchs_own(ours, torchs, args, options, x, 
 
 
 @pytest.mark.parametrize("x", [ROWS, ROWS[0, 0], ROWS[:0], ROWS[:, :0]], ids=lambda x: str(tuple(x.shape)))
-def test_an_adapted_linear_takes_every_shape_that_a_linear_takes(x: torch.Tensor) -> None:
+def test_an_adapted_linear_accepts_every_shape_that_a_linear_accepts(x: torch.Tensor) -> None:
     layer, plain = nn.Sequential(LoRALinear(8, 6)), nn.Linear(8, 6)
     plain.load_state_dict(layer[0].state_dict())
     attach(layer, LoRAConfig(targets="0"))
@@ -112,20 +112,20 @@ def copy_in_place(model: nn.Module) -> None:
 
 
 def write_through_data(model: nn.Module) -> None:
-    """As PEFT merges: no version is raised, and the memory stays where it is."""
+    """Write as PEFT merges, which does not raise the version counter."""
     for name, p in base_tensors(model).items():
         p.data.copy_(other_weights()[name])
 
 
 def replace_data_twice(model: nn.Module) -> None:
-    """The first replacement frees the memory that the second is then likely to get."""
+    """Replace twice: the second is likely to get the memory that the first has freed."""
     for seed in (8, 9):
         for name, t in tiny(seed=seed).state_dict().items():
             model.get_parameter(name).data = t.clone()
 
 
 def train_whole(model: nn.Module) -> None:
-    """Unfreeze, train with an optimizer that does not raise the version of what it writes, freeze again."""
+    """Unfreeze, train with an optimizer that does not raise the version counter, and freeze again."""
     active = model.lm_head.active
     activate(model)
     model.requires_grad_(True)
@@ -162,7 +162,7 @@ CHANGES += [merge_and_back, there_and_back, through_double]
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_frozen_weight_that_changed_is_converted_again(change: Callable, config: LoRAConfig | None) -> None:
     model = adapted(config) if config else tiny().requires_grad_(False)
-    for _ in range(2):  # once to convert, once from what was kept
+    for _ in range(2):  # the second time, a cache would be used
         before = bf16(model)
     change(model)
     fresh = tiny(seed=5)
@@ -184,7 +184,7 @@ def test_a_copied_model_shares_nothing_with_the_original() -> None:
     assert torch.equal(bf16(model), before)
 
 
-def test_the_kept_copies_are_in_nothing_that_is_saved() -> None:
+def test_no_converted_weight_is_saved() -> None:
     model = tiny().requires_grad_(False)
     keys, sizes = list(model.state_dict()), []
     for _ in range(2):
@@ -220,7 +220,7 @@ class Int8Linear(LoRALinear):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_how_a_frozen_weight_is_stored_is_nobody_elses_business(variant: str) -> None:
+def test_a_subclass_may_store_the_frozen_weight_otherwise(variant: str) -> None:
     stored, plain = tiny(bias=True), tiny(bias=True)
     for path, layer in list(stored.named_modules()):
         if isinstance(layer, LoRALinear):
@@ -259,7 +259,7 @@ def test_training_works_after_a_pass_in_inference_mode(autocast: bool) -> None:
 
 
 @pytest.mark.parametrize("config", [None, LoRAConfig(rank=4), LoRAConfig(rank=4, dropout=0.3)])
-def test_linears_side_by_side_are_each_of_them_also_where_one_is_watched(config: LoRAConfig | None) -> None:
+def test_a_fused_projection_equals_its_linears_and_runs_their_hooks(config: LoRAConfig | None) -> None:
     model, seen = (adapted(config) if config else tiny()).train(), []
     attention = model.blocks[0].attention
     layers, x = (attention.q_proj, attention.k_proj, attention.v_proj), torch.randn(2, 5, 32)
@@ -272,7 +272,7 @@ def test_linears_side_by_side_are_each_of_them_also_where_one_is_watched(config:
     assert seen == ["k", "k"]
 
 
-def test_a_wrapper_in_place_of_a_linear_is_called() -> None:
+def test_a_wrapper_around_a_linear_is_called() -> None:
     class Doubled(LoRALinear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
@@ -285,7 +285,7 @@ def test_a_wrapper_in_place_of_a_linear_is_called() -> None:
     assert not torch.allclose(logits(model), before, atol=1e-2)
 
 
-def test_linears_side_by_side_may_carry_adapters_of_different_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fused_projection_may_have_different_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "MIN_SAVED", -math.inf)
     model = adapted(LoRAConfig(rank=2, targets="q_proj", train_embeddings=False), name="one")
     attach(model, LoRAConfig(rank=2, variant="dora", targets="k_proj,v_proj", train_embeddings=False), "two")

@@ -1,4 +1,4 @@
-"""Every variant against its equation: forward, gradients, merged, in every precision, and what a fresh one is."""
+"""Every variant against its equation: forward, gradients, merged, in every precision, and when fresh."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONFIGS = [
 
 @pytest.fixture(params=["from the weight", "from the tokens"])
 def gradients_come(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of computing the gradients of A and B, whatever pays at the sizes of a test."""
+    """Both ways of computing the gradients of A and B, whichever would be faster."""
     monkeypatch.setattr(functional, "MIN_SAVED", math.inf if request.param == "from the weight" else -math.inf)
     return request.param
 
@@ -54,7 +54,7 @@ def gradients(model: BigramLanguageModelLoRA) -> dict[str, Tensor]:
 
 
 def check_equation(model: BigramLanguageModelLoRA, config: LoRAConfig) -> Tensor:
-    """In float64, logits and gradients are those of the plain equation; returns the logits."""
+    """Check logits and gradients against the plain equation in float64; return the logits."""
     exact = copy.deepcopy(model).double()
     expected = functional_call(tiny(bias=config.bias != "none").double(), plain_weights(exact, config), (IDX, TARGETS))
     names = list(trained(exact))
@@ -91,22 +91,22 @@ def test_an_adapted_model_is_the_model_with_its_effective_weights(config: LoRACo
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_fast_forward_is_a_linear_with_the_effective_weight(variant: str, bias: bool) -> None:
+def test_forward_equals_a_linear_with_the_effective_weight(variant: str, bias: bool) -> None:
     layer = LoRALinear(12, 7, bias=bias)
     model = torch.nn.Sequential(layer)
     attach(model, LoRAConfig(rank=3, alpha=5.0, targets="0", variant=variant))
     randomise(model)
-    (entry,) = layer.variants()
+    (module,) = layer.variants()
     x, W = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0)), layer.weight
     b = layer.bias if bias else torch.zeros(7)
-    expected = F.linear(x.double(), copy.deepcopy(entry).double().effective_weight(W.double()), b.double())
+    expected = F.linear(x.double(), copy.deepcopy(module).double().effective_weight(W.double()), b.double())
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12), (torch.bfloat16, 0.05)):
         given = x.to(dtype), W.detach().to(dtype), b.to(dtype) if bias else None
-        fast = copy.deepcopy(entry).to(dtype)(*given)
+        fast = copy.deepcopy(module).to(dtype)(*given)
         with torch.autocast("cpu"):  # the input's dtype is what counts
-            assert torch.equal(copy.deepcopy(entry).to(dtype)(*given), fast)
+            assert torch.equal(copy.deepcopy(module).to(dtype)(*given), fast)
         with torch.no_grad():
-            few = copy.deepcopy(entry).to(dtype)(*given)
+            few = copy.deepcopy(module).to(dtype)(*given)
         for y in (fast, few):
             assert y.dtype == dtype
             assert near(y, expected, tolerance)
@@ -115,7 +115,7 @@ def test_the_fast_forward_is_a_linear_with_the_effective_weight(variant: str, bi
 @pytest.mark.usefixtures("gradients_come")
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("trains", list(itertools.product((False, True), (False, True), (None, False, True))))
-def test_the_fused_gradients_are_those_of_the_formula(trains: tuple[bool, bool, bool | None], dropout: float) -> None:
+def test_gradients_are_those_of_the_formula(trains: tuple[bool, bool, bool | None], dropout: float) -> None:
     x_trains, W_trains, bias_trains = trains
     generator = torch.Generator().manual_seed(0)
     shapes = {"x": (2, 2, 4), "W": (3, 4), "bias": (3,), "A": (2, 4), "B": (3, 2)}
@@ -154,7 +154,7 @@ def test_the_fused_gradients_are_those_of_the_formula(trains: tuple[bool, bool, 
         ([(384, 384)] * 3, 4096, True),
     ],
 )
-def test_thin_products_are_taken_where_they_pay(sizes: list[tuple[int, int]], tokens: int, pay: bool) -> None:
+def test_low_rank_gradients_are_used_where_they_pay(sizes: list[tuple[int, int]], tokens: int, pay: bool) -> None:
     parts = [
         LowRankLinear(torch.empty(o, i), None, torch.ones(8, i, requires_grad=True), torch.ones(o, 8), 1.0)
         for o, i in sizes
@@ -165,7 +165,7 @@ def test_thin_products_are_taken_where_they_pay(sizes: list[tuple[int, int]], to
     assert ("EffectiveLinear" in str([y.grad_fn, y.grad_fn.next_functions])) == pay
 
 
-def test_a_second_derivative_is_refused_rather_than_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_derivative_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "MIN_SAVED", -math.inf)
     x, W, A, B = (torch.randn(3, 3, requires_grad=True) for _ in range(4))
     (slope,) = torch.autograd.grad(
@@ -176,7 +176,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("gradients_come")
-def test_the_fused_product_in_bf16_keeps_the_dtypes_of_what_trains() -> None:
+def test_in_bf16_gradients_have_the_dtypes_of_their_parameters() -> None:
     generator = torch.Generator().manual_seed(0)
     x, W, A, B = (torch.randn(8, 8, generator=generator).requires_grad_() for _ in range(4))
     y = lora_linear(x.bfloat16(), LowRankLinear(W, None, A, B, 0.5))
@@ -192,23 +192,23 @@ def test_the_fused_product_in_bf16_keeps_the_dtypes_of_what_trains() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_dropout_is_on_what_the_adapter_adds(variant: str, bias: bool, dtype: torch.dtype, tolerance: float) -> None:
+def test_dropout_applies_to_the_low_rank_path(variant: str, bias: bool, dtype: torch.dtype, tolerance: float) -> None:
     layer = LoRALinear(12, 7, bias=bias)
     attach(torch.nn.Sequential(layer), LoRAConfig(rank=3, dropout=0.4, targets="0", variant=variant))
     randomise(layer)
-    (entry,) = layer.to(dtype).train().variants()
+    (module,) = layer.to(dtype).train().variants()
     x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-    leaves = [x, *(p for p in entry.parameters() if p.requires_grad)]
+    leaves = [x, *(p for p in module.parameters() if p.requires_grad)]
     torch.manual_seed(3)
     kept = dropout_of(torch.ones_like(x), 0.4)
-    B, A = entry.low_rank_factors()
-    added = entry.scale * B @ A
+    B, A = module.low_rank_factors()
+    added = module.scale * B @ A
     plain = F.linear(x, layer.weight) + F.linear(x * kept, added)
-    if (magnitude := getattr(entry, "magnitude", None)) is not None:
+    if (magnitude := getattr(module, "magnitude", None)) is not None:
         plain = plain * (magnitude / (layer.weight + added).detach().norm(dim=1))
     plain = plain + layer.bias if bias else plain
     torch.manual_seed(3)
-    found = entry(x, layer.weight, layer.bias)
+    found = module(x, layer.weight, layer.bias)
     assert near(found, plain, tolerance) and not near(found, layer(x.detach()), 10 * tolerance)
     for mine, its in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (found, plain)), strict=True):
         assert (mine - its).norm() <= 10 * tolerance * its.norm()
@@ -251,19 +251,19 @@ def test_a_fresh_adapter_changes_nothing_and_has_the_scale_of_its_paper(variant:
     before = logits(model)
     attach(model, LoRAConfig(rank=3, alpha=5.0, variant=variant, bias="all"))
     assert torch.equal(logits(model), before)
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            (entry,) = module.variants()
-            bound = 1 / math.sqrt(module.in_features)  # kaiming-uniform with a = sqrt(5)
-            assert entry.scale == scale
-            assert 0.8 * bound < entry.A.abs().max() <= bound
-            assert not entry.B.any()
-            assert entry.A.shape == (3, module.in_features)
-            assert entry.B.shape == (module.out_features, 3)
-            assert torch.equal(entry.bias, module.bias)
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            (module,) = layer.variants()
+            bound = 1 / math.sqrt(layer.in_features)  # kaiming-uniform with a = sqrt(5)
+            assert module.scale == scale
+            assert 0.8 * bound < module.A.abs().max() <= bound
+            assert not module.B.any()
+            assert module.A.shape == (3, layer.in_features)
+            assert module.B.shape == (layer.out_features, 3)
+            assert torch.equal(module.bias, layer.bias)
 
 
-def test_dropout_follows_the_mode_that_the_model_was_in() -> None:
+def test_a_new_adapter_takes_the_models_training_mode() -> None:
     model = tiny().eval()
     attach(model, LoRAConfig(dropout=0.5))
     randomise(model)
@@ -276,7 +276,7 @@ WRONG += [{"dropout": 1.0}, {"dropout": -0.1}, {"variant": "lara"}, {"bias": "so
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
-def test_settings_that_make_no_sense_are_refused_by_name(wrong: dict) -> None:
+def test_invalid_settings_are_refused_by_name(wrong: dict) -> None:
     ((name, value),) = wrong.items()
     with pytest.raises(UsageError, match=f"^lora_{name}={value!r}: must be "):
         variant_of(LoRAConfig(**wrong))

@@ -1,4 +1,4 @@
-"""Several adapters at once, and adapters written into the weights for a while."""
+"""Several active adapters, and adapters merged into the weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 
 def summed_model(model: BigramLanguageModelLoRA, one: float = 1.0, two: float = 1.0) -> BigramLanguageModelLoRA:
-    """A base whose weights are base + strength * what `one` changes + strength * what `two` changes, in float64."""
+    """A model with the weights base + strength * change by `one` + strength * change by `two`, in float64."""
     exact, precise = tiny(bias=True).double(), copy.deepcopy(model).double()
     base = base_tensors(precise)
     with torch.no_grad():
@@ -42,7 +42,7 @@ STRENGTHS = [{"one": 0.5}, {"two": -1.0}, {"one": 0.25, "two": 1.0}, {"one": 1.0
 
 
 @pytest.mark.parametrize("strengths", STRENGTHS, ids=str)
-def test_a_strength_multiplies_what_an_adapter_adds_to_weights_embeddings_and_biases(strengths: dict) -> None:
+def test_a_strength_multiplies_the_change_of_weights_embeddings_and_biases(strengths: dict) -> None:
     model = two_adapters()
     exact = summed_model(model, **({"one": 0.0, "two": 0.0} | strengths))
     activate(model, strengths)
@@ -66,7 +66,7 @@ def test_at_strength_s_gradients_are_those_of_the_formula() -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_changes_of_two_active_adapters_add_up(autocast: bool) -> None:
+def test_two_active_adapters_add_up(autocast: bool) -> None:
     model = two_adapters()
     expected = logits(summed_model(model))
     with torch.autocast("cpu", enabled=autocast):
@@ -79,7 +79,7 @@ def test_the_changes_of_two_active_adapters_add_up(autocast: bool) -> None:
 
 
 def test_small_changes_of_two_adapters_are_not_rounded_away_in_bf16() -> None:
-    """In bf16 a weight moves by 0.4 % or not at all; that a change is small must not make it vanish."""
+    """A bf16 weight changes by at least 0.4 % or not at all; small updates must not vanish."""
     layer = nn.Sequential(tiny().lm_head)
     W, x = layer[0].weight.detach(), torch.eye(32)
     changed = torch.zeros_like(W, dtype=torch.float64)
@@ -92,13 +92,13 @@ def test_small_changes_of_two_adapters_are_not_rounded_away_in_bf16() -> None:
         together = layer(x).double()
         activate(layer)
         before = layer(x).double()
-    # along the change itself, where rounding averages out
+    # projected on the change, where rounding averages out
     share = ((together - before).T * changed).sum() / changed.square().sum()
     assert 0.9 < share < 1.1
 
 
 @pytest.mark.parametrize("strengths", [{"one": 1.0, "two": 0.5}, {"two": 1.0}, {}], ids=str)
-def test_merge_makes_the_effective_weights_the_base_s_and_takes_every_adapter_off(strengths: dict) -> None:
+def test_merge_writes_the_effective_weights_and_detaches_every_adapter(strengths: dict) -> None:
     model, plain = two_adapters(), tiny(bias=True)
     activate(model, strengths)
     expected = logits(model)
@@ -113,7 +113,7 @@ def test_merge_makes_the_effective_weights_the_base_s_and_takes_every_adapter_of
     attach(model, LoRAConfig(), "one")  # and it is a base that can be adapted
 
 
-def test_a_merge_for_good_that_fails_half_way_has_merged_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merge_changes_nothing_if_it_fails_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
     model = two_adapters()
     before, expected = state(model), logits(model)
     with monkeypatch.context() as patch, pytest.raises(BoomError):  # noqa: PT012
@@ -128,7 +128,7 @@ class BoomError(Exception):
 
 
 @pytest.mark.parametrize("names", [("one",), ("two",), ("one", "two"), ()])
-def test_merged_lasts_exactly_as_long_as_its_block(names: tuple[str, ...]) -> None:
+def test_merged_ends_with_its_block(names: tuple[str, ...]) -> None:
     model = two_adapters()
     activate(model, *names)
     before, expected = state(model), logits(model)
@@ -156,7 +156,7 @@ def test_merging_under_autocast_is_still_in_fp32() -> None:
         assert same(base_tensors(model), expected)
 
 
-def test_a_merge_that_fails_half_way_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merged_restores_the_weights_if_it_fails_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
     model = two_adapters()
     before, expected = state(model), logits(model)
     with monkeypatch.context() as patch, pytest.raises(BoomError):  # noqa: PT012

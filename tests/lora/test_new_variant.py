@@ -1,4 +1,4 @@
-"""A variant that only this file knows does all that those of `lora` do: it is a class and a line in a table."""
+"""A variant defined in this file works like the built-in ones: it needs a class and an entry in a table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from runtime.steps import Stepper
 
 
 class Toy(LoRA):
-    """W' = W + scale diag(gain) B A, with a gain (out,) that is pulled to 1, and held below a bound that falls."""
+    """W' = W + scale diag(gain) B A, with a gain (out,) that is pulled to 1 and clamped to a falling bound."""
 
     shapes: ClassVar[dict] = LoRA.shapes | {"gain": ("out",)}
     peft_type: ClassVar[str] = "TOY"
@@ -46,15 +46,15 @@ class Toy(LoRA):
         return self.gain[:, None] * self.B, self.A
 
     @staticmethod
-    def extra_loss(entries: list[Toy]) -> Tensor:
-        return 0.1 * sum((entry.gain - 1).square().sum() for entry in entries)
+    def extra_loss(modules: list[Toy]) -> Tensor:
+        return 0.1 * sum((module.gain - 1).square().sum() for module in modules)
 
     @staticmethod
     @torch.no_grad()
-    def after_step(entries: list[Toy], step: int, steps: int) -> None:
-        for entry in entries:
-            entry.bound.mul_(1 - 0.5 * (step + 1) / steps * entry.gain.grad.norm().clamp(max=1))
-            entry.gain.clamp_(max=entry.bound)
+    def after_step(modules: list[Toy], step: int, steps: int) -> None:
+        for module in modules:
+            module.bound.mul_(1 - 0.5 * (step + 1) / steps * module.gain.grad.norm().clamp(max=1))
+            module.gain.clamp_(max=module.bound)
 
 
 STEPS = 6
@@ -70,7 +70,7 @@ def config(variant: str = "toy") -> LoRAConfig:
 
 
 def run(variant: str, steps: int = STEPS, seed: int = 1) -> Stepper:
-    """The first so many of `STEPS` steps on a tiny base with a fresh adapter."""
+    """Train a tiny base with a fresh adapter for the first `steps` of `STEPS` steps."""
     model = tiny()
     torch.manual_seed(seed)
     attach(model, config(variant))
@@ -81,12 +81,12 @@ def run(variant: str, steps: int = STEPS, seed: int = 1) -> Stepper:
     return made
 
 
-def test_it_trains_with_its_term_and_its_hook() -> None:
+def test_it_trains_with_its_extra_loss_and_its_hook() -> None:
     model, before = tiny(), logits(tiny())
     attach(model, config())
     assert torch.equal(logits(model), before)
     plain = model(batch(0).tokens, batch(0).targets)[1]
-    terms = 0.1 * sum((entry.gain - 1).square().sum() for entry in variants(model).values())
+    terms = 0.1 * sum((module.gain - 1).square().sum() for module in variants(model).values())
     wanted = torch.autograd.grad(plain + terms, list(trained(model).values()))
     steps, start = stepper(model, STEPS), state(model)
     assert torch.isclose(steps.backward(batch(0)), plain, rtol=1e-5)
@@ -98,10 +98,10 @@ def test_it_trains_with_its_term_and_its_hook() -> None:
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
     bounds = {name for name in start if name.endswith(".bound")}
     assert moved == set(trained(model)) | bounds and len(bounds) == 13
-    assert all((entry.gain <= entry.bound).all() for entry in variants(model).values())
+    assert all((module.gain <= module.bound).all() for module in variants(model).values())
 
 
-def test_it_is_saved_and_loads_back_and_merges(tmp_path: Path) -> None:
+def test_it_is_saved_loaded_and_merged(tmp_path: Path) -> None:
     model = run("toy").model
     expected = logits(model)
     save_adapter(tmp_path / "toy", Adapter.from_model(model))
@@ -119,7 +119,7 @@ def test_it_is_saved_and_loads_back_and_merges(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("saved", [2, 4])  # while AdaLoRA takes ranks away, and when it has done
 @pytest.mark.parametrize("variant", [*VARIANTS, "toy"])
-def test_a_run_that_goes_on_from_a_saved_step_ends_with_the_same_bits(variant: str, saved: int) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(variant: str, saved: int) -> None:
     files = resume.to_files(run(variant, saved), resume.State(step=saved))
     again = run(variant, 0, seed=2)
     assert resume.restore(again, files, "here").step == saved
@@ -128,7 +128,7 @@ def test_a_run_that_goes_on_from_a_saved_step_ends_with_the_same_bits(variant: s
     assert same(state(again.model), state(run(variant).model))
 
 
-def test_it_is_combined_as_its_thin_factors_are() -> None:
+def test_it_is_combined_by_its_low_rank_factors() -> None:
     one, two = (Adapter.from_model(adapted(config(), seed)) for seed in (1, 2))
     base = {name: tensor.detach() for name, tensor in base_tensors(tiny()).items()}
     both = tiny()
@@ -142,7 +142,7 @@ def test_it_is_combined_as_its_thin_factors_are() -> None:
     assert delta_size(one, "lm_head", base).effective_rank > 1 and -1 < cosines(one, two, base)["lm_head"] < 1
 
 
-def test_what_it_refuses_is_refused_by_name() -> None:
+def test_configs_that_it_refuses_are_refused_by_name() -> None:
     with pytest.raises(UsageError, match=r"^lora_rank=13: is unlucky$"):
         variant_of(LoRAConfig(rank=13, variant="toy"))
     with pytest.raises(UsageError, match=r"^lora_variant='tom': must be one of lora, .*, toy$"):

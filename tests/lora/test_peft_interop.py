@@ -1,4 +1,4 @@
-"""The real PEFT reads our adapter folders and we read its: the same logits either way."""
+"""PEFT reads our adapter folders and we read PEFT's, with the same logits either way."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_same(one: Model, other: Model, **base) -> None:
 
 
 def read_by_peft(ours: Model, folder: Path, shared: bool = False, **base) -> Model:
-    """A PEFT model with our adapter, out of a folder that we saved."""
+    """A PEFT model with our adapter, loaded from a folder that we saved."""
     adapter = Adapter.from_model(ours)
     with_it = adapter.make_shared(base_tensors(ours)) if shared else None
     storage.commit_folder(folder, to_files(adapter, shared=with_it))
@@ -50,7 +50,7 @@ def read_by_peft(ours: Model, folder: Path, shared: bool = False, **base) -> Mod
 
 
 def read_by_us(theirs: Model, folder: Path, **base) -> Model:
-    """Our model with PEFT's adapter, out of a folder that PEFT saved."""
+    """Our model with PEFT's adapter, loaded from a folder that PEFT saved."""
     theirs.save_pretrained(folder)
     ours = tiny(**base)
     load_adapter(folder).attach_to(ours)
@@ -84,7 +84,7 @@ def peft_config(variant: str, bias: str = "none", **options) -> peft.PeftConfig:
 
 
 def train_with_peft(base: dict, variant: str = "lora", **options) -> peft.PeftModel:
-    """A PEFT model whose trained tensors all moved, by a step and a push."""
+    """A PEFT model all of whose adapter tensors have changed."""
     torch.manual_seed(3)
     model = peft.get_peft_model(tiny(**base), peft_config(variant, **options))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -95,14 +95,14 @@ def train_with_peft(base: dict, variant: str = "lora", **options) -> peft.PeftMo
 
 
 @pytest.mark.parametrize(("variant", "bias", "embeddings"), CASES)
-def test_we_read_what_peft_saved(variant: str, bias: str, embeddings: bool, tmp_path: Path) -> None:
+def test_we_read_adapters_that_peft_saved(variant: str, bias: str, embeddings: bool, tmp_path: Path) -> None:
     base = {"bias": bias != "none"}
     theirs = train_with_peft(base, variant, bias=bias, modules_to_save=EMBEDDINGS if embeddings else None)
     check_same(read_by_us(theirs, tmp_path, **base), theirs, **base)
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_veras_projections_go_both_ways_whether_they_are_stored_or_not(stored: bool, tmp_path: Path) -> None:
+def test_veras_projections_round_trip_stored_or_not(stored: bool, tmp_path: Path) -> None:
     theirs = train_with_peft({}, "vera", save_projection=stored)
     ours = read_by_us(theirs, tmp_path / "theirs")
     check_same(ours, theirs)
@@ -120,7 +120,7 @@ def test_veras_projections_go_both_ways_whether_they_are_stored_or_not(stored: b
 
 
 def pruned_by_peft(steps: int = 9) -> peft.PeftModel:
-    """An AdaLoRA model that PEFT took ranks away from, until one module in the middle had none left."""
+    """An AdaLoRA model that PEFT has pruned until one module had no rank left."""
     torch.manual_seed(3)
     model = peft.get_peft_model(tiny(), peft_config("adalora"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
@@ -133,27 +133,27 @@ def pruned_by_peft(steps: int = 9) -> peft.PeftModel:
     return model
 
 
-def test_we_read_what_peft_has_pruned(tmp_path: Path) -> None:
+def test_we_read_adapters_that_peft_pruned(tmp_path: Path) -> None:
     theirs = pruned_by_peft()
     ours = read_by_us(theirs, tmp_path)
     check_same(ours, theirs)
-    ranks = {path: entry.rank for path, entry in variants(ours).items()}
+    ranks = {path: module.rank for path, module in variants(ours).items()}
     assert ranks["blocks.1.mlp.up_proj"] == 0
     assert len(set(ranks.values())) > 2 and sum(ranks.values()) == 2 * len(ranks)
     check_same(read_by_peft(ours, tmp_path / "again"), theirs)
 
 
 def prune(model: Model, ranks: dict[str, int]) -> None:
-    """Keep so many ranks, the last ones, of the modules at these paths."""
+    """Prune the modules at these paths to their last ranks, as many as given."""
     with torch.no_grad():
-        for path, entry in variants(model).items():
+        for path, module in variants(model).items():
             if path in ranks:
-                entry.kept.copy_(torch.arange(entry.rank) >= entry.rank - ranks[path])
-                entry.E.mul_(entry.kept[:, None])
+                module.kept.copy_(torch.arange(module.rank) >= module.rank - ranks[path])
+                module.E.mul_(module.kept[:, None])
 
 
 @pytest.mark.parametrize("pattern", [{}, {"q_proj": 3, "lm_head": 3}], ids=["one-rank", "patterns"])
-def test_peft_reads_what_we_have_pruned(pattern: dict, tmp_path: Path) -> None:
+def test_peft_reads_adapters_that_we_pruned(pattern: dict, tmp_path: Path) -> None:
     ours = adapted(LoRAConfig(rank=4, alpha=6.0, variant="adalora", rank_pattern=pattern))
     left = {"lm_head": 2, "blocks.0.attention.q_proj": 0, "blocks.1.mlp.up_proj": 1, "blocks.1.mlp.down_proj": 4}
     prune(ours, left)
@@ -177,7 +177,7 @@ PATTERNS = [
 
 
 @pytest.mark.parametrize("options", PATTERNS, ids=["patterns", "rslora", "regex", "regex-bias"])
-def test_patterns_of_ranks_alphas_and_targets_go_both_ways(options: dict, tmp_path: Path) -> None:
+def test_patterns_of_ranks_alphas_and_targets_round_trip(options: dict, tmp_path: Path) -> None:
     base = {"bias": "bias" in options}
     theirs = train_with_peft(base, **options)
     ours = read_by_us(theirs, tmp_path / "theirs", **base)
@@ -185,7 +185,7 @@ def test_patterns_of_ranks_alphas_and_targets_go_both_ways(options: dict, tmp_pa
     check_same(read_by_peft(ours, tmp_path / "ours", **base), ours, **base)
 
 
-def test_keys_that_carry_the_adapters_name_are_understood(tmp_path: Path) -> None:
+def test_keys_with_the_adapters_name_are_read(tmp_path: Path) -> None:
     theirs = train_with_peft({}, modules_to_save=EMBEDDINGS)
     theirs.save_pretrained(tmp_path)
     path = tmp_path / TENSORS
@@ -210,14 +210,14 @@ UNSUPPORTED = [{"layers_to_transform": [0]}, {"use_dora": True, "use_rslora": Tr
 
 
 @pytest.mark.parametrize("options", UNSUPPORTED, ids=str)
-def test_what_we_cannot_compute_is_refused_by_name(options: dict, tmp_path: Path) -> None:
+def test_unsupported_peft_adapters_are_refused_by_name(options: dict, tmp_path: Path) -> None:
     train_with_peft({}, **options).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=next(iter(options))):
         load_adapter(tmp_path)
 
 
-def test_a_peft_model_trains_over_our_layers_as_over_torchs() -> None:
-    """No path of the model may go round a linear that someone else has wrapped."""
+def test_peft_trains_on_our_layers_as_on_torchs() -> None:
+    """The model must call every linear that PEFT has wrapped."""
     model = train_with_peft({})
     model.zero_grad()
     model(IDX, TARGETS)[1].backward()

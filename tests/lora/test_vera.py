@@ -1,4 +1,4 @@
-"""VeRA: matrices that all layers share, that nothing saves or trains, and that come out of a seed again."""
+"""VeRA: matrices that all layers share, that are neither saved nor trained, and that a seed generates."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def shared(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The one pair of matrices that all layers of the active adapter have."""
-    found = [dict(entry.shared.named_buffers()) for entry in variants(model).values()]
+    """The pair of matrices that all layers of the active adapter share."""
+    found = [dict(module.shared.named_buffers()) for module in variants(model).values()]
     for name in ("A", "B"):
         assert len({(each[name].data_ptr(), each[name].shape, each[name].dtype) for each in found}) == 1
     return found[0]
 
 
-def test_a_fresh_one_changes_nothing_and_draws_nothing_from_the_runs_own_stream() -> None:
+def test_a_fresh_adapter_changes_no_output_and_leaves_the_global_generator_alone() -> None:
     model = tiny()
     before, random = logits(model), torch.get_rng_state()
     attach(model, VERA)
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(logits(model), before)
-    for entry in variants(model).values():
-        assert not entry.b.any() and entry.d.eq(0.1).all() and entry.d.shape == (4,)
+    for module in variants(model).values():
+        assert not module.b.any() and module.d.eq(0.1).all() and module.d.shape == (4,)
 
 
-def test_all_layers_share_one_pair_of_matrices_that_the_seed_tells() -> None:
+def test_all_layers_share_one_pair_of_matrices_from_the_seed() -> None:
     model = adapted(VERA)
     for name, matrix in zip("AB", projections(VERA, *WIDEST), strict=True):
         assert torch.equal(shared(model)[name], matrix)
@@ -60,18 +60,18 @@ def test_all_layers_share_one_pair_of_matrices_that_the_seed_tells() -> None:
 
 
 @pytest.mark.parametrize("move", [torch.nn.Module.double, lambda m: m.to(torch.bfloat16), lambda m: m.half().float()])
-def test_they_stay_one_wherever_the_model_moves(move: Callable) -> None:
+def test_the_matrices_stay_shared_when_the_model_moves(move: Callable) -> None:
     model = move(adapted(VERA))
     assert {tensor.dtype for tensor in shared(model).values()} == {model.lm_head.weight.dtype}
     model(IDX, TARGETS)[1].backward()
     assert all(p.grad.any() for p in trained(model).values())
 
 
-def test_they_are_in_nothing_that_is_counted_trained_or_saved() -> None:
+def test_the_matrices_are_not_counted_trained_or_saved() -> None:
     model, count = adapted(replace(VERA, train_embeddings=False)), 0
-    for entry in variants(model).values():
-        count += entry.rank + entry.out_features
-        assert set(entry.state_dict()) == {"b", "d"}
+    for module in variants(model).values():
+        count += module.rank + module.out_features
+        assert set(module.state_dict()) == {"b", "d"}
     assert sum(p.numel() for p in trained(model).values()) == count
     assert (
         sum(p.numel() for group in make_optimizer(model, (0.9, 0.95), 0.1).param_groups for p in group["params"])
@@ -86,17 +86,17 @@ def test_they_are_in_nothing_that_is_counted_trained_or_saved() -> None:
     assert set(unpack(saved[resume.WEIGHTS], "")) == set(trained(model))
 
 
-def test_another_process_makes_the_same_ones() -> None:
+def test_another_process_makes_the_same_matrices() -> None:
     code = "import torch; from lora.variants.vera import _projections; from runtime.checkpoint import fingerprint; "
     code += f"torch.manual_seed(99); print(fingerprint(dict(zip('AB', _projections(7, 4, *{WIDEST})))))"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert (
-        told.stdout.strip() == Adapter.from_model(adapted(VERA)).metadata[SHARED] == fingerprint(shared(adapted(VERA)))
+        done.stdout.strip() == Adapter.from_model(adapted(VERA)).metadata[SHARED] == fingerprint(shared(adapted(VERA)))
     )
 
 
-def test_those_made_for_a_generation_serve_training() -> None:
+def test_matrices_cached_in_inference_mode_serve_training() -> None:
     vera._projections.cache_clear()
     with torch.inference_mode():
         attach(tiny(), VERA)
@@ -108,19 +108,19 @@ def test_those_made_for_a_generation_serve_training() -> None:
 Files = dict[str, bytes]
 
 
-def stored_ones_with_another_bit(files: Files) -> Files:
+def one_flipped_bit(files: Files) -> Files:
     tensors = unpack(files[TENSORS], "")
     tensors["base_model.vera_B"].view(torch.int32)[3, 2] ^= 1
     return files | {TENSORS: pack(tensors, metadata_in(files))}
 
 
-def without_one_of_them(files: Files) -> Files:
+def without_one_matrix(files: Files) -> Files:
     tensors = unpack(files[TENSORS], "")
     del tensors["base_model.vera_A"]
     return files | {TENSORS: pack(tensors, metadata_in(files))}
 
 
-def another_fact(files: Files) -> Files:
+def other_metadata(files: Files) -> Files:
     tensors = {key: t for key, t in unpack(files[TENSORS], "").items() if "vera_A" not in key and "vera_B" not in key}
     return files | {TENSORS: pack(tensors, metadata_in(files) | {SHARED: "f" * 64})}
 
@@ -134,8 +134,8 @@ def metadata_in(files: Files) -> dict[str, str]:
     return header["__metadata__"]
 
 
-@pytest.mark.parametrize("change", [stored_ones_with_another_bit, without_one_of_them, another_fact, another_seed])
-def test_a_file_that_was_trained_with_others_is_refused_by_name(change: Callable) -> None:
+@pytest.mark.parametrize("change", [one_flipped_bit, without_one_matrix, other_metadata, another_seed])
+def test_a_file_trained_with_other_projections_is_refused(change: Callable) -> None:
     trained_one, model = adapted(VERA), tiny()
     adapter = Adapter.from_model(trained_one)
     files = to_files(adapter, shared=adapter.make_shared(base_tensors(trained_one)))
@@ -143,13 +143,13 @@ def test_a_file_that_was_trained_with_others_is_refused_by_name(change: Callable
     before = state(model)
     with pytest.raises(
         UserError, match=r"^the adapter does not fit this model: its shared projections are \w{12}, "
-    ) as told:
+    ) as error:
         from_files(change(files), "here").attach_to(model)
-    assert f"seed {8 if change is another_seed else 7} makes here" in str(told.value) and "\n" not in str(told.value)
+    assert f"seed {8 if change is another_seed else 7} makes here" in str(error.value) and "\n" not in str(error.value)
     assert same(state(model), before) and adapter_names(model) == []
 
 
-def test_seeds_of_every_size_that_a_run_may_have_come_back() -> None:
+def test_seeds_of_every_size_round_trip() -> None:
     for seed in (0, 2**31 - 1, 2**62, -5):
         config = replace(VERA, seed=seed, targets="minimal")
         model, fresh = adapted(config), tiny()
@@ -157,12 +157,12 @@ def test_seeds_of_every_size_that_a_run_may_have_come_back() -> None:
         assert torch.equal(logits(fresh), logits(model))
 
 
-def test_two_of_them_with_other_seeds_add_up_and_merge() -> None:
+def test_two_adapters_with_different_seeds_add_up_and_merge() -> None:
     model = adapted(VERA, name="one")
     attach(model, replace(VERA, seed=8, rank=2), "two")
     with torch.no_grad():
-        for entry in variants(model).values():
-            entry.b += 0.1
+        for module in variants(model).values():
+            module.b += 0.1
     activate(model, {"one": 1.0, "two": 0.5})
     expected = logits(model)
     with merged(model):
@@ -180,13 +180,13 @@ def test_two_of_them_with_other_seeds_add_up_and_merge() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2.0}}], ids=str)
-def test_it_has_no_ranks_and_alphas_of_single_modules(wrong: dict) -> None:
+def test_rank_and_alpha_patterns_are_refused(wrong: dict) -> None:
     with pytest.raises(UsageError, match=f"^{next(iter(wrong))}: vera has one rank for all modules") as error:
         variant_of(LoRAConfig(rank=4, variant="vera", **wrong))
     assert "\n" not in str(error.value)
 
 
-def test_a_seed_that_is_none_is_refused() -> None:
+def test_an_invalid_seed_is_refused() -> None:
     for wrong in (2.5, "7", None, 2**63, True):
         with pytest.raises(UsageError, match="^seed=.*: must be a whole number of at most 64 bits$"):
             replace(VERA, seed=wrong)

@@ -1,4 +1,4 @@
-"""A tiny base, adapters of every kind on it, and the plain equation they must equal."""
+"""A tiny base, adapters of every variant on it, and the plain equation that they must equal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TARGETS = torch.arange(24).reshape(2, 12) * 11 % 50
 
 
 def tiny(seed: int = 0, bias: bool = False, dropout: float = 0.0, **changes) -> BigramLanguageModelLoRA:
-    """A base in which every weight is large enough for a mistake to show."""
+    """A base whose weights are all large enough to expose a mistake."""
     sizes = {"vocab_size": 50, "n_embd": 32, "block_size": 16, "n_head": 4, "n_layer": 2} | changes
     torch.manual_seed(seed)
     model = BigramLanguageModelLoRA(**sizes, bias=bias, dropout=dropout)
@@ -32,7 +32,7 @@ def tiny(seed: int = 0, bias: bool = False, dropout: float = 0.0, **changes) -> 
 
 
 def adapted(config: LoRAConfig, seed: int = 1, name: str = "default", **base) -> BigramLanguageModelLoRA:
-    """A tiny base with one adapter, all of whose tensors have moved."""
+    """A tiny base with one adapter, none of whose tensors is at its initial value."""
     model = tiny(**base)
     torch.manual_seed(seed)
     attach(model, config, name)
@@ -41,7 +41,7 @@ def adapted(config: LoRAConfig, seed: int = 1, name: str = "default", **base) ->
 
 
 def randomise(model: BigramLanguageModelLoRA, seed: int = 1, size: float = 0.1) -> None:
-    """Move every tensor of the active adapters."""
+    """Add noise to every tensor of the active adapters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -50,24 +50,24 @@ def randomise(model: BigramLanguageModelLoRA, seed: int = 1, size: float = 0.1) 
 
 
 def trained(model: BigramLanguageModelLoRA) -> dict[str, Tensor]:
-    """What trains, by name."""
+    """The trainable parameters by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def variants(model: torch.nn.Module) -> dict[str, LoRA]:
-    """The active adapter's tensors on each linear that it changes, by the linear's path."""
-    found = ((path, entry) for path, layer in adaptable_layers(model).items() for entry in layer.active_modules())
-    return {path: entry for path, entry in found if isinstance(entry, LoRA)}
+    """The active adapter's module on each linear that it adapts, by the linear's path."""
+    found = ((path, module) for path, layer in adaptable_layers(model).items() for module in layer.active_modules())
+    return {path: module for path, module in found if isinstance(module, LoRA)}
 
 
 def batch(step: int) -> Batch:
-    """Tokens of a step, and what follows them."""
+    """Random tokens of a step, and their successors."""
     tokens = torch.randint(0, 50, (4, 13), generator=torch.Generator().manual_seed(step))
     return Batch(tokens[:, :-1], tokens[:, 1:])
 
 
 def stepper(model: BigramLanguageModelLoRA, steps: int, **options) -> Stepper:
-    """The steps that a run of so many takes on what is active, with all that its variants add to them."""
+    """A stepper for a run of `steps` steps on the active adapters, with their extra losses and hooks."""
     cpu = Machine(torch.device("cpu"), torch.float32)
     optimizer = options.pop("optimizer", None) or make_optimizer(model, (0.9, 0.95), 0.0)
     added = {"extra_losses": extra_losses(model), "after_steps": after_steps(model, steps)} | options
@@ -75,7 +75,7 @@ def stepper(model: BigramLanguageModelLoRA, steps: int, **options) -> Stepper:
 
 
 def projections(config: LoRAConfig, widest_in: int, widest_out: int) -> tuple[Tensor, Tensor]:
-    """What all layers of a VeRA adapter share: uniform within sqrt(6 / fan-in), A before B, out of one seed."""
+    """VeRA's shared matrices: uniform within sqrt(6 / fan-in), A drawn before B, from one seed."""
     generator = torch.Generator().manual_seed(config.seed)
     shapes = (config.rank, widest_in), (widest_out, config.rank)
     bounds = [math.sqrt(2) * math.sqrt(3) / math.sqrt(fan_in) for _, fan_in in shapes]
@@ -84,8 +84,8 @@ def projections(config: LoRAConfig, widest_in: int, widest_out: int) -> tuple[Te
 
 
 def plain_weights(model: BigramLanguageModelLoRA, config: LoRAConfig, name: str = "default") -> dict[str, Tensor]:
-    """The weights that base and adapter stand for, written out and differentiable: W + scale B A or W + scale B E A,
-    each row at its magnitude where there is one; W + b B d A with the shared matrices of VeRA; or the copy."""
+    """The effective weights by the plain equation, differentiable: W + scale B A or W + scale B E A,
+    each row scaled to its magnitude if there is one; W + b B d A with VeRA's shared matrices; or the copy."""
     scale = config.alpha / (math.sqrt(config.rank) if config.variant == "rslora" else config.rank)
     shared = [
         (m.in_features, m.out_features)
@@ -117,7 +117,7 @@ def plain_weights(model: BigramLanguageModelLoRA, config: LoRAConfig, name: str 
 
 
 def state(model: BigramLanguageModelLoRA) -> dict[str, Tensor]:
-    """A copy of the state dict, to compare with later."""
+    """A copy of the state dict."""
     return {key: t.clone() for key, t in model.state_dict().items()}
 
 
@@ -127,7 +127,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def logits(model: BigramLanguageModelLoRA, idx: Tensor = IDX) -> Tensor:
-    """Logits without a graph."""
+    """Logits, computed without gradients."""
     with torch.no_grad():
         return model(idx)[0]
 
