@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from jobs import timing
 from runtime import storage
 from runtime.device import Machine, machine_name
 
@@ -34,17 +35,9 @@ def parser(description: str, rounds: int) -> argparse.ArgumentParser:
 
 
 def take_turns(contestants: dict[str, Callable[[], object]], rounds: int, where: Machine) -> dict[str, list[float]]:
-    """Seconds of each call, by contestant, a call each a round; the first round warms up and does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_ in tqdm(range(rounds + 1), desc="rounds", disable=not sys.stderr.isatty(), leave=False):
-        for name, call in contestants.items():
-            where.synchronize()
-            start = time.perf_counter()
-            call()
-            where.synchronize()
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+    """Seconds of each call, by contestant, a call each a round, with the progress on a terminal."""
+    counted = tqdm(range(rounds + 1), desc="rounds", disable=not sys.stderr.isatty(), leave=False)
+    return timing.take_turns(contestants, counted, where)
 
 
 def ratio(seconds: dict[str, list[float]], one: str, other: str) -> dict[str, float]:

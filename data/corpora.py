@@ -191,20 +191,16 @@ def _load_tiny(data_dir: Path) -> Corpus:
 
 def _read_text(path: Path) -> str:
     if os.path.isdir(path):  # noqa: PTH112 - as below: for a name the system cannot have, pathlib raises
-        raise UserError(f"DATASET={path} is a folder; give one UTF-8 text file")
+        raise UserError(f"{path} is a folder; give DATASET one UTF-8 text file")
     if not os.path.isfile(path):  # noqa: PTH113
-        raise UserError(
-            f"DATASET={path}: there is no such text file; check the path, or use one of {', '.join(CORPORA)}"
-        )
+        raise UserError(f"{path}: there is no such text file; check the path, or use one of {', '.join(CORPORA)}")
     try:
         with plain_errors(path, "read"):
             text = path.read_bytes().decode().removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"DATASET={path} is not UTF-8 (byte {error.start:,} does not fit); save it again as UTF-8"
-        ) from None
+        raise UserError(f"{path} is not UTF-8 (byte {error.start:,} does not fit); save it again as UTF-8") from None
     if not text or text.isspace():
-        raise UserError(f"DATASET={path} is empty; give a file with some text in it")
+        raise UserError(f"{path} is empty; give a file with some text in it")
     return text
 
 
@@ -235,4 +231,4 @@ def load_corpus(name_or_path: str, data_dir: Path) -> Corpus:
     near = difflib.get_close_matches(name_or_path.lower(), CORPORA, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     known = f"there are {', '.join(CORPORA)}, and a path to a .txt file works too"
-    raise UsageError(f"DATASET={name_or_path}: no such corpus; {hint}{known}")
+    raise UsageError(f"{name_or_path}: no such corpus; {hint}{known}")

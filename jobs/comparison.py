@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.text import TextData
+from data.text import tokens_of, validation_windows
 from jobs.adapters import load_text
 from jobs.job import Job, prepare
 from lora.attach import activate
@@ -62,13 +61,6 @@ class Method:
         self.curve.append((step, sum(map(sum, self.seconds.values())), loss))
         return loss
 
-    @property
-    def milliseconds(self) -> dict[str, float]:
-        """Medians of a step and of its phases."""
-        phases = {phase: 1e3 * statistics.median(values) for phase, values in self.seconds.items()}
-        whole = [sum(parts) for parts in zip(*self.seconds.values(), strict=True)]
-        return {"step": 1e3 * statistics.median(whole)} | phases
-
     def loss_after(self, seconds: float) -> float:
         """Validation loss after so many seconds of training, between the points of the curve in a straight line."""
         before = self.curve[0]
@@ -90,14 +82,13 @@ def make_method(label: str, given: dict[str, Any], machine: Machine, base: Run) 
 def base_windows(job: Job, base: Run) -> list[Batch]:
     """Held-out text of the base's own corpus, on which forgetting is measured, in windows as long as the job's.
 
-    Raises UserError where that text is gone or too short.
+    Raises UserError where that text is gone.
     """
-    s = job.settings
+    data_dir, limits = Path(job.settings.data_dir), (job.settings.batch_size, job.settings.eval_iters)
     try:
-        corpus = load_text(base.about["settings"]["dataset"], base, Path(s.data_dir))
-        return TextData.load(corpus, job.tokenizer, Path(s.data_dir), s.block_size, s.batch_size, 1, 0).validation(
-            s.eval_iters
-        )
+        text = load_text(base.about["settings"]["dataset"], base, data_dir).validation
+        tokens = tokens_of(text, job.tokenizer, data_dir)
+        return validation_windows(tokens, min(job.settings.block_size, len(tokens) - 1), *limits)
     except UserError as error:
         raise UserError(f"forgetting is measured on the text of the base {base.name}: {error}") from error
 
@@ -114,15 +105,15 @@ def untouched(method: Method, windows: list[Batch]) -> float:
 
 def row(method: Method, equal_seconds: float, forgetting: tuple[float, float]) -> dict[str, Any]:
     """What one seed shows of a method."""
-    info, times = method.job.model.get_parameter_info(), method.milliseconds
+    info = method.job.model.get_parameter_info()
     return {
         "method": method.label,
         "adapter": info["lora"],
         "embeddings": info["embedding"] if method.job.kind == "lora" else 0,
         "trainable": info["trainable"],
         "trainable_percent": 100 * info["trainable"] / info["total"],
-        "milliseconds": times,
-        "tokens_per_second": 1e3 * method.job.tokens_per_step / times["step"],
+        "seconds": method.seconds,
+        "tokens_per_step": method.job.tokens_per_step,
         "file_bytes": sum(map(len, method.job.product_files().values())),
         "learning_rate": method.job.settings.learning_rate,
         "loss_before": method.curve[0][2],

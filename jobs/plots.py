@@ -92,7 +92,7 @@ def draw_kinds(rows: list[dict[str, Any]], title: str) -> bytes:
     losses.set_ylabel("validation loss at equal steps")
     losses.grid(alpha=0.3)
     losses.legend(fontsize=8)
-    _bars(times, rows, [row["step_over_full"] for row in rows], "time of a step, full fine-tuning = 1", "{:.2f}")
+    _bars(times, rows, [row["step_over_full"].value for row in rows], "time of a step, full fine-tuning = 1", "{:.2f}")
     return _png(figure)
 
 
@@ -107,12 +107,21 @@ def draw_sweep(cells: list[dict[str, Any]], title: str) -> bytes:
     figure, panels = pyplot.subplots(1, len(batches), figsize=size, layout="constrained", sharey=True, squeeze=False)
     figure.suptitle(textwrap.fill(title, int(11 * size[0])), fontsize=10)
     for axes, batch in zip(panels[0], batches, strict=True):
-        values = [[by[batch, width, rank] for rank in ranks] for width in widths]
+        found = [[by[batch, width, rank] for rank in ranks] for width in widths]
+        values = [[ratio.value for ratio in row] for row in found]
         image = axes.imshow(values, cmap="RdBu_r", vmin=0.7, vmax=1.3, aspect="auto", origin="lower")
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 colour = "white" if abs(value - 1) > 0.2 else "black"
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color=colour)
+                axes.text(
+                    j,
+                    i,
+                    f"{value:.2f}{'?' * (found[i][j].below_one is None)}",
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color=colour,
+                )
         axes.set_title(f"batch {batch}", fontsize=10)
         axes.set_xticks(range(len(ranks)), ranks)
         axes.set_yticks(range(len(widths)), widths)

@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from jobs.job import lora_config
+from jobs.timing import Ratio, ratio, take_turns
 from lora.attach import attach
 from lora.optim import make_optimizer
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
@@ -29,7 +30,7 @@ from runtime.settings.config import Settings
 from runtime.steps import Schedule, Stepper
 
 VOCABULARY = 96  # of the character tokenizer
-ROUNDS, TEST_ROUNDS = 7, 3
+ROUNDS, TEST_ROUNDS = 11, 3
 
 
 def make_stepper(settings: Settings, machine: Machine, width: int, batch: int, rank: int | None) -> Stepper:
@@ -46,25 +47,12 @@ def make_stepper(settings: Settings, machine: Machine, width: int, batch: int, r
     return Stepper(model, optimizer, still, lambda step: Batch(tokens[:, :-1], tokens[:, 1:]), machine, seed=s.seed)
 
 
-def time_in_turns(steppers: dict[str, Stepper], rounds: int, machine: Machine) -> dict[str, list[float]]:
-    """Seconds of a step of each, by label, a step each a round; the first round warms up and does not count."""
-    seconds: dict[str, list[float]] = {label: [] for label in steppers}
-    for round_ in range(rounds + 1):
-        for label, stepper in steppers.items():
-            machine.synchronize()
-            start = time.perf_counter()
-            stepper.step(round_)
-            machine.synchronize()
-            if round_:
-                seconds[label].append(time.perf_counter() - start)
-    return seconds
-
-
 def measure(settings: Settings, machine: Machine, width: int, batch: int, ranks: Iterable[int]) -> list[dict[str, Any]]:
     """The cells of one width and batch: milliseconds of a step, and LoRA's part of the full step's time."""
     steppers = {"full": make_stepper(settings, machine, width, batch, None)}
     steppers |= {str(rank): make_stepper(settings, machine, width, batch, rank) for rank in ranks}
-    seconds = time_in_turns(steppers, TEST_ROUNDS if settings.test_mode else ROUNDS, machine)
+    rounds = range(1 + (TEST_ROUNDS if settings.test_mode else ROUNDS))
+    seconds = take_turns({label: partial(stepper.step, 0) for label, stepper in steppers.items()}, rounds, machine)
     full = seconds.pop("full")
     return [
         {
@@ -73,7 +61,7 @@ def measure(settings: Settings, machine: Machine, width: int, batch: int, ranks:
             "rank": int(rank),
             "full_ms": 1e3 * statistics.median(full),
             "lora_ms": 1e3 * statistics.median(times),
-            "ratio": statistics.median(a / b for a, b in zip(times, full, strict=True)),
+            "ratio": ratio(times, full),
         }
         for rank, times in seconds.items()
     ]
@@ -84,6 +72,8 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """All cells; those in the file are not measured again, and each new one is written there at once."""
     cells = read_json(file.read_bytes(), str(file))["cells"] if file.exists() else []
+    # Earlier versions kept no interval: those cells are measured again.
+    cells = [cell | {"ratio": Ratio(*cell["ratio"])} for cell in cells if isinstance(cell["ratio"], list)]
     rows = [(width, batch) for width in widths for batch in batches]
     progress = Progress("sweep", len(rows), 0)
     for i, (width, batch) in enumerate(rows):
@@ -102,10 +92,12 @@ def sweep_verdict(cells: list[dict[str, Any]]) -> str:
     rank = min({cell["rank"] for cell in cells}, key=lambda rank: abs(rank - 8))
     found = []
     for batch in sorted({cell["batch"] for cell in cells}):
-        row = {c["width"]: c["ratio"] for c in cells if (c["batch"], c["rank"]) == (batch, rank)}
-        slower = [width for width, ratio in row.items() if ratio >= 1]
-        pays = [width for width in sorted(row) if width > max(slower, default=0)]
-        found.append(f"{f'from width {pays[0]} on' if pays else 'at no width'} at batch {batch}")
+        row = {c["width"]: c["ratio"].below_one for c in cells if (c["batch"], c["rank"]) == (batch, rank)}
+        not_faster = [width for width, faster in row.items() if not faster]
+        pays = [width for width in sorted(row) if width > max(not_faster, default=0)]
+        noisy = [f"{width}" for width in sorted(row) if row[width] is None]
+        unsure = f" (too noisy to say at {', '.join(noisy)})" if noisy else ""
+        found.append(f"{f'from width {pays[0]} on' if pays else 'at no width'} at batch {batch}{unsure}")
     return f"On this machine a LoRA step of rank {rank} is faster than a full step {', '.join(found)}."
 
 
@@ -113,8 +105,10 @@ def sweep_table(cells: list[dict[str, Any]]) -> str:
     """LoRA's part of the full step's time: a line for each width and batch, a column for each rank."""
     ranks = sorted({cell["rank"] for cell in cells})
     by = {(cell["width"], cell["batch"], cell["rank"]): cell for cell in cells}
-    lines = [f"{'width':>6} {'batch':>6} {'full ms':>9} " + " ".join(f"{f'r={rank}':>6}" for rank in ranks)]
+    lines = [f"{'width':>6} {'batch':>6} {'full ms':>9} " + " ".join(f"{f'r={rank}':>16}" for rank in ranks)]
     for width, batch in sorted({key[:2] for key in by}):
         row = [by[width, batch, rank] for rank in ranks]
-        lines.append(f"{width:>6} {batch:>6} {row[0]['full_ms']:>9.1f} " + " ".join(f"{c['ratio']:>6.2f}" for c in row))
+        lines.append(
+            f"{width:>6} {batch:>6} {row[0]['full_ms']:>9.1f} " + " ".join(f"{str(c['ratio']):>16}" for c in row)
+        )
     return "\n".join(lines)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 
+import numpy as np
 import pytest
 from command_line import run
 
 from compare import Options, lora_settings
+from jobs.comparison import base_windows, make_method
 from jobs.comparison_report import over_seeds
+from jobs.job import TEST_CHARACTERS
+from jobs.timing import ratio
 from lora.variants.registry import VARIANTS
+from runtime.checkpoint import find_run
+from runtime.device import pick_machine
 from runtime.settings.config import Settings
 from runtime.settings.fields import resolve
 
@@ -106,12 +113,57 @@ def test_lists_of_numbers_that_make_no_sense_are_refused(tmp_path, data_dir):
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])
 def test_the_phases_of_a_step_add_up_to_the_figure_of_the_step(seeds):
-    def timed(*times: int) -> dict:
-        times = dict(zip(("step", "forward", "backward", "optimizer"), map(float, times), strict=True))
-        return {"method": "", "milliseconds": times, "loss_at_equal_steps": 1.0}
+    def timed(*phases: list[int]) -> dict:
+        seconds = dict(zip(("forward", "backward", "optimizer"), phases, strict=True))
+        return {"method": "", "seconds": seconds, "tokens_per_step": 8, "loss_at_equal_steps": 1.0}
 
-    runs = [[timed(10, 2, 4, 1), timed(8, 3, 4, 2)], [timed(11, 5, 2, 2), timed(9, 1, 7, 1)]]
-    runs.append([timed(30, 9, 9, 9), timed(7, 2, 2, 6)])
-    for row in over_seeds(runs[:seeds]):
+    runs = [[timed([2, 9, 1], [4, 4, 9], [1, 1, 8]), timed([3, 1, 1], [4, 7, 2], [2, 1, 9])]] * seeds
+    rows = over_seeds(runs)
+    for row in rows:
         step, *phases = row["milliseconds"].values()
         assert sum(phases) == pytest.approx(step, rel=1e-12) and min(phases) > 0
+        assert row["step_over_full"].value == pytest.approx(step / rows[0]["milliseconds"]["step"])
+    assert (rows[0]["milliseconds"]["step"], rows[1]["milliseconds"]["step"]) == (14_000, 9_000)
+
+
+STEADY = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98, 1.0, 1.0]
+NOISY = [0.5, 1.4, 0.7, 1.6, 0.9, 0.4, 1.5, 1.1]
+
+
+@pytest.mark.parametrize(
+    ("one", "verdict"),
+    [([0.8 * s for s in STEADY], True), ([1.1 * s for s in STEADY], False), (NOISY, None), (STEADY, False)],
+)
+def test_a_ratio_of_times_says_where_it_is_too_noisy(one, verdict):
+    found = ratio(one, STEADY)
+    assert found.low <= found.value <= found.high and found.below_one is verdict
+    assert found.value == pytest.approx(statistics.median(one) / statistics.median(STEADY))
+
+
+def test_steps_of_one_speed_are_rarely_said_to_differ():
+    random = np.random.default_rng(0)
+    draws = [ratio(*random.lognormal(0, 0.3, (2, 100))) for _ in range(200)]
+    assert sum(found.low > 1 or found.high < 1 for found in draws) < 25  # 5 % are meant to be
+
+
+def test_what_a_comparison_cannot_do_is_said_before_its_first_step(base, tmp_path, data_dir):
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    done = run(tmp_path, data_dir, "compare.py", "--n-layer", "7", TEST_MODE="1")
+    assert done.returncode == 2 and "has another shape: N_LAYER=7 (it has 2)" in done.stderr
+    (tmp_path / "gone.txt").write_text("To be, or not to be, that is the question.\n" * 100)
+    flags = ("--dataset", "gone.txt", "--max-iters", "3", "--run-name", "gone")
+    assert run(tmp_path, data_dir, "training.py", *flags, TEST_MODE="1").returncode == 0
+    (tmp_path / "gone.txt").unlink()
+    done = run(tmp_path, data_dir, "compare.py", "--base", "gone", "--max-iters", "3", TEST_MODE="1")
+    told = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and told.startswith("error: forgetting is measured on the text of the base gone: ")
+    assert "DATASET" not in told and "gone.txt" in told
+
+
+def test_forgetting_is_measured_on_the_text_that_a_test_mode_base_saw(base, data_dir):
+    root = base / "checkpoints"
+    run_ = find_run(root, "test-base-shakespeare")
+    settings = {"test_mode": True, "dtype": "fp32", "checkpoints_dir": str(root), "data_dir": str(data_dir)}
+    method = make_method("full", settings | {"eval_iters": 10**6}, pick_machine("cpu", "fp32"), run_)
+    tokens = sum(batch.targets.numel() for batch in base_windows(method.job, run_))
+    assert 0.9 * TEST_CHARACTERS[1] < tokens < TEST_CHARACTERS[1]
