@@ -16,7 +16,8 @@ from lora.adapter import Adapter
 from lora.variants.registry import VARIANTS
 from models import files as model_files
 from runtime import storage
-from runtime.checkpoint import open_run, unpack
+from runtime.checkpoint import open_run
+from runtime.encoding import unpack
 from runtime.errors import UserError
 from runtime.settings.config import NAME
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from jobs.adapters import base_name, open_adapters
 from jobs.base import Base, base_of
+from lora.attach import Strengths
 from runtime.checkpoint import Run, all_runs, find_run
 from runtime.errors import UsageError, UserError
 from runtime.settings.fields import DECIMAL
 from runtime.start import command_line
 
 NONE = "none"
-Strengths = dict[str, float]  # of adapters that count together, by the names of their runs
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from data.tokenizers import load_tokenizer
 from jobs.job import TOKENIZER
 from models.files import WEIGHTS
 from runtime import storage
-from runtime.checkpoint import Run, RunLock, open_run, unpack
-from runtime.encoding import fingerprint
+from runtime.checkpoint import Run, RunLock, open_run
+from runtime.encoding import fingerprint, unpack
 from runtime.errors import UserError
 
 

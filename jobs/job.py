@@ -24,9 +24,10 @@ from lora.variants.registry import VARIANTS
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.config import ModelConfig
-from runtime.checkpoint import Run, fingerprint, identity_of
+from runtime.checkpoint import Run, identity_of
 from runtime.console import say
 from runtime.device import Machine, check_compiler
+from runtime.encoding import fingerprint
 from runtime.errors import UserError
 from runtime.settings.config import Settings
 from runtime.settings.fields import settings_of

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.choice import Strengths, parse_adapters
+from jobs.choice import parse_adapters
+from lora.attach import Strengths
 from runtime.errors import UserError
 from runtime.storage import plain_errors
 

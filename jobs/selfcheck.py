@@ -19,7 +19,8 @@ from lora.attach import adaptable_layers, base_tensors, using
 from lora.variants.lora import LoRA
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime import storage
-from runtime.checkpoint import Run, fingerprint
+from runtime.checkpoint import Run
+from runtime.encoding import fingerprint
 from runtime.errors import UserError, join_problems
 from runtime.resume import State
 from runtime.steps import evaluate

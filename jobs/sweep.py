@@ -23,8 +23,8 @@ from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.config import ModelConfig
 from runtime import storage
 from runtime.batch import Batch
-from runtime.checkpoint import read_json
 from runtime.device import Machine
+from runtime.encoding import read_json
 from runtime.metrics import Progress
 from runtime.settings.config import Settings
 from runtime.steps import Schedule, Stepper

@@ -18,6 +18,7 @@ from lora.variants.lora import AdapterModule
 from lora.variants.registry import variant_of
 from runtime.errors import UsageError
 
+Strengths = dict[str, float]  # of adapters by name; an empty one means the plain base
 REGEX = "re:"  # marks a regular expression for whole module paths, one of PEFT's ways to name targets
 
 
@@ -123,11 +124,11 @@ def check_attached(model: nn.Module, *names: str) -> None:
         raise UsageError(f"no adapter {unknown[0]!r} is attached; attached: {', '.join(attached) or 'none'}")
 
 
-def _parse_strengths(model: nn.Module, adapters: tuple[str | Mapping[str, float], ...]) -> dict[str, float]:
+def _parse_strengths(model: nn.Module, adapters: tuple[str | Strengths, ...]) -> Strengths:
     """Return the arguments of `activate` as {name: strength}. Raises UsageError as `activate` does."""
     if any(layer.locked_by == MERGED for layer in adaptable_layers(model).values()):  # it would count twice
         check_unlocked(model)
-    strengths: dict[str, float] = {}
+    strengths: Strengths = {}
     for given in adapters:
         strengths |= {given: 1.0} if isinstance(given, str) else given
     check_attached(model, *strengths)
@@ -137,7 +138,7 @@ def _parse_strengths(model: nn.Module, adapters: tuple[str | Mapping[str, float]
     return strengths
 
 
-def activate(model: nn.Module, *adapters: str | Mapping[str, float]) -> None:
+def activate(model: nn.Module, *adapters: str | Strengths) -> None:
     """Make exactly these adapters active and trainable; with none, the model computes what its base computes.
 
     A name alone means strength 1; {name: strength} sets another. The strength multiplies what the adapter adds to
@@ -152,18 +153,18 @@ def activate(model: nn.Module, *adapters: str | Mapping[str, float]) -> None:
             module.requires_grad_(True)
 
 
-def active_adapters(model: nn.Module) -> dict[str, float]:
+def active_adapters(model: nn.Module) -> Strengths:
     """Return the strengths of the active adapters by name, in the form that `activate` accepts."""
     return dict(next((layer.active for layer in adaptable_layers(model).values()), {}))
 
 
-def _set_active(model: nn.Module, strengths: Mapping[str, float]) -> None:
+def _set_active(model: nn.Module, strengths: Strengths) -> None:
     for layer in adaptable_layers(model).values():
         layer.active = dict(strengths)
 
 
 @contextmanager
-def using(model: nn.Module, *adapters: str | Mapping[str, float]) -> Iterator[nn.Module]:
+def using(model: nn.Module, *adapters: str | Strengths) -> Iterator[nn.Module]:
     """Activate exactly these adapters inside the `with` block, given as in `activate`, for computing without gradients.
 
     What is trainable does not change. Raises UsageError as `activate` does.

@@ -182,5 +182,4 @@ class LoRALayerNorm(Adaptable, nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., dim); the shape stays."""
-        bias = self.effective("bias") if self.active else self.bias
-        return F.layer_norm(x, self.normalized_shape, self.weight, bias, self.eps)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.effective("bias"), self.eps)

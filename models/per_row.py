@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from lora.attach import using
+from lora.attach import Strengths, using
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.choosing import Sampling
 from models.sampling import stream
 
 AT_ONCE = 64  # rows, so that the cache of a long list of prompts fits into memory
-Strengths = Mapping[str, float]  # of the adapters of a row, by name; empty for the plain base
 
 
 def grouped(adapters: Sequence[Strengths], most: int) -> Iterator[tuple[Strengths, list[int]]]:

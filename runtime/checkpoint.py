@@ -21,12 +21,7 @@ from pathlib import Path
 
 from runtime import storage
 from runtime.console import say
-from runtime.encoding import fingerprint as fingerprint
-from runtime.encoding import pack as pack
-from runtime.encoding import read_json as read_json
 from runtime.encoding import read_sealed_json, to_sealed_json
-from runtime.encoding import to_json as to_json
-from runtime.encoding import unpack as unpack
 from runtime.errors import UsageError, UserError
 from runtime.lock import RunLock
 from runtime.start import command_line

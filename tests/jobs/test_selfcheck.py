@@ -18,7 +18,8 @@ from lora.adapter import Adapter
 from lora.peft_format import CONFIG, TENSORS, load_adapter
 from models.files import WEIGHTS
 from runtime import storage
-from runtime.checkpoint import Run, pack, unpack
+from runtime.checkpoint import Run
+from runtime.encoding import pack, unpack
 from runtime.errors import UserError
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved

@@ -87,7 +87,7 @@ def test_the_matrices_are_not_counted_trained_or_saved() -> None:
 
 
 def test_another_process_makes_the_same_matrices() -> None:
-    code = "import torch; from lora.variants.vera import _projections; from runtime.checkpoint import fingerprint; "
+    code = "import torch; from lora.variants.vera import _projections; from runtime.encoding import fingerprint; "
     code += f"torch.manual_seed(99); print(fingerprint(dict(zip('AB', _projections(7, 4, *{WIDEST})))))"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)

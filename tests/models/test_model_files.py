@@ -13,7 +13,7 @@ from lora.config import LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.config import ModelConfig
 from models.files import CONFIG, WEIGHTS, config_from, from_files, load_weights, to_files
-from runtime.checkpoint import pack, unpack
+from runtime.encoding import pack, unpack
 from runtime.errors import UserError
 from runtime.storage import DamagedError
 

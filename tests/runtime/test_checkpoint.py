@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from runtime import storage
-from runtime.checkpoint import Run, fingerprint, pack, read_json, to_json, unpack
+from runtime.checkpoint import Run
+from runtime.encoding import fingerprint, pack, read_json, to_json, unpack
 from runtime.errors import UserError
 from runtime.storage import DamagedError
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from runtime import storage
-from runtime.checkpoint import Run, all_runs, claim, find_run, identity_of, open_run, to_json
+from runtime.checkpoint import Run, all_runs, claim, find_run, identity_of, open_run
+from runtime.encoding import to_json
 from runtime.errors import UsageError, UserError
 from runtime.lock import RunLock
 from runtime.storage import DamagedError

@@ -11,8 +11,8 @@ import torch
 from tiny_steps import CPU, Fp16, Tiny, adamw, batch, same, stepper, weights
 
 from runtime import storage
-from runtime.checkpoint import pack, unpack
 from runtime.device import Machine
+from runtime.encoding import pack, unpack
 from runtime.resume import OPTIMIZER, STATE, WEIGHTS, State, restore, to_files
 from runtime.steps import Stepper
 from runtime.storage import DamagedError
