@@ -18,7 +18,7 @@ from torch import Tensor
 from lora.adapter import Adapter
 from lora.attach import REGEX
 from lora.config import LoRAConfig
-from lora.variants.lora import LoRA
+from lora.variants.registry import VARIANTS
 from runtime.encoding import fingerprint
 from runtime.errors import UsageError, UserError
 
@@ -64,19 +64,16 @@ class Combined:
     error: float
 
 
-def _delta(variant: LoRA, W: Tensor) -> Delta:
-    if variant.full_rank:
-        dense = variant.effective_weight(W.double()).detach() - W.double()
-        return Delta(dense, torch.eye(W.shape[1], dtype=torch.float64))
-    B, A = (factor.detach().double() for factor in variant.low_rank_factors())
-    return Delta(variant.scale * B, A) if len(A) else Delta(B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1]))
-
-
 @torch.no_grad()
 def delta(adapter: Adapter, path: str, base: BaseTensors) -> Delta | None:
     """Return an adapter's ΔW of the linear at this path; None where it has none."""
-    variant = adapter.variant_at(path, base)
-    return None if variant is None else _delta(variant, base[f"{path}.weight"])
+    if (variant := adapter.variant_at(path, base)) is None:
+        return None
+    if variant.full_rank:
+        W = base[f"{path}.weight"].double()
+        return Delta(variant.effective_weight(W) - W, torch.eye(W.shape[1], dtype=torch.float64))
+    B, A = (factor.double() for factor in variant.low_rank_factors())
+    return Delta(variant.scale * B, A) if len(A) else Delta(B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1]))
 
 
 @torch.no_grad()
@@ -108,19 +105,11 @@ def cosines(one: Adapter, other: Adapter, base: BaseTensors) -> dict[str, float 
     return {path: cosine(delta(one, path, base), delta(other, path, base)) for path in all_targets((one, other), base)}
 
 
-def _sum(adapters: Sequence[Adapter], weights: Sequence[float], path: str, base: BaseTensors, method: str) -> Delta:
-    """Return Σ w ΔW of one linear, its factors concatenated. Raises UsageError for a ΔW that has none."""
-    Bs, As = [], []
-    for adapter, weight in zip(adapters, weights, strict=True):
-        if (variant := adapter.variant_at(path, base)) is None:
-            continue
-        if method != "svd" and variant.full_rank:
-            name = adapter.config.variant
-            raise UsageError(f"method={method}: {name} changes a weight at full rank; only method=svd can combine it")
-        part = _delta(variant, base[f"{path}.weight"])
-        Bs.append(weight * part.B)
-        As.append(part.A)
-    return Delta(torch.cat(Bs, 1), torch.cat(As))
+def _sum(adapters: Sequence[Adapter], weights: Sequence[float], path: str, base: BaseTensors) -> Delta:
+    """Return Σ w ΔW of one linear, its factors concatenated."""
+    deltas = [(delta(adapter, path, base), weight) for adapter, weight in zip(adapters, weights, strict=True)]
+    parts = [Delta(weight * part.B, part.A) for part, weight in deltas if part is not None]
+    return Delta(torch.cat([part.B for part in parts], 1), torch.cat([part.A for part in parts]))
 
 
 def _truncated(whole: Delta, rank: int | None) -> tuple[Delta, float, float, int]:
@@ -184,6 +173,9 @@ def _check(
         raise UsageError(f"{len(weights)} weights for {len(adapters)} adapters: one weight for each is needed")
     if (method == "svd") != (rank is not None):
         raise UsageError(f"method={method} {'needs a rank' if rank is None else 'takes no rank; only svd does'}")
+    names = [adapter.config.variant for adapter in adapters if VARIANTS[adapter.config.variant].full_rank]
+    if names and method != "svd":
+        raise UsageError(f"method={method}: {names[0]} changes a weight at full rank; only method=svd can combine it")
     here = fingerprint(dict(base))
     if others := [a.metadata for a in adapters if a.metadata.get("base_sha256", here) != here]:
         bases = ", ".join(f"{other.get('base', 'another base')} ({other['base_sha256'][:12]})" for other in others)
@@ -210,7 +202,7 @@ def combine(
     tensors: dict[str, dict[str, Tensor]] = {}
     lost, norms, max_rank = {}, {}, 0
     for path in all_targets(adapters, base):
-        part, lost[path], norms[path] = _sum(adapters, weights, path, base, method), 0.0, 0.0
+        part, lost[path], norms[path] = _sum(adapters, weights, path, base), 0.0, 0.0
         if method != "cat":
             part, lost[path], norms[path], numerical_rank = _truncated(part, rank)
             max_rank = max(max_rank, numerical_rank)

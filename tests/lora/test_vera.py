@@ -22,7 +22,6 @@ from lora.config import LoRAConfig
 from lora.merge import merged
 from lora.optim import make_optimizer
 from lora.peft_format import CONFIG, TENSORS, from_files, to_files
-from lora.variants import vera
 from lora.variants.registry import variant_of
 from runtime import resume
 from runtime.encoding import fingerprint, pack, unpack
@@ -87,8 +86,10 @@ def test_the_matrices_are_not_counted_trained_or_saved() -> None:
 
 
 def test_another_process_makes_the_same_matrices() -> None:
-    code = "import torch; from lora.variants.vera import _projections; from runtime.encoding import fingerprint; "
-    code += f"torch.manual_seed(99); print(fingerprint(dict(zip('AB', _projections(7, 4, *{WIDEST})))))"
+    code = "import torch; from lora.config import LoRAConfig; from lora.variants.vera import VeRA; "
+    code += "from runtime.encoding import fingerprint; torch.manual_seed(99); "
+    code += f"shared = VeRA.make_shared(LoRAConfig(rank=4, variant='vera', seed=7), [{WIDEST}]); "
+    code += "print(fingerprint(dict(shared.named_buffers())))"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert (
@@ -97,10 +98,10 @@ def test_another_process_makes_the_same_matrices() -> None:
 
 
 def test_matrices_cached_in_inference_mode_serve_training() -> None:
-    vera._projections.cache_clear()
+    unused_seed = replace(VERA, seed=1234)  # so that its matrices are drawn here
     with torch.inference_mode():
-        attach(tiny(), VERA)
-    model = adapted(VERA)
+        attach(tiny(), unused_seed)
+    model = adapted(unused_seed)
     model(IDX, TARGETS)[1].backward()
     assert all(p.grad.any() for p in trained(model).values())
 
