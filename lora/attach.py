@@ -54,7 +54,7 @@ def find_targets(model: nn.Module, targets: str) -> list[str]:
         known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in linears}))
         raise UsageError(
             f"lora_targets: {', '.join(map(repr, missing))} matches no linear of this model; "
-            f"use {' or '.join(filter(None, [', '.join(presets), f'names out of: {known}']))}"
+            f"use {' or '.join(filter(None, [', '.join(presets), f'names from: {known}']))}"
         )
     return [path for path in linears if any(path in paths for paths in matched.values())]
 

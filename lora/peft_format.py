@@ -119,7 +119,7 @@ def _unreadable(peft_config: dict, variant: type[LoRA], copied: list[str]) -> li
     for name in variant.peft_fields.values():
         value = peft_config.get(name, 0.0 if name.endswith("dropout") else None)
         if type(value) not in (int, float) or not abs(value) < 2**64:
-            problems.append(f"{name} is {value!r}, which is no usable number")
+            problems.append(f"{name} is {value!r}, which is not a usable number")
     try:
         variant.special_fields_from_peft(peft_config)
     except (TypeError, ValueError, AttributeError) as error:
@@ -181,7 +181,7 @@ def from_files(files: dict[str, bytes], where: str) -> Adapter:
     Raises UserError for a file that is missing or corrupted, and names every setting that cannot be read.
     """
     if missing := [name for name in (CONFIG, TENSORS) if name not in files]:
-        raise UserError(f"{where}: {missing[0]} is missing, so this is no adapter folder")
+        raise UserError(f"{where}: {missing[0]} is missing, so this is not an adapter folder")
     peft_config = read_json(files[CONFIG], f"{where}/{CONFIG}")
     name = _find_variant(peft_config, f"{where}/{CONFIG}")
     variant = VARIANTS[name]

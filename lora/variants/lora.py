@@ -79,7 +79,7 @@ class LoRA(AdapterModule):
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 
     shapes: its tensors by name. ignored_fields: fields of `LoRAConfig` that it does not use. full_rank: whether W' - W
-    has full rank, so that only `effective_weight` tells it. The others are PEFT's: the type, the config flags that tell
+    has full rank, so that only `effective_weight` gives it. The others are PEFT's: the type, the config flags that tell
     variants of one type apart, and PEFT's names for our fields, tensors and shared tensors.
     """
 

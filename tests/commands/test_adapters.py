@@ -358,7 +358,7 @@ REFUSED = [
     (("combine", "folio", "elsewhere", "--out", "x"), 1, "adapters of 2 bases do not go together: folio of base, else"),
     (("strength", "folio", "--strengths", "0,,1"), 2, "must be numbers with commas between them"),
     (("strength", "folio", "--dataset", "shakespear"), 2, "shakespeare"),
-    (("import", "nowhere", "--base", "base", "--out", "x"), 1, "this is no adapter folder"),
+    (("import", "nowhere", "--base", "base", "--out", "x"), 1, "this is not an adapter folder"),
     (("import", "both-for-peft", "--base", "folio", "--out", "x"), 2, "folio is a LoRA run; name the base it was"),
     (("import", "both-for-peft", "--base", "poet", "--out", "x"), 1, "it was trained on base with weights"),
     (("export", "both", "--out", "both-for-peft"), 2, "is there already"),

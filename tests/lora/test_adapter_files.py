@@ -203,7 +203,7 @@ def test_a_folder_without_a_manifest_is_read_as_it_is(tmp_path: Path) -> None:
     assert torch.equal(logits(fresh), logits(model))
     (tmp_path / TENSORS).unlink()
     for folder, missing in ((tmp_path, TENSORS), (tmp_path / "nothing", CONFIG)):
-        with pytest.raises(UserError, match=f"{missing} is missing, so this is no adapter folder"):
+        with pytest.raises(UserError, match=f"{missing} is missing, so this is not an adapter folder"):
             load_adapter(folder)
 
 

@@ -61,10 +61,10 @@ def test_a_target_may_be_a_path_but_not_part_of_a_name() -> None:
 
 def test_presets_come_from_the_model() -> None:
     model = torch.nn.ModuleDict({"first": LoRALinear(4, 4), "second": LoRALinear(4, 4), "table": LoRAEmbedding(4, 4)})
-    with pytest.raises(UsageError, match=r"'all' matches no linear of this model; use names out of: first, second$"):
+    with pytest.raises(UsageError, match=r"'all' matches no linear of this model; use names from: first, second$"):
         attach(model, LoRAConfig(targets="all"))
     model.lora_presets, model.lora_embeddings = {"some": ("second",), "all": ("first", "second")}, ("table",)
-    with pytest.raises(UsageError, match=r"'third' matches no .*; use some, all or names out of: first, second$"):
+    with pytest.raises(UsageError, match=r"'third' matches no .*; use some, all or names from: first, second$"):
         attach(model, LoRAConfig(targets="third"))
     attach(model, LoRAConfig(rank=2, targets="some"))
     names = ["second.lora.default.A", "second.lora.default.B", "table.lora.default.weight"]
