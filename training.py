@@ -72,7 +72,7 @@ def train(given: Resolved) -> Run:
     if run.finished:
         tell_finished(run)
         return run
-    preflight(job)
+    preflight(job, run)
     say_why_another(run, job.plain_name)
     print(report.banner(settings, unread_names(settings)))
     if base:

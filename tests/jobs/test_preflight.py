@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import pytest
 
 from tests.commands.command_line import run
@@ -15,6 +17,7 @@ def folder(tmp_path):
     (tmp_path / "new.txt").write_text("".join(lines))
     (tmp_path / "same.txt").write_text("All work and no play\n" * 100)
     (tmp_path / "one.txt").write_text("ab " * 500)
+    (tmp_path / "wrapped.txt").write_text(textwrap.fill("All work and no play makes Jack a dull boy. " * 100, 50))
     return tmp_path
 
 
@@ -23,15 +26,20 @@ def test_no_room_for_the_saves_is_told_before_the_first_step(folder, data_dir):
     done = run(folder, data_dir, "training.py", "--dataset", "new.txt", *TINY[:8], "--n-embd", "4096", *saves)
     assert done.returncode == 1 and "Total parameters" not in done.stdout
     told = done.stderr.splitlines()[-1]
-    assert told.startswith("error: checkpoints: the run will save up to ") and "lower KEEP_CHECKPOINTS=1000000" in told
+    assert (
+        told.startswith("error: checkpoints/base-new: the run will save up to ")
+        and "lower KEEP_CHECKPOINTS=1000000" in told
+    )
     assert not list((folder / "checkpoints").glob("*/step-*"))
 
 
-@pytest.mark.parametrize(("text", "warned"), [("new.txt", False), ("same.txt", True), ("one.txt", True)])
+@pytest.mark.parametrize(
+    ("text", "warned"), [("new.txt", False), ("same.txt", True), ("one.txt", True), ("wrapped.txt", True)]
+)
 def test_a_held_out_text_that_was_trained_on_is_warned_of(folder, data_dir, text, warned):
     done = run(folder, data_dir, "training.py", "--dataset", text, *TINY)
     assert done.returncode == 0, done.stderr
-    assert ("of the held-out lines of " in done.stderr) == warned
+    assert ("of what is held out of " in done.stderr) == (text != "new.txt")
 
 
 def test_a_runs_folder_that_cannot_be_written_is_one_line(folder, data_dir):
