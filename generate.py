@@ -145,7 +145,8 @@ def main() -> None:
     adapters = f" with {in_words(choice.default)}" if choice.default else ""
     say(f"From {choice.base.run.name}{adapters}, on {machine}, seed {options.seed}")
     prompts = [encode(tokenizer, request) for request in requests]
-    how = Sampling(options.temperature, options.top_k, options.top_p, options.repetition_penalty, options.greedy)
+    chosen = (options.temperature, options.top_k, options.top_p, options.repetition_penalty, options.greedy)
+    how = Sampling(*chosen, tokenizer.stop_ids)
     # Samples of a prompt differ in their seed, and no text depends on what is beside it.
     rows = [choice.on_model(request.adapters) for request in requests]
     seeds = [options.seed + i % options.num_samples for i in range(len(requests))]

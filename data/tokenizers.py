@@ -25,7 +25,15 @@ NO_ID = np.uint32(0xFFFFFFFF)
 
 
 class Tokenizer:
-    """What every tokenizer offers. `kind` is one of KINDS, `tokens` the bytes of ids 0..vocab_size-1."""
+    """What every tokenizer offers. `kind` is one of KINDS, `tokens` the bytes of ids 0..vocab_size-1.
+
+    bos_id, eos_id: special tokens before and after a text, or None where it has none. stop_ids: tokens that end a text
+    which is being generated.
+    """
+
+    bos_id: int | None = None
+    eos_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
 
     def __init__(self, kind: str, tokens: list[bytes]) -> None:
         self.kind = kind
@@ -177,10 +185,10 @@ class BPETokenizer(Tokenizer):
         if len(ranks) != len(tokens) or not all(bytes([byte]) in ranks for byte in range(256)):
             raise ValueError("its tokens must differ, and contain every single byte")
         super().__init__(kind, [*tokens, END.encode()])
+        self.eos_id = self.vocab_size - 1
+        self.stop_ids = (self.eos_id,)
         self.split = split
-        self.encoding = tiktoken.Encoding(
-            kind, pat_str=split, mergeable_ranks=ranks, special_tokens={END: self.vocab_size - 1}
-        )
+        self.encoding = tiktoken.Encoding(kind, pat_str=split, mergeable_ranks=ranks, special_tokens={END: self.eos_id})
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> BPETokenizer:

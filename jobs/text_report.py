@@ -20,8 +20,11 @@ def sample(job: Job) -> str:
     start = job.tokenizer.encode("\n").tolist()
     characters = TEST_SAMPLE_CHARACTERS if job.settings.test_mode else SAMPLE_CHARACTERS
     count = characters * len(job.data.held_out) // len(job.data.corpus.validation)
+    how = Sampling(temperature=0.8, stop_ids=job.tokenizer.stop_ids)
     with job.machine.autocast():
-        rows = generate(job.model, [start], count, Sampling(temperature=0.8), job.settings.seed)
+        rows = generate(
+            job.model, [start], count, Sampling(temperature=0.8, stop_ids=job.tokenizer.stop_ids), job.settings.seed
+        )
     return job.tokenizer.decode(rows[0][len(start) :])
 
 

@@ -181,13 +181,17 @@ class BigramLanguageModelLoRA(nn.Module):
         return logits_BTV, mean_cross_entropy(logits_BTV, targets)
 
     def generate(self, idx: Tensor, max_new_tokens: int, seed: int | None = None, **options) -> Tensor:
-        """Continue token ids (B, T) by sampling: (B, T + max_new_tokens).
+        """Continue token ids (B, T) by sampling: (B, T + max_new_tokens), or fewer where stop tokens ended all rows.
+
+        A row that ended before the others is filled up with stop tokens.
 
         options: the fields of `models.sampling.Sampling`. Without a seed, one is drawn from torch's generator.
         """
         seed = int(torch.randint(2**31, ())) if seed is None else seed
-        rows = sampling.generate(self, idx.tolist(), max_new_tokens, sampling.Sampling(**options), seed)
-        return torch.tensor(rows, device=idx.device)
+        how = sampling.Sampling(**options)
+        rows = sampling.generate(self, idx.tolist(), max_new_tokens, how, seed)
+        longest = max(map(len, rows))
+        return torch.tensor([row + [*how.stop_ids[:1]] * (longest - len(row)) for row in rows], device=idx.device)
 
     def get_parameter_info(self) -> dict[str, int | float]:
         """Counts of parameters: `lora` + `embedding` + `frozen` = `total` where adapters are attached, active or not.

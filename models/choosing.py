@@ -19,7 +19,7 @@ class Sampling:
     temperature: divides the logits; 0 is greedy. top_k: keep the k likeliest. top_p: keep the likeliest that together
     reach this probability (Holtzman et al. 2019, arXiv 1904.09751). repetition_penalty: above 0; logits of tokens in
     the window are divided (where positive) or multiplied by it (Keskar et al. 2019, arXiv 1909.05858).
-    greedy: the likeliest token, always.
+    greedy: the likeliest token, always. stop_ids: tokens that end a text.
 
     Raises ValueError for a value that makes no sense, by name.
     """
@@ -29,6 +29,7 @@ class Sampling:
     top_p: float | None = None
     repetition_penalty: float = 1.0
     greedy: bool = False
+    stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         rules = {

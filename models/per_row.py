@@ -54,12 +54,16 @@ def generate_per_row(
     """
     groups = list(grouped(adapters, AT_ONCE))
     found: list[list[int]] = [[] for _ in prompts]
-    done, total = 0, len(groups) * max_new_tokens
-    for strengths, rows in groups:
+    total = len(groups) * max_new_tokens
+    for i, (strengths, rows) in enumerate(groups):
+        done = i * max_new_tokens
         with using(model, strengths):
-            for tokens in stream(model, [prompts[i] for i in rows], max_new_tokens, how, [seeds[i] for i in rows]):
+            some = [prompts[row] for row in rows], max_new_tokens, how, [seeds[row] for row in rows]
+            for tokens in stream(model, *some):
                 for row, token in zip(rows, tokens, strict=True):
-                    found[row].append(token)
+                    found[row] += [] if token is None else [token]
                 done += 1
                 tell(done, total)
+        if done < (i + 1) * max_new_tokens:  # stop tokens have ended all rows
+            tell((i + 1) * max_new_tokens, total)
     return found

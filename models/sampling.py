@@ -162,8 +162,9 @@ Seed = int | Sequence[int]
 
 def stream(
     model: BigramLanguageModelLoRA, prompts: Sequence[Sequence[int]], max_new_tokens: int, how: Sampling, seed: Seed
-) -> Iterator[list[int]]:
-    """Continue a batch of prompts (token ids, at least one each, of any lengths): yields one new token a row.
+) -> Iterator[list[int | None]]:
+    """Continue a batch of prompts (token ids, at least one each, of any lengths): yields one new token a row, and None
+    for a row that a stop token has ended; it ends when all rows have.
 
     seed: one for all rows together, or one a row, whose text is then what it would be alone with that seed. The model
     is in evaluation mode while this runs. Raises ValueError for an empty prompt.
@@ -172,7 +173,7 @@ def stream(
         raise ValueError("a prompt needs at least one token")
     rows, cache, training = [list(prompt) for prompt in prompts], KVCache(model), model.training
     seeded = [torch.Generator().manual_seed(each) for each in ([seed] if isinstance(seed, int) else seed)]
-    generators = seeded[0] if isinstance(seed, int) else seeded
+    generators, ended = seeded[0] if isinstance(seed, int) else seeded, [False] * len(rows)
     model.eval()
     try:
         with cached_weights(model):
@@ -181,9 +182,12 @@ def stream(
                     logits_BV = _read(cache, rows)
                 seen = [row[window_start(len(row), cache.block_size) :] for row in rows]
                 tokens = choose(logits_BV, seen, how, generators)
-                for row, token in zip(rows, tokens, strict=True):
-                    row.append(token)
-                yield tokens
+                for i, token in enumerate(tokens):
+                    rows[i].append(token)  # also where a row has ended, so that the others are what they would be alone
+                    ended[i] |= token in how.stop_ids
+                if all(ended):
+                    return
+                yield [None if end else token for end, token in zip(ended, tokens, strict=True)]
     finally:
         model.train(training)
 
@@ -191,9 +195,9 @@ def stream(
 def generate(
     model: BigramLanguageModelLoRA, prompts: Sequence[Sequence[int]], max_new_tokens: int, how: Sampling, seed: Seed
 ) -> list[list[int]]:
-    """The prompts with their continuations, as token ids."""
+    """The prompts with their continuations, as token ids, up to a stop token where one came."""
     rows = [list(prompt) for prompt in prompts]
     for tokens in stream(model, prompts, max_new_tokens, how, seed):
         for row, token in zip(rows, tokens, strict=True):
-            row.append(token)
+            row += [] if token is None else [token]
     return rows

@@ -258,3 +258,10 @@ def test_damaged_files_are_refused(data: bytes) -> None:
 
 def test_unknown_characters_beyond_the_table_edge() -> None:
     assert CHAR.unknown(chr(sys.maxunicode)) == {chr(sys.maxunicode): 1}
+
+
+def test_special_tokens_are_told_and_no_text_becomes_one() -> None:
+    char, bpe = build_tokenizer("char", "text", 0), build_tokenizer("bpe", "some text", 260)
+    assert (char.bos_id, char.eos_id, char.stop_ids) == (None, None, ())
+    assert bpe.bos_id is None and bpe.stop_ids == (bpe.eos_id,) and bpe.decode([bpe.eos_id]) == "<|endoftext|>"
+    assert bpe.eos_id not in bpe.encode("<|endoftext|>")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -292,6 +293,24 @@ def test_another_adapter_counts_at_once_also_while_text_streams() -> None:
         activate(model, "default")
         assert not torch.equal(model(torch.tensor(prompts))[0], bare)
     tokens.close()
+
+
+def test_a_stop_token_ends_its_row_and_changes_no_other() -> None:
+    model, prompts, seeds = tiny(), prompts_of([3, 5, 9, 4]), [1, 2, 3, 4]
+    whole = [list(row) for row in zip(*stream(model, prompts, 24, WILD, seeds), strict=True)]
+    stop = whole[0][10]
+    how = dataclasses.replace(WILD, stop_ids=(stop,))
+    expected = [row[: row.index(stop)] if stop in row else row for row in whole]
+    assert len({len(row) for row in expected}) > 1
+    found = generate(model, prompts, 24, how, seeds)
+    assert [row[len(prompt) :] for row, prompt in zip(found, prompts, strict=True)] == expected
+    assert generate_per_row(model, prompts, [{}] * 4, 24, how, seeds) == expected
+    (alone,) = generate(model, prompts[:1], 24, how, seeds[:1])
+    assert alone[3:] == expected[0]
+    options = {"temperature": 1.5, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.2, "stop_ids": (stop,)}
+    tensor = model.generate(torch.tensor(prompts_of([5, 5])), 24, seed=1, **options)
+    rows = [row[: row.index(stop, 5)] if stop in row[5:] else row for row in tensor.tolist()]
+    assert rows == generate(model, prompts_of([5, 5]), 24, how, 1)
 
 
 def test_narrow_models_generate_in_fp32_on_the_cpu_and_wide_ones_in_the_callers_dtype(monkeypatch) -> None:
