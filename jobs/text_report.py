@@ -22,9 +22,7 @@ def sample(job: Job) -> str:
     count = characters * len(job.data.held_out) // len(job.data.corpus.validation)
     how = Sampling(temperature=0.8, stop_ids=job.tokenizer.stop_ids)
     with job.machine.autocast():
-        rows = generate(
-            job.model, [start], count, Sampling(temperature=0.8, stop_ids=job.tokenizer.stop_ids), job.settings.seed
-        )
+        rows = generate(job.model, [start], count, how, job.settings.seed)
     return job.tokenizer.decode(rows[0][len(start) :])
 
 
