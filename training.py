@@ -78,7 +78,7 @@ def train(given: Resolved) -> Run:
     if base:
         print(f"   Base: {base.name}, text: {job.data.name}")
     print(report.statistics(job.model.get_parameter_info(), settings.use_lora), flush=True)
-    with RunLock(run):
+    with RunLock(run.folder):
         finish(job, run, Training(job, run, stepper).all_steps(), start)
     return run
 

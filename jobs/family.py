@@ -70,7 +70,7 @@ def orphaned_by(removed: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
 def remove_runs(runs: Sequence[Run]) -> None:
     """Remove runs for good. Raises UserError, with all of them still there, where one is being trained."""
     for run in runs:
-        with RunLock(run):
+        with RunLock(run.folder):
             pass
     for run in runs:
         draft = run.folder.with_name(f".tmp-removed-{run.name}-{os.getpid()}")

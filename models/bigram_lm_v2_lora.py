@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,9 @@ from lora.functional import compute_dtype, dropout
 from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, fused_projection
 from models import sampling
 from models.attention import causal_attention
+from models.cache import KVCache, LayerCache
 from models.config import ModelConfig
 from runtime.batch import mean_cross_entropy
-
-if TYPE_CHECKING:
-    from models.sampling import LayerCache
 
 
 class Attention(nn.Module):
@@ -156,7 +154,7 @@ class BigramLanguageModelLoRA(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: sampling.KVCache | None = None
+        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Token ids (B, T) -> logits (B, T, V), and the mean cross-entropy in nats where targets (B, T) are given;
         targets of -100 do not count, and where none counts the loss is 0.

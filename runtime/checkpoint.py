@@ -141,7 +141,7 @@ class Run:
 
     def tidy(self) -> None:
         """Drop what is left in a finished run whose process was killed, or failed, in its last moments."""
-        with suppress(UserError), RunLock(self):
+        with suppress(UserError), RunLock(self.folder):
             self._drop_saves()
 
     def _drop_saves(self) -> None:
@@ -264,7 +264,7 @@ def claim(
 
 
 def _move_aside(run: Run) -> None:
-    with RunLock(run):  # a process that trains it would go on in the folder that takes its name
+    with RunLock(run.folder):  # a process that trains it would go on in the folder that takes its name
         pass
     there = all_runs(run.folder.parent, warn=False)
     adapters = [other.name for other in there if other.kind == "lora" and other.about["base"]["run"] == run.name]

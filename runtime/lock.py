@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import filelock
 
 from runtime import storage
 from runtime.errors import UserError
 
-if TYPE_CHECKING:
-    from runtime.checkpoint import Run
-
 
 class RunLock:
     """Keeps a second run out of a run's folder while this one writes; the system drops it with the process."""
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.lock = run, filelock.FileLock(run.folder / ".lock", timeout=0)
-        self.holder = run.folder / ".lock-holder"
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.lock = folder, filelock.FileLock(folder / ".lock", timeout=0)
+        self.holder = folder / ".lock-holder"
 
     def __enter__(self) -> None:
         with storage.plain_errors(self.holder, "write"):
             try:
                 self.lock.acquire()
             except filelock.Timeout:
+                name, holder = self.folder.name, self._holder()
                 raise UserError(
-                    f"run {self.run.name} is being trained by {self._holder()}; wait for it, or choose another RUN_NAME"
+                    f"run {name} is being trained by {holder}; wait for it, or choose another RUN_NAME"
                 ) from None
         try:
             storage.write_file(self.holder, f"process {os.getpid()}".encode())
-            storage.remove_leftovers(self.run.folder)
+            storage.remove_leftovers(self.folder)
         except BaseException:
             self.lock.release()
             raise
@@ -47,6 +45,6 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         try:
             storage.remove_file(self.holder)
-            storage.remove_leftovers(self.run.folder)  # of removals that failed
+            storage.remove_leftovers(self.folder)  # of removals that failed
         finally:
             self.lock.release()

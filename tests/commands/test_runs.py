@@ -202,7 +202,7 @@ def test_remove_asks_and_tells_what_would_lose_its_base(root, monkeypatch, capsy
     status, out, err = call(monkeypatch, capsys, adapters, "remove", "base-bias", "lora-bpe")
     assert (status, out) == (2, "") and "--yes; it removes" in err and "without a base: lora-bias" in err
     assert "did you mean base?" in call(monkeypatch, capsys, adapters, "remove", "bse", "--yes")[2]
-    with RunLock(find_run(root, "base")):
+    with RunLock(root / "base"):
         status, _, err = call(monkeypatch, capsys, adapters, "remove", "lora-bias", "base", "--yes")
         assert status == 1 and "run base is being trained by process" in err
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != ".lock"} == before

@@ -212,7 +212,7 @@ import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from runtime.lock import RunLock  # and not the run, which would import torch
-with RunLock(SimpleNamespace(name="", folder=Path(sys.argv[1]))):
+with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -232,7 +232,7 @@ def held(tmp_path_factory):
 def test_a_second_process_is_refused_and_told_who_holds_the_run(held):
     run, process = held
     with pytest.raises(UserError, match=f"run 50% łódź is being trained by process {process.pid}; wait") as caught:
-        RunLock(run).__enter__()
+        RunLock(run.folder).__enter__()
     assert caught.value.status == 1
 
 
@@ -247,7 +247,7 @@ def test_a_holder_that_cannot_be_told_is_another_process(held, monkeypatch):
     run, _ = held
     (run.folder / ".lock-holder").rename(run.folder / "elsewhere")
     with pytest.raises(UserError, match="trained by another process"):
-        RunLock(run).__enter__()
+        RunLock(run.folder).__enter__()
     (run.folder / "elsewhere").rename(run.folder / ".lock-holder")
 
 
@@ -256,7 +256,7 @@ def test_the_lock_goes_with_a_process_that_is_killed(held):
     os.kill(process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
     process.wait()
     assert (run.folder / ".lock-holder").exists(), "it had no time to clean up"
-    with RunLock(run):
+    with RunLock(run.folder):
         assert (run.folder / ".lock-holder").read_text() == f"process {os.getpid()}"
     assert not (run.folder / ".lock-holder").exists()
 
@@ -264,9 +264,9 @@ def test_the_lock_goes_with_a_process_that_is_killed(held):
 def test_the_lock_can_be_had_again_after_an_error(tmp_path):
     run = made(tmp_path, "base-x")
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError), RunLock(run):
+        with pytest.raises(ZeroDivisionError), RunLock(run.folder):
             _ = 1 / 0
-    with RunLock(run):
+    with RunLock(run.folder):
         pass
 
 
@@ -276,7 +276,7 @@ def test_whoever_has_the_lock_clears_what_a_killed_process_left(tmp_path):
     (run.folder / ".tmp-step-000002-99999").mkdir()
     (run.folder / ".tmp-step-000002-99999" / "weights").write_bytes(b"half")
     (run.folder / ".metrics.jsonl.99999.tmp").touch()
-    with RunLock(run):
+    with RunLock(run.folder):
         assert {path.name for path in run.folder.iterdir()} == {"run.json", "step-000001", ".lock", ".lock-holder"}
 
 
@@ -286,13 +286,13 @@ def test_a_folder_that_cannot_be_locked_is_one_line_and_stays_unlocked(tmp_path,
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    failed = RunLock(run)
+    failed = RunLock(run.folder)
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", full)
         with pytest.raises(UserError, match="base-x.*free some space"):
             failed.__enter__()
-    with RunLock(run):
+    with RunLock(run.folder):
         pass
     with pytest.raises(UserError, match="base-x"):
-        RunLock(Run(run.folder / "run.json", about())).__enter__()
+        RunLock(run.folder / "run.json").__enter__()
     assert json.loads((run.folder / "run.json").read_bytes()) == about()

@@ -335,7 +335,7 @@ def test_writing_never_goes_through_a_link(tmp_path, run):
         (run.folder / name).symlink_to(victim)
     for name in ("step-000001", "best-000001", ".tmp-step-000002-1", ".tmp-removed-x"):
         (run.folder / name).symlink_to(outside, target_is_directory=True)
-    with RunLock(run):
+    with RunLock(run.folder):
         MetricsLog(run.folder / "metrics.jsonl", 0).add(1, loss=1.0)
         run.save("step", 2, step_files(), keep=1)
         run.save("best", 2, base_files(), keep=1)
@@ -349,7 +349,7 @@ def test_a_lock_that_is_a_link_is_refused_and_its_target_stays(tmp_path, run):
     (tmp_path / "victim").write_bytes(b"precious")
     (run.folder / ".lock").unlink(missing_ok=True)
     (run.folder / ".lock").symlink_to(tmp_path / "victim")
-    refused(RunLock(run).__enter__)
+    refused(RunLock(run.folder).__enter__)
     assert (tmp_path / "victim").read_bytes() == b"precious"
 
 
@@ -365,10 +365,10 @@ def test_a_tensor_name_that_leads_elsewhere_writes_nothing(tmp_path, monkeypatch
 
 
 def test_a_holder_that_is_no_text_is_told_all_the_same(run):
-    with RunLock(run):
+    with RunLock(run.folder):
         (run.folder / ".lock-holder").write_bytes(b"\xff\0" * 10**5)
         with pytest.raises(UserError, match="is being trained by") as caught:
-            RunLock(run).__enter__()
+            RunLock(run.folder).__enter__()
         assert len(str(caught.value)) < 400
 
 

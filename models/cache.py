@@ -1,0 +1,115 @@
+"""The key-value cache: what each row of a batch has been read, and the pass through the model that is under way.
+
+It is passive: it makes token ids for the next pass, keeps keys and values, and knows nothing of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class LayerCache:
+    """Keys and values of one layer, (2, B, H, block_size, D); of each row the first `lengths` positions are filled.
+
+    On the CPU they are kept in fp32: with one query a row, torch's kernel takes 2 to 4 times as long in bf16.
+    """
+
+    kv_2BHSD: Tensor | None = None
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+
+    def store(self, kv_2BHTD: Tensor) -> bool:
+        """Keep new keys and values; True where they are whole windows, which attend to nothing else."""
+        _, B, H, T, D = kv_2BHTD.shape
+        if self.kv_2BHSD is None:
+            dtype = torch.float32 if kv_2BHTD.device.type == "cpu" else kv_2BHTD.dtype
+            self.kv_2BHSD = kv_2BHTD.new_zeros(2, B, H, self.cache.block_size, D, dtype=dtype)
+        if self.cache.whole:
+            self.kv_2BHSD[:, :, :, :T] = kv_2BHTD
+        elif self.cache.position is not None:
+            self.kv_2BHSD[:, :, :, self.cache.position] = kv_2BHTD[:, :, :, 0]
+        else:
+            rows, at = torch.arange(B, device=kv_2BHTD.device), self.cache.positions_B1[:, 0]
+            self.kv_2BHSD[:, rows, :, at] = kv_2BHTD[:, :, :, 0].transpose(0, 1).to(self.kv_2BHSD.dtype)
+        return self.cache.whole
+
+    def attend(self, q_BH1D: Tensor) -> Tensor:
+        """One new query a row, over all that the row holds, its own position included: (B, H, 1, D)."""
+        k, v = self.kv_2BHSD[:, :, :, : self.cache.width]
+        with self.cache.no_casts:  # autocast would cast all keys and values anew for every token
+            y = F.scaled_dot_product_attention(q_BH1D.to(k.dtype), k, v, attn_mask=self.cache.seen_B11S)
+        return y.to(q_BH1D.dtype)
+
+
+class KVCache:
+    """Keys and values of all layers, and what the pass that is under way reads.
+
+    Whole windows are read right-padded: under a causal mask nothing real attends to the padding, and its keys are
+    overwritten or hidden afterwards. Then every row takes one token at a time, each at its own position.
+    """
+
+    whole: bool  # the pass reads whole windows from position 0, else one token a row
+    lengths: list[int]  # of each row, what this pass adds included
+    position: int | None  # one token a row: where it stands, if that is the same for all
+    positions_B1: Tensor
+    seen_B11S: Tensor | None  # what each row holds, where that is not the same for all
+
+    def __init__(self, n_layer: int, block_size: int, device: torch.device) -> None:
+        self.block_size, self.device = block_size, device
+        self.no_casts = torch.autocast(device.type, enabled=False)
+        self.layers = [LayerCache(self) for _ in range(n_layer)]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been read yet."""
+        return self.layers[0].kv_2BHSD is None
+
+    @property
+    def width(self) -> int:
+        """How many positions the longest row holds."""
+        return max(self.lengths)
+
+    def begin(self, windows: Sequence[Sequence[int]]) -> Tensor:
+        """Start a pass that reads one window a row, from position 0: its token ids (B, T), padded on the right."""
+        self.whole, self.lengths = True, [len(window) for window in windows]
+        return torch.tensor([[*window, *[0] * (self.width - len(window))] for window in windows], device=self.device)
+
+    def advance(self, tokens: Sequence[int]) -> Tensor:
+        """Start a pass that reads one more token a row: its token ids (B, 1). Afterwards read a full row anew."""
+        at = [min(length, self.block_size - 1) for length in self.lengths]
+        self.whole, self.lengths = False, [position + 1 for position in at]
+        self.position = at[0] if len(set(at)) == 1 else None
+        self.positions_B1 = torch.tensor(at, device=self.device)[:, None]
+        self.seen_B11S = None
+        if self.position is None:
+            columns_S = torch.arange(self.width, device=self.device)
+            self.seen_B11S = (columns_S <= self.positions_B1)[:, None, None]
+        return torch.tensor(tokens, device=self.device)[:, None]
+
+    def emptied(self) -> KVCache:
+        """A new cache of the same sizes."""
+        return KVCache(len(self.layers), self.block_size, self.device)
+
+    def replace(self, rows: list[int], other: KVCache) -> None:
+        """Take the rows of another cache in place of these."""
+        for layer, others in zip(self.layers, other.layers, strict=True):
+            layer.kv_2BHSD[:, rows] = others.kv_2BHSD
+        for row, length in zip(rows, other.lengths, strict=True):
+            self.lengths[row] = length
+
+    def positions(self, T: int) -> Tensor:
+        """The positions of the pass under way, for the position embedding: (T,) or (B, 1)."""
+        return torch.arange(T, device=self.device) if self.whole else self.positions_B1
+
+    def last(self, x_BTC: Tensor) -> Tensor:
+        """Of each row, the last real position: (B, 1, C)."""
+        if not self.whole:
+            return x_BTC
+        return x_BTC[
+            torch.arange(len(x_BTC), device=self.device), torch.tensor(self.lengths, device=self.device) - 1, None
+        ]
