@@ -51,7 +51,8 @@ class Adaptable(nn.Module):
     def effective(self, name: str) -> Tensor | None:
         """Return this layer's tensor `name` with the active adapters' copies applied, in its own dtype."""
         base = getattr(self, name)
-        copies = [(copy, s) for m, s in self.active_modules().items() if (copy := m.copy_of(name)) is not None]
+        # no walrus here: its cell variable breaks torch.compile's graph
+        copies = [(m.copy_of(name), s) for m, s in self.active_modules().items() if m.copy_of(name) is not None]
         return weighted_sum(base, copies).to(base.dtype) if copies else base
 
     def effective_tensors(self) -> dict[str, Tensor]:

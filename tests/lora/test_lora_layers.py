@@ -295,3 +295,13 @@ def test_a_fused_projection_may_have_different_adapters(monkeypatch: pytest.Monk
     layers = (attention.q_proj, attention.k_proj, attention.v_proj)
     expected = torch.stack([nn.functional.linear(x, layer.effective_weight()) for layer in layers], -2)
     assert torch.allclose(fused_projection(layers, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("saved", [math.inf, -math.inf], ids=["from the weight", "from the tokens"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_an_adapted_model_compiles_to_one_graph(variant: str, saved: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "MIN_SAVED", saved)
+    torch._dynamo.reset()
+    model = adapted(LoRAConfig(rank=2, variant=variant, bias="all"), bias=True, n_layer=1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(IDX, TARGETS)[1], model(IDX, TARGETS)[1])
