@@ -24,13 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
-from jobs import adapter_making as making
-from jobs import adapter_report, forgetting
-from jobs.adapters import Adapted, Base, check_free, held_out, open_adapters, texts_of
-from jobs.checkup import Checkup
-from jobs.family import orphaned_by, remove_runs
-from runtime import storage
-from runtime.checkpoint import all_runs, suggest
+from jobs.adapting import forgetting, report
+from jobs.adapting import making as making
+from jobs.adapting.adapted import Adapted, Base, check_free, held_out, open_adapters, texts_of
+from jobs.adapting.checkup import Checkup
+from jobs.runs.family import orphaned_by, remove_runs
 from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import UsageError, UserError, run_command
@@ -38,6 +36,8 @@ from runtime.settings.config import FOLDER, NAME, NAMED, Machine, from_command_l
 from runtime.settings.fields import setting
 from runtime.settings.flags import subcommand
 from runtime.start import command_line, install_line
+from runtime.storage import folders
+from runtime.storage.runs import all_runs, suggest
 
 WHAT = "What to do"
 NUMBER = r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18})([eE][+-]?[0-9]{1,2})?"
@@ -73,7 +73,7 @@ def save_picture(folder: Path, name: str, out: str, draw: Callable[[], bytes]) -
         say(f"No picture: matplotlib is not installed; get it with: {install_line(PLOTS)}")
         return
     check_free(path)
-    storage.write_file(path, data)
+    folders.write_file(path, data)
     print(f"Picture: {path}")
 
 
@@ -107,7 +107,7 @@ class List(Command):
     """
 
     def run(self) -> None:
-        print(adapter_report.list_runs(self.root))
+        print(report.list_runs(self.root))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +120,11 @@ class Inspect(Command):
     def run(self) -> None:
         check_picture(self.out)
         (adapted,) = open_adapters(self.root, (self.name,))
-        found = adapter_report.sizes(adapted)
-        print(adapter_report.inspected(adapted, found))
+        found = report.sizes(adapted)
+        print(report.inspected(adapted, found))
 
         def draw() -> bytes:
-            from jobs.adapter_plots import draw_sizes
+            from jobs.adapting.plots import draw_sizes
 
             return draw_sizes(found, f"What {self.name} changes in {adapted.base.run.name}")
 
@@ -139,7 +139,7 @@ class Diff(Command):
     other: str = setting("", "Another on the same base", place="B", **A_NAME)
 
     def run(self) -> None:
-        print(adapter_report.compared(*open_adapters(self.root, (self.one, self.other))))
+        print(report.compared(*open_adapters(self.root, (self.one, self.other))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ class Strength(Inspect):
         print(forgetting.told(roles, strengths, losses))
 
         def draw() -> bytes:
-            from jobs.adapter_plots import draw_strengths
+            from jobs.adapting.plots import draw_strengths
 
             return draw_strengths(strengths, losses, roles, f"{self.name}: what it gains and what the base forgets")
 
@@ -214,7 +214,7 @@ class Combine(Command):
             open_adapters(self.root, self.names), weights, self.method, self.rank, self.root / self.out
         )
         terms = " + ".join(f"{weight:g} x {name}" for weight, name in zip(weights, self.names, strict=True))
-        print(f"{self.root / self.out}: {terms}, by {self.method}, rank {adapter_report.ranks_in_words(made.adapter)}")
+        print(f"{self.root / self.out}: {terms}, by {self.method}, rank {report.ranks_in_words(made.adapter)}")
         if self.method == "svd":
             path, worst = max(made.errors.items(), key=lambda item: item[1])
             print(f"Relative error of the change (Frobenius): {made.error:.4f}; most in {path}, {worst:.4f}")
@@ -251,7 +251,7 @@ class Import(Command):
     def run(self) -> None:
         check_free(self.root / self.out)
         adapter = making.import_folder(Path(self.folder), Base.open(self.root, self.base), self.root / self.out)
-        told = f"rank {adapter_report.ranks_in_words(adapter)} on {len(adapter.targets())} modules"
+        told = f"rank {report.ranks_in_words(adapter)} on {len(adapter.targets())} modules"
         print(f"{self.root / self.out}: {self.folder} as an adapter of {self.base}, {told}")
         print(f"➡️  Next: {command_line('generate.py', '--run', self.out)}")
 

@@ -19,23 +19,23 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
-from jobs.base import find_base
-from jobs.comparison import Method, base_windows, make_method, row, untouched
-from jobs.comparison_report import over_seeds, table, verdict
-from jobs.memory import peak_memory
-from jobs.sweep import sweep, sweep_table, sweep_verdict
+from jobs.comparing.comparison import Method, base_windows, make_method, row, untouched
+from jobs.comparing.memory import peak_memory
+from jobs.comparing.report import over_seeds, table, verdict
+from jobs.comparing.sweep import sweep, sweep_table, sweep_verdict
+from jobs.runs.base import find_base
 from lora.variants.registry import VARIANTS
-from runtime import storage
-from runtime.checkpoint import Run, identity_of
 from runtime.console import say
 from runtime.device import Machine, machine_name, pick_machine
 from runtime.errors import UsageError, UserError, run_command
-from runtime.metrics import Progress
 from runtime.settings.config import LORA, PRESETS, SHAPE, Settings, from_command_line
 from runtime.settings.fields import setting, settings_of
 from runtime.settings.sources import Resolved
 from runtime.start import command_line, install_line
-from runtime.steps import evaluate
+from runtime.storage import folders
+from runtime.storage.runs import Run, identity_of
+from runtime.training.metrics import Progress
+from runtime.training.steps import evaluate
 
 COMPARED = "What to compare"
 NUMBERS = r"[0-9]{1,4}( *, *[0-9]{1,4})*"
@@ -139,13 +139,13 @@ def with_memory(rows: list[dict[str, Any]], methods: list[Method], machine: Mach
 
 
 def save_picture(file: Path, draw: str, *what: Any) -> None:
-    """Draw with a function of `jobs.plots`, where matplotlib is installed."""
+    """Draw with a function of `jobs.comparing.plots`, where matplotlib is installed."""
     try:
-        from jobs import plots
+        from jobs.comparing import plots
     except ImportError:
         say(f"No picture: matplotlib is not installed; get it with: {install_line('requirements-plots.txt')}")
     else:
-        storage.write_file(file, getattr(plots, draw)(*what))
+        folders.write_file(file, getattr(plots, draw)(*what))
 
 
 def save(given: Resolved, rows: list[dict[str, Any]], base: Run) -> Path:
@@ -154,7 +154,7 @@ def save(given: Resolved, rows: list[dict[str, Any]], base: Run) -> Path:
     folder = next(path for i in range(1, 10**6) if not (path := root / f"{name}-{i}").exists())
     about = {"base": base.name, "settings": given.settings.as_dict(), "machine": machine_name()}
     about |= {"date": time.strftime("%Y-%m-%d"), "verdict": verdict(rows), "methods": rows}
-    storage.write_file(folder / "results.json", (json.dumps(about, indent=1) + "\n").encode())
+    folders.write_file(folder / "results.json", (json.dumps(about, indent=1) + "\n").encode())
     save_picture(folder / "results.png", "draw_comparison", rows, verdict(rows))
     if given.settings.variants:
         save_picture(folder / "kinds.png", "draw_kinds", rows, verdict(rows))

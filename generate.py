@@ -18,8 +18,8 @@ from pathlib import Path
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
 from data.tokenizers import Tokenizer, listed
-from jobs.choice import Choice, choose, in_words, parse_adapters
-from jobs.prompts import Request, read_requests
+from jobs.generating.choice import Choice, choose, in_words, parse_adapters
+from jobs.generating.prompts import Request, read_requests
 from lora.attach import using
 from models.choosing import Sampling
 from models.per_row import generate_per_row
@@ -27,10 +27,10 @@ from models.sampling import stream
 from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import UsageError, UserError, run_command
-from runtime.metrics import Progress
 from runtime.settings.config import Machine, from_command_line
 from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
+from runtime.training.metrics import Progress
 
 WHAT, HOW = "What to continue", "How to sample"
 

@@ -13,17 +13,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
-from jobs.base import base_settings, find_base
-from jobs.job import Job, identity, prepare, unread, unread_names
-from jobs.loop import Training
-from jobs.preflight import preflight
-from jobs.result import tell_next, tell_result
-from jobs.selfcheck import Names, digests, self_check
-from jobs.text_report import bits_per_character, sample, tell_samples
+from jobs.runs.base import base_settings, find_base
+from jobs.runs.job import Job, identity, prepare, unread, unread_names
+from jobs.runs.loop import Training
+from jobs.runs.preflight import preflight
+from jobs.runs.result import tell_next, tell_result
+from jobs.runs.selfcheck import Names, digests, self_check
+from jobs.runs.text_report import bits_per_character, sample, tell_samples
 from lora.adapter import Adapter
 from lora.attach import using
-from runtime import report, resume
-from runtime.checkpoint import Run, RunLock, claim, open_run
+from runtime import report
 from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import run_command
@@ -31,6 +30,8 @@ from runtime.settings.config import SHAPE, Settings, from_command_line
 from runtime.settings.fields import in_words, settings_of
 from runtime.settings.sources import Resolved, describe
 from runtime.start import command_line
+from runtime.storage.runs import Run, RunLock, claim, open_run
+from runtime.training import resume
 
 
 def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:

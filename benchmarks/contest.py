@@ -12,9 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from jobs import timing
-from runtime import storage
+from jobs.comparing import timing
 from runtime.device import Machine, machine_name
+from runtime.storage import folders
 
 SIZES = {  # name: vocab_size, n_embd, n_head, n_layer, block_size
     "tiny": (96, 32, 2, 1, 16),  # measures nothing; shows that a benchmark runs
@@ -60,7 +60,7 @@ def close(name: str, rows: list[dict], keep: bool) -> None:
     if keep:
         path = Path(__file__).with_name("results") / f"{name}.json"
         about = {"machine": machine_name(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
-        storage.write_file(path, (json.dumps(about, indent=1) + "\n").encode())
+        folders.write_file(path, (json.dumps(about, indent=1) + "\n").encode())
         print(f"Written to {path}")
 
 

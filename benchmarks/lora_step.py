@@ -14,10 +14,10 @@ import torch
 from benchmarks import peers
 from benchmarks.contest import SIZES, by_size, ratio, take_turns
 from lora.optim import after_steps, extra_losses, make_optimizer
-from runtime.batch import Batch
 from runtime.device import Machine, pick_machine
 from runtime.errors import run_command
-from runtime.steps import Schedule, Stepper
+from runtime.training.batch import Batch
+from runtime.training.steps import Schedule, Stepper
 
 # (contestant, against, what it says, goal by size)
 ROWS = (

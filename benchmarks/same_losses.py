@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 from runtime.errors import UserError, run_command
-from runtime.metrics import read_metrics
-from runtime.storage import sha256
+from runtime.storage.folders import sha256
+from runtime.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = "--test-mode --batch-size 4 --max-iters 20 --eval-interval 10 --save-interval 10"

@@ -31,18 +31,18 @@ import torch
 from benchmarks import peers
 from benchmarks.contest import SIZES, close, parser, ratio, take_turns, tell
 from benchmarks.runs import RUNS
-from jobs.job import Job, prepare
-from jobs.loop import Training
+from jobs.runs.job import Job, prepare
+from jobs.runs.loop import Training
 from lora.optim import make_optimizer
-from runtime.batch import Batch
-from runtime.checkpoint import Run, claim
 from runtime.device import Machine, pick_machine
 from runtime.errors import run_command
-from runtime.metrics import read_metrics
-from runtime.resume import State, to_files
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
-from runtime.steps import Schedule, Stepper
+from runtime.storage.runs import Run, claim
+from runtime.training.batch import Batch
+from runtime.training.metrics import read_metrics
+from runtime.training.resume import State, to_files
+from runtime.training.steps import Schedule, Stepper
 
 ROWS = (  # (contestant, what it says, goal)
     ("save", "a save / plain files of these bytes", 2.0),

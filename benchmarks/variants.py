@@ -13,7 +13,7 @@ import torch
 from benchmarks import peers
 from benchmarks.contest import SIZES, by_size, ratio, take_turns
 from benchmarks.lora_step import make_step
-from jobs.job import lora_config
+from jobs.runs.job import lora_config
 from lora.attach import attach
 from runtime.device import pick_machine
 from runtime.errors import run_command

@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.console import say
 from runtime.errors import UserError
-from runtime.storage import DamagedError, commit_folder, read_folder, remove_folder
+from runtime.storage.folders import DamagedError, commit_folder, read_folder, remove_folder
 
 
 def cached(folder: Path, build: Callable[[], dict[str, bytes]], parse: Callable[[dict[str, bytes]], Any]) -> Any:

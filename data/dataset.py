@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from runtime.batch import Batch
+from runtime.training.batch import Batch
 
 
 class Dataset(Protocol):

@@ -11,9 +11,9 @@ import torch
 from data.cache import cached
 from data.corpora import Corpus
 from data.tokenizers import Tokenizer
-from runtime.batch import Batch
 from runtime.errors import UserError
-from runtime.storage import sha256
+from runtime.storage.folders import sha256
+from runtime.training.batch import Batch
 
 TOKENS = "tokens.bin"  # little-endian ids and nothing else
 

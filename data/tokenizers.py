@@ -15,7 +15,7 @@ import tiktoken
 
 from runtime.console import say
 from runtime.errors import UsageError, UserError
-from runtime.storage import DamagedError, sha256
+from runtime.storage.folders import DamagedError, sha256
 
 KINDS = ("char", "bpe", "gpt2")
 END = "<|endoftext|>"

@@ -12,8 +12,8 @@ from lora.attach import adaptable_layers, base_tensors, check_attached, install,
 from lora.config import LoRAConfig
 from lora.variants.lora import AdapterModule, LoRA
 from lora.variants.registry import VARIANTS
-from runtime.encoding import differences, fingerprint
 from runtime.errors import UsageError, UserError, join_problems
+from runtime.storage.encoding import differences, fingerprint
 
 SHARED = "shared_sha256"  # a key of the metadata: the fingerprint of the tensors that all layers share
 COPIES = ("weight", "bias")  # names of trained copies of the base's tensors

@@ -19,8 +19,8 @@ from lora.adapter import Adapter
 from lora.attach import REGEX
 from lora.config import LoRAConfig
 from lora.variants.registry import VARIANTS
-from runtime.encoding import fingerprint
 from runtime.errors import UsageError, UserError
+from runtime.storage.encoding import fingerprint
 
 METHODS = ("linear", "cat", "svd")
 BaseTensors = Mapping[str, Tensor]  # by name

@@ -19,10 +19,10 @@ from lora.card import CARD, card
 from lora.config import LoRAConfig
 from lora.variants.lora import LoRA
 from lora.variants.registry import VARIANTS, variant_of
-from runtime import storage
-from runtime.encoding import fingerprint, pack, read_json, to_json, unpack
 from runtime.errors import UsageError, UserError
 from runtime.settings.config import HIGHEST_RANK
+from runtime.storage import folders
+from runtime.storage.encoding import fingerprint, pack, read_json, to_json, unpack
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -202,7 +202,7 @@ def from_files(files: dict[str, bytes], where: str) -> Adapter:
 
 def save_adapter(folder: Path, adapter: Adapter) -> None:
     """Save an adapter as a new folder. Raises UserError where it exists or cannot be written."""
-    storage.commit_folder(folder, to_files(adapter))
+    folders.commit_folder(folder, to_files(adapter))
 
 
 def load_adapter(folder: Path) -> Adapter:
@@ -210,9 +210,9 @@ def load_adapter(folder: Path) -> Adapter:
 
     Raises UserError where something is missing, corrupted or cannot be read.
     """
-    with storage.plain_errors(folder, "read"):
-        if (folder / storage.MANIFEST).exists():
-            files = storage.read_folder(folder)
+    with folders.plain_errors(folder, "read"):
+        if (folder / folders.MANIFEST).exists():
+            files = folders.read_folder(folder)
         else:
             files = {name: path.read_bytes() for name in (CONFIG, TENSORS) if (path := folder / name).is_file()}
     return from_files(files, str(folder))

@@ -21,7 +21,7 @@ from models import sampling
 from models.attention import causal_attention
 from models.cache import KVCache, LayerCache
 from models.config import ModelConfig
-from runtime.batch import mean_cross_entropy
+from runtime.training.batch import mean_cross_entropy
 
 
 class Attention(nn.Module):

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from lora.attach import base_tensors
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.config import ModelConfig
-from runtime.encoding import differences, pack, read_json, to_json, unpack
 from runtime.errors import UserError, join_problems
-from runtime.storage import DamagedError
+from runtime.storage.encoding import differences, pack, read_json, to_json, unpack
+from runtime.storage.folders import DamagedError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

@@ -22,14 +22,14 @@ import torch
 from command_line import NO_TRACEBACK, PYTHON, ROOT, run
 
 import adapters
-from jobs import adapter_making, checkup
-from jobs.adapters import metadata_of_made, open_adapters, publish
-from jobs.job import load_trained
+from jobs.adapting import checkup, making
+from jobs.adapting.adapted import metadata_of_made, open_adapters, publish
+from jobs.runs.job import load_trained
 from lora.combine import delta
 from lora.peft_format import to_files
-from runtime.checkpoint import find_run
-from runtime.encoding import fingerprint
 from runtime.errors import run_command
+from runtime.storage.encoding import fingerprint
+from runtime.storage.runs import find_run
 
 DOC = (ROOT / "docs/adapters.md").read_text("utf-8")
 SEVERAL = (
@@ -191,7 +191,7 @@ def test_a_merged_run_needs_no_adapter_and_can_be_adapted_again(walked, here):
 
 
 def test_a_merge_that_does_not_verify_leaves_nothing(here, monkeypatch, capsys):
-    monkeypatch.setattr(adapter_making, "TOLERANCE", -1.0)
+    monkeypatch.setattr(making, "TOLERANCE", -1.0)
     before = snapshot(here)
     status, _, err = call(monkeypatch, capsys, "merge", "folio", "--out", "wrong")
     assert status == 1 and "differ from base and adapter by" in err and "nothing was saved" in err
@@ -406,10 +406,10 @@ def test_pictures_take_the_next_free_name_and_need_an_extra(here, monkeypatch, c
     (here / "checkpoints/folio/inspect-2.png").unlink()
     assert call(monkeypatch, capsys, "inspect", "folio", "--out", str(tmp_path / "a.png"))[0] == 0
     assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib" or name == "jobs.adapter_plots"]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib" or name == "jobs.adapting.plots"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delattr("jobs.adapter_plots", raising=False)
+    monkeypatch.delattr("jobs.adapting.plots", raising=False)
     status, out, err = call(monkeypatch, capsys, "inspect", "folio")
     assert status == 0 and f"-m pip install -r {ROOT}/requirements-plots.txt" in err and "Picture" not in out
     assert snapshot(here / "checkpoints/folio") == before

@@ -11,15 +11,15 @@ import pytest
 from command_line import run
 
 from compare import Options, lora_settings
-from jobs.comparison import base_windows, make_method
-from jobs.comparison_report import over_seeds
-from jobs.job import TEST_CHARACTERS
-from jobs.timing import ratio
+from jobs.comparing.comparison import base_windows, make_method
+from jobs.comparing.report import over_seeds
+from jobs.comparing.timing import ratio
+from jobs.runs.job import TEST_CHARACTERS
 from lora.variants.registry import VARIANTS
-from runtime.checkpoint import find_run
 from runtime.device import pick_machine
 from runtime.settings.config import Settings
 from runtime.settings.fields import resolve
+from runtime.storage.runs import find_run
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from command_line import NO_TRACEBACK, ROOT, run
 
-from runtime import storage
-from runtime.checkpoint import Run, all_runs, open_run
 from runtime.errors import UserError
+from runtime.storage import folders
+from runtime.storage.runs import Run, all_runs, open_run
 
 NAME = "test-base-shakespeare"
 SAVES = ("--test-mode", "--n-layer=1", "--save-interval=5", "--eval-interval=5", "--eval-iters=1", "--batch-size=4")
@@ -37,7 +37,7 @@ def good_steps(folder: Path) -> list[int]:
     """The resumable steps there; each is whole, and nothing temporary lies beside them."""
     run = open_run(folder / "checkpoints" / NAME)
     assert not list(run.folder.glob(".tmp*"))
-    assert all(storage.read_folder(path) for prefix in ("step", "best") for _, path in run.saved(prefix))
+    assert all(folders.read_folder(path) for prefix in ("step", "best") for _, path in run.saved(prefix))
     return [step for step, _ in run.saved("step")]
 
 

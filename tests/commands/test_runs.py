@@ -15,13 +15,13 @@ import adapters
 import generate
 import training
 from data.tokenizers import load_tokenizer
-from jobs.adapters import open_adapters
-from jobs.base import find_base
+from jobs.adapting.adapted import open_adapters
+from jobs.runs.base import find_base
 from runtime import report
-from runtime.checkpoint import RunLock, all_runs, find_run
-from runtime.encoding import read_sealed_json, to_sealed_json
 from runtime.errors import UsageError, run_command
 from runtime.settings.config import Settings
+from runtime.storage.encoding import read_sealed_json, to_sealed_json
+from runtime.storage.runs import RunLock, all_runs, find_run
 
 RUNS = Path(__file__).resolve().parent.parent / "fixtures/runs"
 
@@ -123,7 +123,7 @@ def test_a_prompt_with_foreign_characters_is_told_which_there_are(root, monkeypa
 
 @pytest.mark.parametrize(("variant", "has"), [("lora", True), ("vera", False)])
 def test_the_banner_shows_an_alpha_where_it_is_read(variant, has):
-    from jobs.job import unread_names
+    from jobs.runs.job import unread_names
 
     settings = Settings.from_dict({"use_lora": True, "lora_variant": variant})
     assert ("alpha" in report.banner(settings, unread_names(settings))) is has

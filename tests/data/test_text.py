@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from data.corpora import Corpus
 from data.text import TextData, tokens_of, validation_windows
 from data.tokenizers import build_tokenizer
-from runtime.batch import Batch
 from runtime.errors import UserError
+from runtime.training.batch import Batch
 
 TOKENS = np.arange(5000, dtype=np.uint16)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from data.corpora import Corpus
 from data.tokenizers import ASCII, END, BPETokenizer, CharTokenizer, Tokenizer, build_tokenizer, load_tokenizer
 from runtime.errors import UsageError, UserError
-from runtime.storage import DamagedError
+from runtime.storage.folders import DamagedError
 
 SAMPLE = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote; ünïcödé 書\n" * 20
 CHAR = build_tokenizer("char", SAMPLE, 0)

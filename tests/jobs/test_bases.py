@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 
-import jobs.base
+import jobs.runs.base
 import lora.adapter
 import training
-from jobs.adapters import open_adapters
-from jobs.base import find_base
-from jobs.choice import choose
-from jobs.comparison import make_method
-from jobs.job import identity
-from runtime import storage
-from runtime.checkpoint import Run, open_run
+from jobs.adapting.adapted import open_adapters
+from jobs.comparing.comparison import make_method
+from jobs.generating.choice import choose
+from jobs.runs.base import find_base
+from jobs.runs.job import identity
 from runtime.device import pick_machine
-from runtime.encoding import to_sealed_json
 from runtime.errors import UserError
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
+from runtime.storage import folders
+from runtime.storage.encoding import to_sealed_json
+from runtime.storage.runs import Run, open_run
 from tests.commands.command_line import run
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8}
@@ -200,11 +200,11 @@ def test_a_comparison_takes_a_base_of_another_folder(root):
 
 def test_a_command_that_opens_an_adapter_reads_and_hashes_its_base_once(root, monkeypatch):
     hashed, read = [], []
-    for module in (jobs.base, lora.adapter):
+    for module in (jobs.runs.base, lora.adapter):
         honest = module.fingerprint
         monkeypatch.setattr(module, "fingerprint", lambda t, honest=honest: hashed.append(len(t)) or honest(t))
-    honest_read = storage.read_folder
-    monkeypatch.setattr(storage, "read_folder", lambda folder: read.append(folder.parent.name) or honest_read(folder))
+    honest_read = folders.read_folder
+    monkeypatch.setattr(folders, "read_folder", lambda folder: read.append(folder.parent.name) or honest_read(folder))
     choose(root, "test-lora-b-r2", None, ())
     assert len(hashed) == 1 and sorted(read) == ["base", "test-lora-b-r2"]
 

@@ -18,20 +18,20 @@ from pathlib import Path
 import pytest
 import torch
 
-import jobs.job
-import jobs.text_report
+import jobs.runs.job
+import jobs.runs.text_report
 import training
-from jobs import loop
-from jobs.job import Job
+from jobs.runs import loop
+from jobs.runs.job import Job
 from lora.variants.registry import VARIANTS
-from runtime.checkpoint import Run
 from runtime.interrupt import InterruptedRunError
-from runtime.metrics import MetricsLog
-from runtime.resume import STATE, State, to_files
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
-from runtime.steps import Stepper
-from runtime.storage import read_folder
+from runtime.storage.folders import read_folder
+from runtime.storage.runs import Run
+from runtime.training.metrics import MetricsLog
+from runtime.training.resume import STATE, State, to_files
+from runtime.training.steps import Stepper
 
 SOAK = bool(os.environ.get("SOAK"))
 SHARE = 2  # of a case's moments, in a quick run
@@ -86,10 +86,12 @@ class Moments:
     @contextmanager
     def of_a_run(self) -> Iterator[None]:
         """While this is entered, runs have moments."""
-        honest = jobs.job.evaluate
+        honest = jobs.runs.job.evaluate
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Stepper, "lap", staticmethod(self))  # after each forward and backward, and each update
-            patch.setattr(jobs.job, "evaluate", lambda m, batches, where: honest(m, self.before_each(batches), where))
+            patch.setattr(
+                jobs.runs.job, "evaluate", lambda m, batches, where: honest(m, self.before_each(batches), where)
+            )
             for owner, name in ((MetricsLog, "add"), (MetricsLog, "flush"), (Run, "save"), (Run, "publish")):
                 patch.setattr(owner, name, self.around(getattr(owner, name)))
             patch.setattr(Job, "load_product", self.around(Job.load_product))
@@ -121,7 +123,7 @@ class Case:
         torch.manual_seed(12345 + moments.k)  # whatever was drawn before must not matter
         with moments.of_a_run(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop.Training, "all_steps", noted)
-            patch.setattr(jobs.text_report, "TEST_SAMPLE_CHARACTERS", 2)
+            patch.setattr(jobs.runs.text_report, "TEST_SAMPLE_CHARACTERS", 2)
             train(self.values)
 
     def left(self) -> dict:

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import training
-from jobs import loop
-from runtime.checkpoint import Run
+from jobs.runs import loop
 from runtime.interrupt import InterruptedRunError
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
+from runtime.storage.runs import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "dropout": 0.1, "device": "cpu", "dtype": "fp32"}

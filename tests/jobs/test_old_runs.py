@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs.adapters import Base, open_adapters
-from runtime.checkpoint import open_run
+from jobs.adapting.adapted import Base, open_adapters
+from runtime.storage.runs import open_run
 from tests.commands.command_line import run as run_command
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"

@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-import jobs.job
+import jobs.runs.job
 import training
-from jobs import loop
-from jobs.job import Job
+from jobs.runs import loop
+from jobs.runs.job import Job
 from lora.adapter import Adapter
 from lora.peft_format import CONFIG, TENSORS, load_adapter
 from models.files import WEIGHTS
-from runtime import storage
-from runtime.checkpoint import Run
-from runtime.encoding import pack, unpack
 from runtime.errors import UserError
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
-from runtime.steps import NonFiniteError, Stepper
+from runtime.storage import folders
+from runtime.storage.encoding import pack, unpack
+from runtime.storage.runs import Run
+from runtime.training.steps import NonFiniteError, Stepper
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True}
 FAST = {"test_mode": True, "device": "cpu", "dtype": "fp32", "batch_size": 4, "eval_iters": 2, "save_interval": 1}
@@ -81,14 +81,14 @@ def after_training(monkeypatch: pytest.MonkeyPatch, change: Callable[[Job, Run],
 
 def rewritten(folder: Path, change: Callable[[dict[str, bytes]], dict[str, bytes]]) -> None:
     """A committed folder with other files in it, whose manifest is in order."""
-    files = storage.read_folder(folder)
+    files = folders.read_folder(folder)
     shutil.rmtree(folder)
-    storage.commit_folder(folder, change(files))
+    folders.commit_folder(folder, change(files))
 
 
 def leave_out(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """An optimizer that forgets one tensor."""
-    honest = jobs.job.make_optimizer
+    honest = jobs.runs.job.make_optimizer
 
     def make(model, *args):
         optimizer, forgotten = honest(model, *args), model.get_parameter(name)
@@ -96,7 +96,7 @@ def leave_out(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             group["params"] = [p for p in group["params"] if p is not forgotten]
         return optimizer
 
-    monkeypatch.setattr(jobs.job, "make_optimizer", make)
+    monkeypatch.setattr(jobs.runs.job, "make_optimizer", make)
 
 
 GOOD = [{}, {"max_iters": 1}, {"max_iters": 1, "weight_decay": 0.1, "lora_dropout": 0.5}, {"base": "bigram"}]

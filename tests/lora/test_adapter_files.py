@@ -20,9 +20,9 @@ from lora.config import LoRAConfig
 from lora.peft_format import CONFIG, TENSORS, from_files, load_adapter, save_adapter, to_files
 from lora.variants.registry import VARIANTS
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from runtime.encoding import fingerprint
 from runtime.errors import UsageError, UserError
-from runtime.storage import DamagedError
+from runtime.storage.encoding import fingerprint
+from runtime.storage.folders import DamagedError
 
 CONFIGS = [
     LoRAConfig(4, 6.0, 0.25, targets, variant, bias, embeddings)

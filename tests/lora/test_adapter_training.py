@@ -14,9 +14,9 @@ from lora.config import LoRAConfig
 from lora.optim import make_optimizer
 from lora.variants.registry import VARIANTS
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from runtime.encoding import fingerprint
 from runtime.errors import UsageError
 from runtime.settings.config import Settings
+from runtime.storage.encoding import fingerprint
 
 
 def optimise(model: BigramLanguageModelLoRA, steps: int = 3) -> None:

@@ -20,9 +20,9 @@ from lora.merge import merged
 from lora.peft_format import CONFIG, load_adapter, save_adapter
 from lora.variants.lora import LoRA
 from lora.variants.registry import VARIANTS, variant_of
-from runtime import resume
 from runtime.errors import UsageError
-from runtime.steps import Stepper
+from runtime.training import resume
+from runtime.training.steps import Stepper
 
 
 class Toy(LoRA):

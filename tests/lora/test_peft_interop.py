@@ -19,8 +19,8 @@ from lora.attach import base_tensors
 from lora.config import LoRAConfig
 from lora.peft_format import CONFIG, TENSORS, load_adapter, to_files
 from lora.variants.registry import VARIANTS
-from runtime import storage
 from runtime.errors import UserError
+from runtime.storage import folders
 
 CASES = list(itertools.product(VARIANTS, ("none", "all", "lora_only"), (False, True)))
 EMBEDDINGS = ["token_embedding", "position_embedding"]
@@ -45,7 +45,7 @@ def read_by_peft(ours: Model, folder: Path, shared: bool = False, **base) -> Mod
     """A PEFT model with our adapter, loaded from a folder that we saved."""
     adapter = Adapter.from_model(ours)
     with_it = adapter.make_shared(base_tensors(ours)) if shared else None
-    storage.commit_folder(folder, to_files(adapter, shared=with_it))
+    folders.commit_folder(folder, to_files(adapter, shared=with_it))
     return peft.PeftModel.from_pretrained(tiny(**base), folder)
 
 

@@ -23,9 +23,9 @@ from lora.merge import merged
 from lora.optim import make_optimizer
 from lora.peft_format import CONFIG, TENSORS, from_files, to_files
 from lora.variants.registry import variant_of
-from runtime import resume
-from runtime.encoding import fingerprint, pack, unpack
 from runtime.errors import UsageError, UserError
+from runtime.storage.encoding import fingerprint, pack, unpack
+from runtime.training import resume
 
 VERA = LoRAConfig(rank=4, variant="vera", seed=7)
 WIDEST = 128, 128  # of the inputs (down_proj's) and of the outputs (up_proj's)
@@ -87,7 +87,7 @@ def test_the_matrices_are_not_counted_trained_or_saved() -> None:
 
 def test_another_process_makes_the_same_matrices() -> None:
     code = "import torch; from lora.config import LoRAConfig; from lora.variants.vera import VeRA; "
-    code += "from runtime.encoding import fingerprint; torch.manual_seed(99); "
+    code += "from runtime.storage.encoding import fingerprint; torch.manual_seed(99); "
     code += f"shared = VeRA.make_shared(LoRAConfig(rank=4, variant='vera', seed=7), [{WIDEST}]); "
     code += "print(fingerprint(dict(shared.named_buffers())))"
     env = os.environ | {"PYTHONPATH": str(ROOT)}

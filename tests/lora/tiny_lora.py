@@ -12,9 +12,9 @@ from lora.config import LoRAConfig
 from lora.optim import after_steps, extra_losses, make_optimizer
 from lora.variants.lora import LoRA
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from runtime.batch import Batch
 from runtime.device import Machine
-from runtime.steps import Schedule, Stepper
+from runtime.training.batch import Batch
+from runtime.training.steps import Schedule, Stepper
 
 IDX = torch.arange(24).reshape(2, 12) * 7 % 50
 TARGETS = torch.arange(24).reshape(2, 12) * 11 % 50

@@ -9,11 +9,11 @@ import torch
 
 from lora.optim import make_optimizer
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from runtime.batch import Batch
 from runtime.device import Machine, check_compiler
 from runtime.errors import UserError
-from runtime.resume import State, restore, to_files
-from runtime.steps import Schedule, Stepper
+from runtime.training.batch import Batch
+from runtime.training.resume import State, restore, to_files
+from runtime.training.steps import Schedule, Stepper
 
 CPU = Machine(torch.device("cpu"), torch.float32)
 TOKENS = torch.arange(2 * 9).reshape(2, 9) % 20

@@ -13,9 +13,9 @@ from lora.config import LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.config import ModelConfig
 from models.files import CONFIG, WEIGHTS, config_from, from_files, load_weights, to_files
-from runtime.encoding import pack, unpack
 from runtime.errors import UserError
-from runtime.storage import DamagedError
+from runtime.storage.encoding import pack, unpack
+from runtime.storage.folders import DamagedError
 
 IDX = torch.arange(12).reshape(2, 6)
 

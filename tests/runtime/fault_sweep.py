@@ -26,13 +26,13 @@ import torch
 import torch._dynamo  # what the first optimizer would import, in every child anew
 from faulty_disk import MODES, FaultyDisk, applies
 
-import jobs.text_report
+import jobs.runs.text_report
 import training
-from jobs import loop
+from jobs.runs import loop
 from lora.peft_format import load_adapter, save_adapter
 from runtime.errors import run_command
-from runtime.resume import OPTIMIZER, WEIGHTS, to_files
-from runtime.storage import read_folder
+from runtime.storage.folders import read_folder
+from runtime.training.resume import OPTIMIZER, WEIGHTS, to_files
 
 CHANGES = ("fsync", "rename", "replace", "unlink", "rmdir")
 KINDS = ("base", "full", "lora", "adapter")
@@ -111,7 +111,7 @@ class Sweep:
             return state
 
         loop.Training.all_steps = noted
-        jobs.text_report.TEST_SAMPLE_CHARACTERS = 4
+        jobs.runs.text_report.TEST_SAMPLE_CHARACTERS = 4
         sys.argv = ["training.py", *self.flags]
         training.main()
 

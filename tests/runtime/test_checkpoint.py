@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from runtime import storage
-from runtime.checkpoint import Run
-from runtime.encoding import fingerprint, pack, read_json, to_json, unpack
 from runtime.errors import UserError
-from runtime.storage import DamagedError
+from runtime.storage import folders
+from runtime.storage.encoding import fingerprint, pack, read_json, to_json, unpack
+from runtime.storage.folders import DamagedError
+from runtime.storage.runs import Run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
 
@@ -173,7 +173,7 @@ def test_what_is_no_json_object_is_refused(data):
 
 @pytest.fixture
 def run(tmp_path) -> Run:
-    storage.write_file(tmp_path / "lora-folio-r8" / "run.json", b"{}")
+    folders.write_file(tmp_path / "lora-folio-r8" / "run.json", b"{}")
     return Run(tmp_path / "lora-folio-r8", {"kind": "lora", "identity": "abc"})
 
 
@@ -225,7 +225,7 @@ def test_a_damaged_step_is_named_and_the_one_before_is_taken(run, capsys):
     for step in (1, 2, 3):
         run.save("step", step, content(step), keep=3)
     damage(run.folder / "step-000003")
-    (run.folder / "step-000002" / storage.MANIFEST).unlink()
+    (run.folder / "step-000002" / folders.MANIFEST).unlink()
     assert run.newest("step") == (1, content(1))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "step-000003" in lines[0] and "step-000002" in lines[1]
@@ -262,7 +262,7 @@ def test_a_run_that_fell_back_saves_over_what_was_damaged(run):
     run.save("step", 100, content(1), keep=1)
     run.save("step", 200, content(2), keep=1)
     damage(run.folder / "step-000200")
-    storage.commit_folder(run.folder / "step-000100", content(1))
+    folders.commit_folder(run.folder / "step-000100", content(1))
     assert run.newest("step") == (100, content(1))
     run.save("step", 200, content(7), keep=1)
     assert run.newest("step") == (200, content(7)) and names(run) == ["step-000200"]
@@ -307,7 +307,7 @@ def test_a_finished_run_has_its_product_and_its_result_and_no_steps(run):
     (run.folder / "metrics.jsonl").write_bytes(b"")
     run.publish({"best": 1.5})
     assert run.finished and run.product == run.folder / "adapter" and run.result == {"best": 1.5}
-    assert run.read() == content(2) == storage.read_folder(run.product)
+    assert run.read() == content(2) == folders.read_folder(run.product)
     assert sorted(p.name for p in run.folder.iterdir()) == ["adapter", "metrics.jsonl", "result.json", "run.json"]
     damage(run.product)
     with pytest.raises(DamagedError, match="adapter"):

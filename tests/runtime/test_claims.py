@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from runtime import storage
-from runtime.checkpoint import Run, all_runs, claim, find_run, identity_of, open_run
-from runtime.encoding import to_json
 from runtime.errors import UsageError, UserError
-from runtime.lock import RunLock
-from runtime.storage import DamagedError
+from runtime.storage import folders
+from runtime.storage.encoding import to_json
+from runtime.storage.folders import DamagedError
+from runtime.storage.lock import RunLock
+from runtime.storage.runs import Run, all_runs, claim, find_run, identity_of, open_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +32,7 @@ OTHER = about("ba9876543210")
 
 def made(root: Path, name: str, when: int = 0, **changes) -> Run:
     """A run folder, last written to `when` seconds after an epoch."""
-    storage.write_file(root / name / "run.json", to_json(about(**changes)))
+    folders.write_file(root / name / "run.json", to_json(about(**changes)))
     os.utime(root / name / "run.json", (when, when))
     return open_run(root / name)
 
@@ -211,7 +211,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from runtime.lock import RunLock  # and not the run, which would import torch
+from runtime.storage.lock import RunLock  # and not the run, which would import torch
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import LESS_MEMORY, UsageError, UserError
-from runtime.steps import NonFiniteError
-from runtime.storage import DamagedError
+from runtime.storage.folders import DamagedError
+from runtime.training.steps import NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """

@@ -23,13 +23,14 @@ from lora.config import LoRAConfig
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.config import ModelConfig
-from runtime import resume, storage
-from runtime.checkpoint import Run, claim, open_run
-from runtime.encoding import pack, to_sealed_json, unpack
 from runtime.errors import UserError
-from runtime.lock import RunLock
-from runtime.metrics import MetricsLog, read_metrics
-from runtime.storage import MANIFEST, DamagedError
+from runtime.storage import folders
+from runtime.storage.encoding import pack, to_sealed_json, unpack
+from runtime.storage.folders import MANIFEST, DamagedError
+from runtime.storage.lock import RunLock
+from runtime.storage.runs import Run, claim, open_run
+from runtime.training import resume
+from runtime.training.metrics import MetricsLog, read_metrics
 
 ABOUT = {"kind": "base", "identity": "0123456789ab", "settings": {"test_mode": False, "dataset": "folio"}}
 TOKENIZER = build_tokenizer("char", "to be", 0)
@@ -103,8 +104,8 @@ def bombs(tmp_path) -> list[bytes]:
 def test_a_pickle_in_a_save_is_refused_though_its_checksum_is_right(tmp_path, bombs, kind, name):
     make, read = READERS[kind]
     for i, bomb in enumerate(bombs):
-        storage.commit_folder(tmp_path / f"{i}", make() | {name: bomb})
-        refused(read, storage.read_folder(tmp_path / f"{i}"))
+        folders.commit_folder(tmp_path / f"{i}", make() | {name: bomb})
+        refused(read, folders.read_folder(tmp_path / f"{i}"))
     assert not (tmp_path / "harm").exists()
 
 
@@ -117,10 +118,10 @@ def test_a_pickle_under_any_other_name_is_refused_or_left_out(tmp_path, bombs, r
             (run.folder / name).write_bytes(before) if before else (run.folder / name).unlink()
         (run.folder / "metrics.jsonl").write_bytes(bomb)
         assert read_metrics(run.folder / "metrics.jsonl") == [] and "damaged line" in capsys.readouterr().err
-        storage.commit_folder(run.folder / "step-000001", step_files())
+        folders.commit_folder(run.folder / "step-000001", step_files())
         (run.folder / "step-000001" / MANIFEST).write_bytes(bomb)
         assert run.newest("step") is None and MANIFEST in capsys.readouterr().err
-        storage.remove_folder(run.folder / "step-000001")
+        folders.remove_folder(run.folder / "step-000001")
         (tmp_path / "text.txt").write_bytes(bomb)
         assert "UTF-8" in refused(load_corpus, str(tmp_path / "text.txt"), tmp_path)
     assert not (tmp_path / "harm").exists()
@@ -133,8 +134,8 @@ def test_tokens_that_are_none_are_made_again(tmp_path, bombs, capsys):
     (name,) = (path.name for path in folder.iterdir() if path.name != MANIFEST)
     wrong = [*bombs, b"", b"odd", b"\xff" * 64]
     for files in [{name: data} for data in wrong] + [{}, {"other": b""}]:
-        storage.remove_folder(folder)
-        storage.commit_folder(folder, files)
+        folders.remove_folder(folder)
+        folders.commit_folder(folder, files)
         assert tokens_of(text, TOKENIZER, tmp_path).tolist() == right, files
         assert "making it again" in capsys.readouterr().err
     assert not (tmp_path / "harm").exists()
@@ -274,7 +275,7 @@ def test_a_description_without_what_others_rely_on_is_refused_though_its_checksu
 
 @pytest.fixture
 def theirs(tmp_path) -> Path:
-    storage.commit_folder(tmp_path / "theirs", lora_files())
+    folders.commit_folder(tmp_path / "theirs", lora_files())
     (tmp_path / "theirs" / MANIFEST).unlink()
     return tmp_path / "theirs"
 
@@ -307,29 +308,29 @@ def test_a_save_does_not_follow_links(tmp_path, run, target, capsys):
     (tmp_path / "secret").write_bytes(b"secret")
     files = step_files()
     for name in (*files, MANIFEST):
-        storage.commit_folder(run.folder / "step-000001", files)
+        folders.commit_folder(run.folder / "step-000001", files)
         (run.folder / "step-000001" / name).unlink()
         (run.folder / "step-000001" / name).symlink_to(Path("../../..") / target)
         assert run.newest("step") is None and f"step-000001/{name}" in capsys.readouterr().err
-        storage.remove_folder(run.folder / "step-000001")
+        folders.remove_folder(run.folder / "step-000001")
     assert (tmp_path / "secret").read_bytes() == b"secret"
 
 
 @POSIX
 def test_a_pipe_in_a_save_is_refused_and_not_waited_for(run, capsys):
     for name in ("state.json", MANIFEST):
-        storage.commit_folder(run.folder / "step-000001", step_files())
+        folders.commit_folder(run.folder / "step-000001", step_files())
         (run.folder / "step-000001" / name).unlink()
         os.mkfifo(run.folder / "step-000001" / name)
         assert run.newest("step") is None and "not a plain file" in capsys.readouterr().err
-        storage.remove_folder(run.folder / "step-000001")
+        folders.remove_folder(run.folder / "step-000001")
 
 
 @POSIX
 def test_writing_never_goes_through_a_link(tmp_path, run):
     """Links under every name that a run writes to lead to files and folders outside; those stay as they are."""
     outside, victim = tmp_path / "outside", tmp_path / "victim"
-    storage.commit_folder(outside, {"precious": b"precious"})
+    folders.commit_folder(outside, {"precious": b"precious"})
     victim.write_bytes(b"precious")
     for name in (".lock-holder", "metrics.jsonl", "result.json", ".result.json.1.tmp"):
         (run.folder / name).symlink_to(victim)
@@ -340,7 +341,7 @@ def test_writing_never_goes_through_a_link(tmp_path, run):
         run.save("step", 2, step_files(), keep=1)
         run.save("best", 2, base_files(), keep=1)
         run.publish({"best": 1.0})
-    assert victim.read_bytes() == b"precious" and storage.read_folder(outside) == {"precious": b"precious"}
+    assert victim.read_bytes() == b"precious" and folders.read_folder(outside) == {"precious": b"precious"}
     assert not [path for path in run.folder.iterdir() if path.is_symlink()]
 
 

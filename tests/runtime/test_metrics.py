@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime import metrics, report
-from runtime.metrics import MetricsLog, Progress, read_metrics
+from runtime import report
+from runtime.training import metrics
+from runtime.training.metrics import MetricsLog, Progress, read_metrics
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import pytest
 import torch
 from tiny_steps import CPU, Fp16, Tiny, adamw, batch, same, stepper, weights
 
-from runtime import storage
 from runtime.device import Machine
-from runtime.encoding import pack, unpack
-from runtime.resume import OPTIMIZER, STATE, WEIGHTS, State, restore, to_files
-from runtime.steps import Stepper
-from runtime.storage import DamagedError
+from runtime.storage import folders
+from runtime.storage.encoding import pack, unpack
+from runtime.storage.folders import DamagedError
+from runtime.training.resume import OPTIMIZER, STATE, WEIGHTS, State, restore, to_files
+from runtime.training.steps import Stepper
 
 WHERE = "checkpoints/base/step-000003"
 
@@ -43,11 +43,11 @@ def test_n_steps_resumed_for_n_more_are_2n_steps_bit_for_bit(tmp_path, machine, 
     losses = steps(whole, 0, 2 * n + 2)
     cut = fresh(machine=machine)
     first = steps(cut, 0, n)
-    storage.commit_folder(tmp_path / "step", to_files(cut, State(step=n)))
+    folders.commit_folder(tmp_path / "step", to_files(cut, State(step=n)))
     torch.manual_seed(12345)
     again = fresh(seed=99, machine=machine)
     again.model.load_state_dict(Tiny().state_dict())  # what is frozen comes from the base
-    state = restore(again, storage.read_folder(tmp_path / "step"), WHERE)
+    state = restore(again, folders.read_folder(tmp_path / "step"), WHERE)
     assert state == State(step=n) and same(weights(cut), weights(again))
     assert first + steps(again, n, 2 * n + 2) == losses
     assert same(weights(whole), weights(again)) and whole.scaler.state_dict() == again.scaler.state_dict()

@@ -17,19 +17,19 @@ from data.tokenizers import build_tokenizer
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.config import ModelConfig
-from runtime import storage
-from runtime.checkpoint import Run, claim, open_run
-from runtime.encoding import to_sealed_json
-from runtime.metrics import MetricsLog, read_metrics
-from runtime.resume import State, to_files
-from runtime.storage import DamagedError
+from runtime.storage import folders
+from runtime.storage.encoding import to_sealed_json
+from runtime.storage.folders import DamagedError
+from runtime.storage.runs import Run, claim, open_run
+from runtime.training.metrics import MetricsLog, read_metrics
+from runtime.training.resume import State, to_files
 
 MOST = 10**9 if os.environ.get("SOAK") else 300
 ABOUT = {"kind": "base", "identity": "0123456789ab"}
 ABOUT |= {"settings": {"test_mode": False, "dataset": "folio", "learning_rate": 1e-3}}
 SAVED = {
-    "step": ("weights.safetensors", "optimizer.safetensors", "state.json", storage.MANIFEST),
-    "best": ("model.safetensors", "config.json", "tokenizer.json", storage.MANIFEST),
+    "step": ("weights.safetensors", "optimizer.safetensors", "state.json", folders.MANIFEST),
+    "best": ("model.safetensors", "config.json", "tokenizer.json", folders.MANIFEST),
 }
 PARTS = [(prefix, name) for prefix, names in SAVED.items() for name in names]
 
@@ -73,7 +73,7 @@ def each_damage(path: Path) -> Iterator[int]:
 
 @pytest.mark.parametrize(("prefix", "name"), PARTS, ids=lambda part: part)
 def test_a_run_falls_back_to_the_save_before_or_has_lost_nothing(run, prefix, name, capsys):
-    one, two = (storage.read_folder(run.folder / f"{prefix}-00000{step}") for step in (1, 2))
+    one, two = (folders.read_folder(run.folder / f"{prefix}-00000{step}") for step in (1, 2))
     harmless = 0
     for _ in each_damage(run.folder / f"{prefix}-000002" / name):
         got, told = run.newest(prefix), capsys.readouterr().err
@@ -82,17 +82,17 @@ def test_a_run_falls_back_to_the_save_before_or_has_lost_nothing(run, prefix, na
         else:
             assert got == (1, one)
             assert told.count("\n") == 1 and f"{prefix}-000002" in told and "falling back" in told
-    assert harmless == 0 or name == storage.MANIFEST and harmless < 10, "only blanks between its entries change nothing"
+    assert harmless == 0 or name == folders.MANIFEST and harmless < 10, "only blanks between its entries change nothing"
 
 
 @pytest.mark.parametrize("name", SAVED["best"])
 def test_a_finished_run_is_refused_by_name_or_has_lost_nothing(run, tmp_path, name):
-    product = storage.read_folder(run.folder / "best-000002")
-    storage.commit_folder(tmp_path / "model", product)
+    product = folders.read_folder(run.folder / "best-000002")
+    folders.commit_folder(tmp_path / "model", product)
     done = Run(tmp_path, ABOUT)
     for _ in each_damage(tmp_path / "model" / name):
         try:
-            assert done.read() == product and name == storage.MANIFEST
+            assert done.read() == product and name == folders.MANIFEST
         except DamagedError as error:
             assert name in str(error) and str(error).isprintable()
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime.batch import IGNORED, Batch, mean_cross_entropy
 from runtime.device import Machine
-from runtime.steps import NonFiniteError, Schedule, Stepper, evaluate, step_seed
+from runtime.training.batch import IGNORED, Batch, mean_cross_entropy
+from runtime.training.steps import NonFiniteError, Schedule, Stepper, evaluate, step_seed
 
 MACHINES = [CPU, Fp16(CPU.device, CPU.dtype)]
 

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from runtime import storage
 from runtime.errors import UserError
-from runtime.storage import MANIFEST, DamagedError, commit_folder, read_folder, sha256, write_file
+from runtime.storage import folders
+from runtime.storage.folders import MANIFEST, DamagedError, commit_folder, read_folder, sha256, write_file
 
 FILES = {"weights.bin": bytes(range(40)), "empty": b"", "state.json": b'{"step": 3}'}
 POSIX = pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced on Windows")
@@ -49,7 +49,7 @@ class Disk:
         self.log, self.k, self.error = [], 0, errno.ENOSPC
         for name in ("fsync", "rename", "replace", "mkdir"):
             monkeypatch.setattr(os, name, self.logged(name, getattr(os, name)))
-        monkeypatch.setattr(storage, "open", self.open, raising=False)
+        monkeypatch.setattr(folders, "open", self.open, raising=False)
 
     def fail(self, k: int, error: int = errno.ENOSPC) -> None:
         """Let the k-th operation from now on fail, counted from 1; 0 is none."""
@@ -185,7 +185,7 @@ def test_windows_has_no_sync_of_folders(tmp_path, monkeypatch):
     opened = []
     system = SimpleNamespace(**vars(os))
     system.name, system.open = "nt", lambda *args: opened.append(args)
-    monkeypatch.setattr(storage, "os", system)
+    monkeypatch.setattr(folders, "os", system)
     commit_folder(tmp_path / "saved", FILES)
     assert read_folder(tmp_path / "saved") == FILES and not opened
 
@@ -210,10 +210,10 @@ def test_an_existing_target_is_an_error_and_stays_as_it_is(tmp_path):
 
 def test_a_folder_that_is_published_keeps_its_bytes_and_takes_nobody_else_s_place(tmp_path):
     commit_folder(tmp_path / "best", FILES)
-    storage.publish_folder(tmp_path / "best", tmp_path / "model")
+    folders.publish_folder(tmp_path / "best", tmp_path / "model")
     assert read_folder(tmp_path / "model") == FILES and not (tmp_path / "best").exists()
     commit_folder(tmp_path / "best", {"other": b"bytes"})
-    assert "model" in refused(storage.publish_folder, tmp_path / "best", tmp_path / "model")
+    assert "model" in refused(folders.publish_folder, tmp_path / "best", tmp_path / "model")
     assert read_folder(tmp_path / "model") == FILES and read_folder(tmp_path / "best") == {"other": b"bytes"}
 
 
@@ -222,7 +222,7 @@ def test_leftovers_of_a_killed_process_are_cleared_and_nothing_else(tmp_path, mo
         raise SystemExit
 
     with monkeypatch.context() as patched:
-        patched.setattr(storage.shutil, "rmtree", lambda *_, **__: None)
+        patched.setattr(folders.shutil, "rmtree", lambda *_, **__: None)
         patched.setattr(Path, "unlink", lambda *_, **__: None)
         patched.setattr(os, "rename", killed)
         patched.setattr(os, "replace", killed)
@@ -233,16 +233,16 @@ def test_leftovers_of_a_killed_process_are_cleared_and_nothing_else(tmp_path, mo
     write_file(tmp_path / "metrics.jsonl", b"")
     commit_folder(tmp_path / "step-000002", FILES)
     (tmp_path / ".lock").touch()
-    storage.remove_leftovers(tmp_path)
+    folders.remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "metrics.jsonl", "step-000002"]
 
 
 def test_lines_are_appended_with_one_kind_of_line_end(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    storage.append_lines(path, "é\n")
-    storage.append_lines(path, "two\n")
+    folders.append_lines(path, "é\n")
+    folders.append_lines(path, "two\n")
     assert path.read_bytes() == "é\ntwo\n".encode()
-    assert "nowhere" in refused(storage.append_lines, tmp_path / "nowhere" / "log", "x\n")
+    assert "nowhere" in refused(folders.append_lines, tmp_path / "nowhere" / "log", "x\n")
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

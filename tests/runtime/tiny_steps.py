@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from runtime.batch import Batch, mean_cross_entropy
 from runtime.device import Machine
-from runtime.steps import Schedule, Stepper
+from runtime.training.batch import Batch, mean_cross_entropy
+from runtime.training.steps import Schedule, Stepper
 
 CPU = Machine(torch.device("cpu"), torch.float32)
 VOCABULARY, ROWS, LENGTH = 11, 6, 4

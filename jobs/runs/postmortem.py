@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from jobs.job import Job
-from runtime import storage
-from runtime.checkpoint import Run
-from runtime.encoding import to_json
-from runtime.steps import NonFiniteError, Stepper
+from jobs.runs.job import Job
+from runtime.storage import folders
+from runtime.storage.encoding import to_json
+from runtime.storage.runs import Run
+from runtime.training.steps import NonFiniteError, Stepper
 
 BAD_BATCH = "nonfinite-batch.json"
 
@@ -22,5 +22,5 @@ def with_batch(error: NonFiniteError, job: Job, run: Run, stepper: Stepper) -> N
     about = {"step": error.step, "learning_rate": stepper.schedule(error.step), "error": str(error), "tokens": rows}
     about["text"] = [job.tokenizer.decode(row) for row in rows]
     path = run.folder / BAD_BATCH
-    storage.write_file(path, to_json(about))
+    folders.write_file(path, to_json(about))
     return NonFiniteError(f"{error}; its batch is in {path}", error.step)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.choice import parse_adapters
+from jobs.generating.choice import parse_adapters
 from lora.attach import Strengths
 from runtime.errors import UserError
-from runtime.storage import plain_errors
+from runtime.storage.folders import plain_errors
 
 KEYS = {"prompt", "adapter"}
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 
 from data.corpora import CORPORA, Corpus
-from jobs.job import Job
+from jobs.runs.job import Job
 from runtime import report
-from runtime.checkpoint import Run
 from runtime.console import say
 from runtime.errors import UserError
+from runtime.storage.runs import Run
 
 PIECES, PIECE = 20, 50  # of the held-out text that are looked up, at most; characters of one
 REPEATED = 0.9  # of the pieces, from which on the loss says little about other text

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jobs.adapters import Adapted, held_out, texts_of
+from jobs.adapting.adapted import Adapted, held_out, texts_of
 from lora.attach import using
 from runtime import report
 from runtime.device import Machine
 from runtime.errors import UserError
-from runtime.steps import evaluate
+from runtime.training.steps import evaluate
 
 Curves = dict[str, list[float]]  # validation loss at each strength, by text
 

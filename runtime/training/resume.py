@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from runtime.encoding import pack, read_json, to_json, unpack
-from runtime.steps import Stepper
-from runtime.storage import DamagedError
+from runtime.storage.encoding import pack, read_json, to_json, unpack
+from runtime.storage.folders import DamagedError
+from runtime.training.steps import Stepper
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 

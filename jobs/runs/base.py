@@ -14,12 +14,12 @@ from lora.attach import base_tensors
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.config import ModelConfig
-from runtime.checkpoint import Run, all_runs, find_run, open_run
 from runtime.console import say
-from runtime.encoding import fingerprint
 from runtime.errors import UsageError, UserError
 from runtime.settings.config import SHAPE, Settings
 from runtime.settings.sources import Resolved
+from runtime.storage.encoding import fingerprint
+from runtime.storage.runs import Run, all_runs, find_run, open_run
 
 TOKENIZER = "tokenizer.json"
 

@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 
 from data.corpora import CORPORA
-from jobs.adapters import Adapted, Base, check_free, metadata_of_made, publish, texts_of
-from jobs.job import TOKENIZER
+from jobs.adapting.adapted import Adapted, Base, check_free, metadata_of_made, publish, texts_of
+from jobs.runs.job import TOKENIZER
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.combine import Combined, combine
 from lora.merge import merge
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from runtime import storage
-from runtime.batch import Batch
-from runtime.checkpoint import Run
 from runtime.errors import UserError, join_problems
+from runtime.storage import folders
+from runtime.storage.runs import Run
+from runtime.training.batch import Batch
 
 TOLERANCE = 1e-4  # of the largest logit: sums in another order differ by less than a tenth of it in fp32
 
@@ -105,4 +105,4 @@ def export_folder(adapted: Adapted, target: Path) -> None:
     if shared is not None:  # made of a seed here; elsewhere that might give others
         whole = adapter_files.to_files(adapted.adapter, shared=shared)
         files |= {name: whole[name] for name in (adapter_files.CONFIG, adapter_files.TENSORS)}
-    storage.commit_folder(target, files)
+    folders.commit_folder(target, files)

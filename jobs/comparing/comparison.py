@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from data.text import tokens_of, validation_windows
-from jobs.adapters import load_text
-from jobs.job import Job, prepare
+from jobs.adapting.adapted import load_text
+from jobs.runs.job import Job, prepare
 from lora.attach import activate
-from runtime.batch import Batch
-from runtime.checkpoint import Run
 from runtime.device import Machine
 from runtime.errors import UserError
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
-from runtime.steps import Stepper, evaluate
+from runtime.storage.runs import Run
+from runtime.training.batch import Batch
+from runtime.training.steps import Stepper, evaluate
 
 PHASES = ("forward", "backward", "optimizer")
 

@@ -9,17 +9,17 @@ from pathlib import Path
 from torch import Tensor
 
 from data.tokenizers import load_tokenizer
-from jobs.adapters import Base
-from jobs.job import TOKENIZER
+from jobs.adapting.adapted import Base
+from jobs.runs.job import TOKENIZER
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.variants.registry import VARIANTS
 from models import files as model_files
-from runtime import storage
-from runtime.checkpoint import open_run
-from runtime.encoding import unpack
 from runtime.errors import UserError
 from runtime.settings.config import NAME
+from runtime.storage import folders
+from runtime.storage.encoding import unpack
+from runtime.storage.runs import open_run
 
 READ = (adapter_files.CONFIG, adapter_files.TENSORS, model_files.CONFIG, model_files.WEIGHTS, TOKENIZER)
 UNREADABLE = ("adapter_model.bin", "pytorch_model.bin")
@@ -37,7 +37,7 @@ class Checkup:
     def path(self, path: Path) -> Checkup:
         """Check a run, an adapter's or a model's folder, or a file of one. Raises UserError where it is neither."""
         if path.is_file():
-            if path.name in READ and (path.parent / storage.MANIFEST).exists():
+            if path.name in READ and (path.parent / folders.MANIFEST).exists():
                 return self.path(path.parent)
             return self.loose_file(path)
         if (path / "run.json").is_file():
@@ -78,13 +78,13 @@ class Checkup:
     def files(self, folder: Path) -> dict[str, bytes]:
         """A folder's files, whatever their state; each that is not as its manifest says is a problem."""
         self.problems += damage(folder)
-        if not (folder / storage.MANIFEST).exists():
+        if not (folder / folders.MANIFEST).exists():
             self.notes.append(f"{folder} has no manifest: whether its bytes are those that were saved is not known")
         pickled = [name for name in UNREADABLE if (folder / name).exists()]
         self.problems += [
             f"{folder / name} is a pickle, which is never read here; save safetensors" for name in pickled
         ]
-        with storage.plain_errors(folder, "read"):
+        with folders.plain_errors(folder, "read"):
             return {name: path.read_bytes() for name in READ if (path := folder / name).is_file()}
 
     def adapter(self, folder: Path, base_name: str) -> None:
@@ -121,7 +121,7 @@ class Checkup:
 
     def loose_file(self, path: Path) -> Checkup:
         """A safetensors file by itself: whether it is whole and its values are finite."""
-        with storage.plain_errors(path, "read"):
+        with folders.plain_errors(path, "read"):
             data = path.read_bytes()
         if (tensors := self.attempt(lambda: unpack(data, str(path)))) is not None:
             self.problems += [f"{path}: {problem}" for problem in not_finite(tensors)]
@@ -132,20 +132,20 @@ class Checkup:
 
 def damage(folder: Path) -> list[str]:
     """Every file that is not as the folder's manifest says; none for a folder without a manifest."""
-    if not (folder / storage.MANIFEST).exists():
+    if not (folder / folders.MANIFEST).exists():
         return []
     try:
-        storage.read_folder(folder)
+        folders.read_folder(folder)
         return []
-    except storage.DamagedError as error:
+    except folders.DamagedError as error:
         first = str(error)
     try:
-        table = json.loads((folder / storage.MANIFEST).read_bytes())["files"]
+        table = json.loads((folder / folders.MANIFEST).read_bytes())["files"]
         found = {folder / name: entry["sha256"] for name, entry in table.items() if Path(name).name == name}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [first]
     problems = [f"{path} is missing" for path in found if not path.is_file()]
-    wrong = [path for path, digest in found.items() if path.is_file() and storage.sha256(path.read_bytes()) != digest]
+    wrong = [path for path, digest in found.items() if path.is_file() and folders.sha256(path.read_bytes()) != digest]
     return problems + [f"{path} is damaged: its checksum is not the one that was saved" for path in wrong] or [first]
 
 

@@ -6,17 +6,17 @@ import math
 from datetime import datetime
 from pathlib import Path
 
-from jobs.adapters import Adapted, texts_of
-from jobs.family import Family
+from jobs.adapting.adapted import Adapted, texts_of
+from jobs.runs.family import Family
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.combine import DeltaSize, all_targets, cosines, delta_size
 from lora.variants.registry import VARIANTS
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime import report
-from runtime.checkpoint import Run, all_runs
 from runtime.errors import UserError
 from runtime.start import command_line
+from runtime.storage.runs import Run, all_runs
 
 HEADS = ("run", "kind", "targets", "text", "tokens", "steps", "loss", "bits", "finished")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from jobs.timing import ratio
+from jobs.comparing.timing import ratio
 from runtime import report
 
 Rows = list[dict[str, Any]]

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from runtime.batch import Batch
 from runtime.device import Machine
 from runtime.errors import UserError
+from runtime.training.batch import Batch
 
 
 class NonFiniteError(UserError):

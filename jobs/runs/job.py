@@ -14,7 +14,7 @@ from data.corpora import load_corpus
 from data.dataset import Dataset
 from data.text import TextData
 from data.tokenizers import Tokenizer, build_tokenizer
-from jobs.base import TOKENIZER, block_size_for, check_shape, load_trained, reference
+from jobs.runs.base import TOKENIZER, block_size_for, check_shape, load_trained, reference
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.attach import attach, base_tensors, detach
@@ -24,15 +24,15 @@ from lora.variants.registry import VARIANTS
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.config import ModelConfig
-from runtime.checkpoint import Run, identity_of
 from runtime.console import say
 from runtime.device import Machine, check_compiler
-from runtime.encoding import fingerprint
 from runtime.errors import UserError
 from runtime.settings.config import Settings
 from runtime.settings.fields import settings_of
 from runtime.settings.sources import Resolved
-from runtime.steps import Schedule, Stepper, evaluate
+from runtime.storage.encoding import fingerprint
+from runtime.storage.runs import Run, identity_of
+from runtime.training.steps import Schedule, Stepper, evaluate
 
 IN_CONFIG = ("rank", "alpha", "dropout", "targets", "variant", "bias", "train_embeddings", "target_rank")  # of LORA_*
 TEST_CHARACTERS = (300_000, 30_000)  # of training and held-out text that a TEST_MODE run sees

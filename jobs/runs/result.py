@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 
-from jobs.job import Job
+from jobs.runs.job import Job
 from lora.attach import adaptable_layers
 from lora.layers import LoRALinear
 from runtime import report
-from runtime.checkpoint import Run
 from runtime.start import command_line
+from runtime.storage.runs import Run
 
 
 def tell_result(job: Job, run: Run, result: dict) -> None:

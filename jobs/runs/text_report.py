@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from data.corpora import distinct_words, load_corpus, words
-from jobs.job import Job
+from jobs.runs.job import Job
 from models.sampling import Sampling, generate
 from runtime import report
 from runtime.console import say

@@ -7,21 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jobs.job import prepare
-from runtime.checkpoint import find_run
+from jobs.runs.job import prepare
 from runtime.device import pick_machine
 from runtime.errors import UserError
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
+from runtime.storage.runs import find_run
 
 STEPS = 3
-START = "import sys; sys.path.insert(0, {root!r}); from jobs.memory import child; child()"
+START = "import sys; sys.path.insert(0, {root!r}); from jobs.comparing.memory import child; child()"
 
 
 def peak_memory(settings: Settings) -> int | None:
     """The most bytes that a fresh process holds while it takes a few steps of this job, beyond what it held before
     the model was built; None where the system does not tell. Raises UserError where that process fails."""
-    start = START.format(root=str(Path(__file__).resolve().parent.parent))
+    start = START.format(root=str(Path(__file__).resolve().parents[2]))
     command = [sys.executable, "-c", start]
     done = subprocess.run(command, input=json.dumps(settings.as_dict()), capture_output=True, text=True, check=False)
     if done.returncode:

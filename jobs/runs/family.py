@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.tokenizers import load_tokenizer
-from jobs.job import TOKENIZER
+from jobs.runs.job import TOKENIZER
 from models.files import WEIGHTS
-from runtime import storage
-from runtime.checkpoint import Run, RunLock, open_run
-from runtime.encoding import fingerprint, unpack
 from runtime.errors import UserError
+from runtime.storage import folders
+from runtime.storage.encoding import fingerprint, unpack
+from runtime.storage.runs import Run, RunLock, open_run
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Family:
                 if run.kind != "lora":
                     files = run.read()
                     bases.setdefault(fingerprint(unpack(files[WEIGHTS], str(run.product))), []).append(run.name)
-                    tokenizers[storage.sha256(files[TOKENIZER])] = load_tokenizer(files[TOKENIZER]).kind
+                    tokenizers[folders.sha256(files[TOKENIZER])] = load_tokenizer(files[TOKENIZER]).kind
         return cls(runs, bases, tokenizers)
 
     def base_of(self, run: Run) -> str | None:
@@ -74,5 +74,5 @@ def remove_runs(runs: Sequence[Run]) -> None:
             pass
     for run in runs:
         draft = run.folder.with_name(f".tmp-removed-{run.name}-{os.getpid()}")
-        storage.publish_folder(run.folder, draft)  # at once out of sight, so that nobody ever finds half of it
-        storage.remove_folder(draft)
+        folders.publish_folder(run.folder, draft)  # at once out of sight, so that nobody ever finds half of it
+        folders.remove_folder(draft)

@@ -15,19 +15,19 @@ from typing import Any
 
 import torch
 
-from jobs.job import lora_config
-from jobs.timing import Ratio, ratio, take_turns
+from jobs.comparing.timing import Ratio, ratio, take_turns
+from jobs.runs.job import lora_config
 from lora.attach import attach
 from lora.optim import make_optimizer
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.config import ModelConfig
-from runtime import storage
-from runtime.batch import Batch
 from runtime.device import Machine
-from runtime.encoding import read_json
-from runtime.metrics import Progress
 from runtime.settings.config import Settings
-from runtime.steps import Schedule, Stepper
+from runtime.storage import folders
+from runtime.storage.encoding import read_json
+from runtime.training.batch import Batch
+from runtime.training.metrics import Progress
+from runtime.training.steps import Schedule, Stepper
 
 VOCABULARY = 96  # of the character tokenizer
 ROUNDS, TEST_ROUNDS = 11, 3
@@ -80,7 +80,7 @@ def sweep(
         there = {cell["rank"] for cell in cells if (cell["width"], cell["batch"]) == (width, batch)}
         if missing := [rank for rank in ranks if rank not in there]:
             cells += measure(settings, machine, width, batch, missing)
-            storage.write_file(file, (json.dumps({"cells": cells}, indent=1) + "\n").encode())
+            folders.write_file(file, (json.dumps({"cells": cells}, indent=1) + "\n").encode())
         progress.update(i + 1, width=width, batch=batch)
     progress.close()
     wanted = {(width, batch, rank) for width, batch in rows for rank in ranks}

@@ -19,12 +19,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import storage
 from runtime.console import say
-from runtime.encoding import read_sealed_json, to_sealed_json
 from runtime.errors import UsageError, UserError
-from runtime.lock import RunLock
 from runtime.start import command_line
+from runtime.storage import folders
+from runtime.storage.encoding import read_sealed_json, to_sealed_json
+from runtime.storage.lock import RunLock
 
 PRODUCTS = {"base": "model", "full": "model", "lora": "adapter"}
 
@@ -65,7 +65,7 @@ class Run:
     def result(self) -> dict:
         """What `result.json` says; empty before the run has finished."""
         path = self.folder / "result.json"
-        with storage.plain_errors(path, "read"):
+        with folders.plain_errors(path, "read"):
             return read_sealed_json(path.read_bytes(), str(path)) if path.exists() else {}
 
     @property
@@ -78,7 +78,7 @@ class Run:
 
     def saved(self, prefix: str) -> list[tuple[int, Path]]:
         """The committed folders `<prefix>-<step>`, oldest first."""
-        with storage.plain_errors(self.folder, "read"):
+        with folders.plain_errors(self.folder, "read"):
             found = [(re.fullmatch(rf"{prefix}-(\d{{1,18}})", path.name), path) for path in self.folder.iterdir()]
         return sorted((int(match[1]), path) for match, path in found if match)
 
@@ -90,13 +90,13 @@ class Run:
         """
         folder = self.folder / f"{prefix}-{step:06d}"
         if folder.exists() and _read(folder) is None:
-            storage.remove_folder(folder)
+            folders.remove_folder(folder)
         if not folder.exists():
-            storage.commit_folder(folder, files)
+            folders.commit_folder(folder, files)
         kept = [path for there, path in self.saved(prefix) if there <= step][-keep:]
         for _, path in self.saved(prefix):
             if path not in kept:
-                storage.remove_folder(path)
+                folders.remove_folder(path)
 
     def newest(self, prefix: str) -> tuple[int, dict[str, bytes]] | None:
         """The newest good `<prefix>-<step>`; what is damaged is named on stderr and left where it is."""
@@ -121,11 +121,11 @@ class Run:
             return best[1]
         if self.finished:  # perhaps only now
             try:
-                return storage.read_folder(self.product)
-            except storage.DamagedError as error:
-                raise storage.DamagedError(f"{error}; FRESH=True trains the run again") from None
+                return folders.read_folder(self.product)
+            except folders.DamagedError as error:
+                raise folders.DamagedError(f"{error}; FRESH=True trains the run again") from None
         if there:
-            raise storage.DamagedError(f"the best weights of run {self.name} are damaged; FRESH=True trains it again")
+            raise folders.DamagedError(f"the best weights of run {self.name} are damaged; FRESH=True trains it again")
         raise UserError(f"run {self.name} has not saved anything yet; start it again to go on with it")
 
     def publish(self, result: dict) -> None:
@@ -133,10 +133,10 @@ class Run:
 
         Raises DamagedError where no best weights can be read.
         """
-        storage.write_file(self.folder / "result.json", to_sealed_json(result))
+        folders.write_file(self.folder / "result.json", to_sealed_json(result))
         if not (best := self.newest("best")):
-            raise storage.DamagedError(f"the best weights of run {self.name} cannot be read; start it again")
-        storage.publish_folder(dict(self.saved("best"))[best[0]], self.product)
+            raise folders.DamagedError(f"the best weights of run {self.name} cannot be read; start it again")
+        folders.publish_folder(dict(self.saved("best"))[best[0]], self.product)
         self._drop_saves()
 
     def tidy(self) -> None:
@@ -147,13 +147,13 @@ class Run:
     def _drop_saves(self) -> None:
         for prefix in ("step", "best"):
             for _, folder in self.saved(prefix):
-                storage.remove_folder(folder)
+                folders.remove_folder(folder)
 
 
 def _read(folder: Path, otherwise: str = "saving it again") -> dict[str, bytes] | None:
     try:
-        return storage.read_folder(folder)
-    except storage.DamagedError as error:
+        return folders.read_folder(folder)
+    except folders.DamagedError as error:
         if folder.exists():
             say(f"{error}; {otherwise}")
         return None
@@ -162,14 +162,14 @@ def _read(folder: Path, otherwise: str = "saving it again") -> dict[str, bytes] 
 def open_run(folder: Path) -> Run | None:
     """The run in this folder, or None where there is none. Raises UserError where it cannot be read."""
     path = folder / "run.json"
-    with storage.plain_errors(path, "read"):
+    with folders.plain_errors(path, "read"):
         if not path.is_file():
             return None
         data = path.read_bytes()
     try:
         return Run(folder, _read_about(data, str(path)))
-    except storage.DamagedError as error:
-        raise storage.DamagedError(f"{error}; move {folder} away to train that run again") from None
+    except folders.DamagedError as error:
+        raise folders.DamagedError(f"{error}; move {folder} away to train that run again") from None
 
 
 def _read_about(data: bytes, name: str) -> dict:
@@ -182,7 +182,7 @@ def _read_about(data: bytes, name: str) -> dict:
         place, _, entry = key.rpartition(".")
         value = (about[place] if place else about).get(entry)
         if not isinstance(value, kind) or key == "kind" and value not in PRODUCTS:
-            raise storage.DamagedError(f"{name} is damaged: {key} is {value!r}")
+            raise folders.DamagedError(f"{name} is damaged: {key} is {value!r}")
     return about
 
 
@@ -191,9 +191,9 @@ def all_runs(root: Path, warn: bool = True) -> list[Run]:
 
     warn: whether a run that cannot be read, which is left out, is named on stderr."""
     runs = []
-    with storage.plain_errors(root, "read"):
-        folders = sorted(root.iterdir()) if root.is_dir() else []
-    for folder in (folder for folder in folders if not folder.name.startswith(".")):
+    with folders.plain_errors(root, "read"):
+        paths = sorted(root.iterdir()) if root.is_dir() else []
+    for folder in (path for path in paths if not path.name.startswith(".")):
         try:
             runs += [run] if (run := open_run(folder)) else []
         except UserError as error:
@@ -222,7 +222,7 @@ def suggest(name: str, runs: list[Run], what: str) -> str:
 
 def identity_of(about: dict) -> str:
     """A short hash of what defines a run's result: equal for runs that would compute the same."""
-    return storage.sha256(json.dumps(about, sort_keys=True).encode())[:12]
+    return folders.sha256(json.dumps(about, sort_keys=True).encode())[:12]
 
 
 def claim(
@@ -257,7 +257,7 @@ def claim(
         _move_aside(there)
         there = None
     if there is None:
-        storage.write_file(folder / "run.json", to_sealed_json(about))
+        folders.write_file(folder / "run.json", to_sealed_json(about))
     elif there.finished:
         there.tidy()
     return there or Run(folder, about)
@@ -272,5 +272,5 @@ def _move_aside(run: Run) -> None:
     if adapters:
         told = "stays usable: its base" if len(adapters) == 1 else "stay usable: their base"
         say(f"FRESH=True moves the base of {', '.join(adapters)}, which {told} is then {aside.name}")
-    storage.publish_folder(run.folder, aside)
+    folders.publish_folder(run.folder, aside)
     say(f"FRESH=True: the run that was in {run.folder} is now in {aside}")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime import storage
 from runtime.console import say
 from runtime.errors import UserError
+from runtime.storage import folders
 
 
 class MetricsLog:
@@ -24,7 +24,7 @@ class MetricsLog:
         last = max((line["step"] for line in kept), default=0)
         if last < resumed_at:
             say(f"{path} ends at step {last}, before step {resumed_at} where the run goes on")
-        storage.write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        folders.write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def add(self, step: int, **values: float) -> None:
         """One line, written with the next `flush`."""
@@ -33,7 +33,7 @@ class MetricsLog:
     def flush(self) -> None:
         """Append what is pending to the file."""
         if self.pending:
-            storage.append_lines(self.path, "\n".join(self.pending) + "\n")
+            folders.append_lines(self.path, "\n".join(self.pending) + "\n")
             self.pending.clear()
 
     def close(self) -> None:
@@ -50,7 +50,7 @@ def read_metrics(path: Path) -> list[dict]:
     Raises UserError where it cannot be read.
     """
     lines, damaged = [], 0
-    with storage.plain_errors(path, "read"):
+    with folders.plain_errors(path, "read"):
         data = path.read_bytes()
     for line in data.split(b"\n"):
         try:

@@ -12,18 +12,18 @@ import math
 import torch
 from torch import nn
 
-from jobs.job import Job, load_trained
+from jobs.runs.job import Job, load_trained
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.attach import adaptable_layers, base_tensors, using
 from lora.variants.lora import LoRA
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from runtime import storage
-from runtime.checkpoint import Run
-from runtime.encoding import fingerprint
 from runtime.errors import UserError, join_problems
-from runtime.resume import State
-from runtime.steps import evaluate
+from runtime.storage import folders
+from runtime.storage.encoding import fingerprint
+from runtime.storage.runs import Run
+from runtime.training.resume import State
+from runtime.training.steps import evaluate
 
 FEW = 1  # batches of held-out text
 SAME = 1e-4  # relative difference of losses; products may be summed in another order where memory lies elsewhere
@@ -72,7 +72,7 @@ def read_back(job: Job, run: Run) -> tuple[BigramLanguageModelLoRA, Adapter]:
     if fingerprint(base_tensors(fresh)) != job.base_sha256:
         raise UserError(f"the base in {job.base.product} is no longer the one that this run began with")
     folder = saved[-1][1]
-    return fresh.to(job.machine.device), adapter_files.from_files(storage.read_folder(folder), str(folder))
+    return fresh.to(job.machine.device), adapter_files.from_files(folders.read_folder(folder), str(folder))
 
 
 def unmoved(start: Names, now: Names) -> set[str]:

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from data.corpora import Corpus, load_corpus
 from data.text import tokens_of, validation_windows
-from jobs.base import Base, base_of, reference
-from jobs.job import IN_CONFIG, TEST_CHARACTERS, run_metadata
+from jobs.runs.base import Base, base_of, reference
+from jobs.runs.job import IN_CONFIG, TEST_CHARACTERS, run_metadata
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
-from runtime import storage
-from runtime.batch import Batch
-from runtime.checkpoint import PRODUCTS, Run, all_runs, open_run, suggest
-from runtime.encoding import to_sealed_json
 from runtime.errors import UsageError, UserError, join_problems
+from runtime.storage import folders
+from runtime.storage.encoding import to_sealed_json
+from runtime.storage.runs import PRODUCTS, Run, all_runs, open_run, suggest
+from runtime.training.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,12 @@ def publish(
     check_free(folder)
     draft = Run(folder.with_name(f".tmp-{folder.name}-{os.getpid()}"), about)
     try:
-        storage.commit_folder(draft.folder / PRODUCTS[about["kind"]], files)
-        storage.write_file(draft.folder / "result.json", to_sealed_json(result))
+        folders.commit_folder(draft.folder / PRODUCTS[about["kind"]], files)
+        folders.write_file(draft.folder / "result.json", to_sealed_json(result))
         verify(draft)
-        storage.write_file(draft.folder / "run.json", to_sealed_json(about))
-        storage.publish_folder(draft.folder, folder)
+        folders.write_file(draft.folder / "run.json", to_sealed_json(about))
+        folders.publish_folder(draft.folder, folder)
     except BaseException:
-        storage.remove_folder(draft.folder)
+        folders.remove_folder(draft.folder)
         raise
     return Run(folder, about)

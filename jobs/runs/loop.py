@@ -6,13 +6,13 @@ import math
 import time
 from contextlib import suppress
 
-from jobs.job import Job
-from jobs.postmortem import with_batch
-from runtime import resume
-from runtime.checkpoint import Run, say
+from jobs.runs.job import Job
+from jobs.runs.postmortem import with_batch
 from runtime.interrupt import InterruptedRunError, Interruption
-from runtime.metrics import MetricsLog, Progress
-from runtime.steps import NonFiniteError, Stepper
+from runtime.storage.runs import Run, say
+from runtime.training import resume
+from runtime.training.metrics import MetricsLog, Progress
+from runtime.training.steps import NonFiniteError, Stepper
 
 
 class Training:

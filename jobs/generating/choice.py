@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.adapters import base_name, open_adapters
-from jobs.base import Base, base_of
+from jobs.adapting.adapted import base_name, open_adapters
+from jobs.runs.base import Base, base_of
 from lora.attach import Strengths
-from runtime.checkpoint import Run, all_runs, find_run
 from runtime.errors import UsageError, UserError
 from runtime.settings.fields import DECIMAL
 from runtime.start import command_line
+from runtime.storage.runs import Run, all_runs, find_run
 
 NONE = "none"
 

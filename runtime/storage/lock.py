@@ -8,8 +8,8 @@ from pathlib import Path
 
 import filelock
 
-from runtime import storage
 from runtime.errors import UserError
+from runtime.storage import folders
 
 
 class RunLock:
@@ -20,7 +20,7 @@ class RunLock:
         self.holder = folder / ".lock-holder"
 
     def __enter__(self) -> None:
-        with storage.plain_errors(self.holder, "write"):
+        with folders.plain_errors(self.holder, "write"):
             try:
                 self.lock.acquire()
             except filelock.Timeout:
@@ -29,8 +29,8 @@ class RunLock:
                     f"run {name} is being trained by {holder}; wait for it, or choose another RUN_NAME"
                 ) from None
         try:
-            storage.write_file(self.holder, f"process {os.getpid()}".encode())
-            storage.remove_leftovers(self.folder)
+            folders.write_file(self.holder, f"process {os.getpid()}".encode())
+            folders.remove_leftovers(self.folder)
         except BaseException:
             self.lock.release()
             raise
@@ -44,7 +44,7 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         try:
-            storage.remove_file(self.holder)
-            storage.remove_leftovers(self.folder)  # of removals that failed
+            folders.remove_file(self.holder)
+            folders.remove_leftovers(self.folder)  # of removals that failed
         finally:
             self.lock.release()

@@ -12,7 +12,7 @@ from safetensors.torch import load as read_safetensors
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from runtime.storage import DamagedError, sha256
+from runtime.storage.folders import DamagedError, sha256
 
 SEAL = "sha256"
 

@@ -1,0 +1,1 @@
+"""Full fine-tuning against LoRA, measured and shown."""

@@ -1,0 +1,1 @@
+"""One training run, from its base and data to what it publishes."""
