@@ -133,9 +133,11 @@ STRANGERS = (
 
 
 def is_far(name: str) -> bool:
-    """Whether a name is more than two typing errors away from every setting, in any case and with any separators."""
+    """Whether a name is no other name of a setting and more than two typing errors away from each, however written."""
     plain = name.upper().translate(str.maketrans("-. ", "___"))
     bare = plain.replace("_", "")
+    if plain.strip("_") in CALLED or plain.startswith("LORA_"):
+        return False
     return all(typing_errors(plain, other) > 2 and bare != other.replace("_", "") for other in VARIABLES)
 
 
