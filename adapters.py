@@ -32,7 +32,7 @@ from jobs.runs.family import orphaned_by, remove_runs
 from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import UsageError, UserError, run_command
-from runtime.settings.config import FOLDER, NAME, NAMED, Machine, from_command_line
+from runtime.settings.config import FOLDER, NAME, NAMED, CommonSettings, from_command_line
 from runtime.settings.fields import setting
 from runtime.settings.flags import subcommand
 from runtime.start import command_line, install_line
@@ -86,7 +86,7 @@ def text_for(adapted: Adapted, dataset: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command(Machine):
+class Command(CommonSettings):
     """A command of adapters.py: its arguments, and what it does with them."""
 
     @property
@@ -180,7 +180,7 @@ class Merge(Command):
         text = text_for(adapted, self.dataset)
         windows = held_out(text, adapted.base, Path(self.data_dir), 1)
         run, difference = making.merge_run(adapted, self.root / self.out, windows)
-        print(f"{run.product}: {adapted.base.run.name} with {self.name} merged into it")
+        print(f"{run.artifact}: {adapted.base.run.name} with {self.name} merged into it")
         told = f"{difference:.1e} of the largest (up to {making.TOLERANCE:g} is rounding)"
         print(f"Verified on held-out text of {Path(text).name}: its logits differ from base and adapter by {told}")
         print(f"➡️  Next: {command_line('generate.py', '--run', run.name)}")

@@ -27,7 +27,7 @@ from models.sampling import stream
 from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import UsageError, UserError, run_command
-from runtime.settings.config import Machine, from_command_line
+from runtime.settings.config import CommonSettings, from_command_line
 from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
 from runtime.training.metrics import Progress
@@ -36,7 +36,7 @@ WHAT, HOW = "What to continue", "How to sample"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Machine):
+class Options(CommonSettings):
     """The flags of generate.py."""
 
     run: str = setting("", "The run to sample from; empty takes the newest", group=WHAT, env=False)

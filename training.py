@@ -17,9 +17,9 @@ from jobs.runs.base import base_settings, find_base
 from jobs.runs.job import Job, identity, prepare, unread, unread_names
 from jobs.runs.loop import Training
 from jobs.runs.preflight import preflight
-from jobs.runs.result import tell_next, tell_result
+from jobs.runs.result import print_next, print_result
 from jobs.runs.selfcheck import Names, digests, self_check
-from jobs.runs.text_report import bits_per_character, sample, tell_samples
+from jobs.runs.text_report import bits_per_character, print_samples, sample
 from lora.adapter import Adapter
 from lora.attach import using
 from runtime import report
@@ -40,7 +40,7 @@ def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
     if job.kind == "lora":
         self_check(job, run, state, start)
     say("Scoring the whole held-out text, and sampling ...")
-    job.load_product(run.read(), str(run.folder))
+    job.load_artifact(run.read(), str(run.folder))
     result = asdict(state) | {"val_loss": job.evaluate(), "peak_memory": peak_memory}
     result["tokens_per_second"] = state.step * job.tokens_per_step / state.seconds
     result["bits_per_character"] = bits_per_character(job, result["val_loss"])
@@ -50,9 +50,9 @@ def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
             result["base_val_loss"] = job.evaluate()
             samples = {"Sample with the adapter": samples["Sample"], "Sample without it": sample(job)}
     run.publish(result)
-    tell_result(job, run, result)
-    tell_samples(job, samples)
-    tell_next(job, run)
+    print_result(job, run, result)
+    print_samples(job, samples)
+    print_next(job, run)
 
 
 def train(given: Resolved) -> Run:
@@ -71,7 +71,7 @@ def train(given: Resolved) -> Run:
     root, about = Path(settings.checkpoints_dir), job.about()
     run = claim(root, job.plain_name, settings.run_name, about, settings.fresh, identity)
     if run.finished:
-        tell_finished(run)
+        print_finished(run)
         return run
     preflight(job, run)
     say_why_another(run, job.plain_name)
@@ -84,9 +84,9 @@ def train(given: Resolved) -> Run:
     return run
 
 
-def tell_finished(run: Run) -> None:
+def print_finished(run: Run) -> None:
     """Say that there is nothing to do, and how to do it all the same."""
-    print(f"{run.name} is finished already, with these settings: {run.product}")
+    print(f"{run.name} is finished already, with these settings: {run.artifact}")
     words = [*(word for word in sys.argv[1:] if word != "--fresh"), "--fresh"]
     print(f"➡️  To train it afresh, in the same environment: {command_line('training.py', *words)}")
 

@@ -15,7 +15,7 @@ import tiktoken
 
 from runtime.console import say
 from runtime.errors import UsageError, UserError
-from runtime.storage.folders import DamagedError, sha256
+from runtime.storage.folders import CorruptedError, sha256
 
 KINDS = ("char", "bpe", "gpt2")
 END = "<|endoftext|>"
@@ -262,11 +262,11 @@ def _bpe_from(fields: dict) -> BPETokenizer:
 
 
 def load_tokenizer(data: bytes) -> Tokenizer:
-    """The tokenizer that `dumps` wrote. Raises DamagedError for anything else."""
+    """The tokenizer that `dumps` wrote. Raises CorruptedError for anything else."""
     try:
         fields = json.loads(data)
         if fields["kind"] not in KINDS:
             raise ValueError(f"there is no kind {fields['kind']!r}")
         return _char_from(fields) if fields["kind"] == "char" else _bpe_from(fields)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"the tokenizer file is damaged: {type(error).__name__}: {error}") from None
+        raise CorruptedError(f"the tokenizer file is corrupted: {type(error).__name__}: {error}") from None

@@ -10,7 +10,7 @@ from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.config import ModelConfig
 from runtime.errors import UserError, join_problems
 from runtime.storage.encoding import differences, pack, read_json, to_json, unpack
-from runtime.storage.folders import DamagedError
+from runtime.storage.folders import CorruptedError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -30,14 +30,14 @@ def config_from(files: dict[str, bytes], where: str) -> ModelConfig:
     except UserError as error:
         raise UserError(f"{where}/{CONFIG}: {error}") from None
     except (ValueError, TypeError) as error:
-        raise DamagedError(f"{where}/{CONFIG} is damaged: {error}") from None
+        raise CorruptedError(f"{where}/{CONFIG} is corrupted: {error}") from None
 
 
 def _check_size(config: ModelConfig, tensors: dict[str, Tensor], where: str) -> None:
-    """Raises DamagedError for a config that needs more weights than there are, before anybody makes room for them."""
+    """Raises CorruptedError for a config that needs more weights than there are, before anybody makes room for them."""
     least = (config.vocab_size + config.max_positions) * config.n_embd
     if least > sum(tensor.numel() for tensor in tensors.values()) or config.n_layer > len(tensors):
-        raise DamagedError(f"{where}/{WEIGHTS} holds fewer weights than {CONFIG} needs")
+        raise CorruptedError(f"{where}/{WEIGHTS} holds fewer weights than {CONFIG} needs")
 
 
 def load_weights(model: nn.Module, files: dict[str, bytes], where: str) -> None:

@@ -16,7 +16,7 @@ from lora.adapter import Adapter
 from runtime.errors import UsageError, UserError, join_problems
 from runtime.storage import folders
 from runtime.storage.encoding import to_sealed_json
-from runtime.storage.runs import PRODUCTS, Run, all_runs, open_run, suggest
+from runtime.storage.runs import ARTIFACTS, Run, all_runs, open_run, suggest
 from runtime.training.batch import Batch
 
 
@@ -46,7 +46,7 @@ def find_adapter(root: Path, name: str) -> Run:
 
 def read_adapter(run: Run) -> Adapter:
     """A LoRA run's adapter, its files verified."""
-    return adapter_files.from_files(run.read(), str(run.product if run.finished else run.folder))
+    return adapter_files.from_files(run.read(), str(run.artifact if run.finished else run.folder))
 
 
 def open_adapters(root: Path, names: tuple[str, ...]) -> list[Adapted]:
@@ -122,7 +122,7 @@ def publish(
     check_free(folder)
     draft = Run(folder.with_name(f".tmp-{folder.name}-{os.getpid()}"), about)
     try:
-        folders.commit_folder(draft.folder / PRODUCTS[about["kind"]], files)
+        folders.commit_folder(draft.folder / ARTIFACTS[about["kind"]], files)
         folders.write_file(draft.folder / "result.json", to_sealed_json(result))
         verify(draft)
         folders.write_file(draft.folder / "run.json", to_sealed_json(about))

@@ -77,7 +77,7 @@ class Checkup:
 
     def files(self, folder: Path) -> dict[str, bytes]:
         """A folder's files, whatever their state; each that is not as its manifest says is a problem."""
-        self.problems += damage(folder)
+        self.problems += corrupted_files(folder)
         if not (folder / folders.MANIFEST).exists():
             self.notes.append(f"{folder} has no manifest: whether its bytes are those that were saved is not known")
         pickled = [name for name in UNREADABLE if (folder / name).exists()]
@@ -130,14 +130,14 @@ class Checkup:
         return self
 
 
-def damage(folder: Path) -> list[str]:
+def corrupted_files(folder: Path) -> list[str]:
     """Every file that is not as the folder's manifest says; none for a folder without a manifest."""
     if not (folder / folders.MANIFEST).exists():
         return []
     try:
         folders.read_folder(folder)
         return []
-    except folders.DamagedError as error:
+    except folders.CorruptedError as error:
         first = str(error)
     try:
         table = json.loads((folder / folders.MANIFEST).read_bytes())["files"]
@@ -146,7 +146,7 @@ def damage(folder: Path) -> list[str]:
         return [first]
     problems = [f"{path} is missing" for path in found if not path.is_file()]
     wrong = [path for path, digest in found.items() if path.is_file() and folders.sha256(path.read_bytes()) != digest]
-    return problems + [f"{path} is damaged: its checksum is not the one that was saved" for path in wrong] or [first]
+    return problems + [f"{path} is corrupted: its checksum is not the one that was saved" for path in wrong] or [first]
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:

@@ -48,7 +48,7 @@ def merge_run(adapted: Adapted, folder: Path, windows: list[Batch]) -> tuple[Run
 
     def verify(run: Run) -> None:
         nonlocal difference
-        read_back = _logits(model_files.from_files(run.read(), str(run.product)), windows)
+        read_back = _logits(model_files.from_files(run.read(), str(run.artifact)), windows)
         difference = ((read_back - expected).abs().max() / expected.abs().max()).item()
         if not difference <= TOLERANCE:
             raise UserError(

@@ -34,7 +34,7 @@ def _row(run: Run, tokens: str, depth: int) -> tuple[str, ...]:
         result, kind, targets = run.result, run.kind, ""
         files = run.read()
         if run.kind == "lora":
-            adapter = adapter_files.from_files(files, str(run.product))
+            adapter = adapter_files.from_files(files, str(run.artifact))
             kind, targets = f"{adapter.config.variant} {ranks_in_words(adapter)}", targets_in_words(adapter)
         steps = result.get("step") or max((step for step, _ in run.saved("step")), default="")
         loss = result.get("val_loss")

@@ -114,7 +114,7 @@ def row(method: Method, equal_seconds: float, forgetting: tuple[float, float]) -
         "trainable_percent": 100 * info["trainable"] / info["total"],
         "seconds": method.seconds,
         "tokens_per_step": method.job.tokens_per_step,
-        "file_bytes": sum(map(len, method.job.product_files().values())),
+        "file_bytes": sum(map(len, method.job.artifact_files().values())),
         "learning_rate": method.job.settings.learning_rate,
         "loss_before": method.curve[0][2],
         "loss_at_equal_steps": method.curve[-1][2],

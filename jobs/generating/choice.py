@@ -65,7 +65,7 @@ def choose(root: Path, run_name: str, wanted: Strengths | None, others: Iterable
     wanted: None for the run's own adapter; where no run is named but others are, for the plain base. Without any name
     it is the newest run that counts.
 
-    Raises UsageError for a name that there is not, UserError for adapters of another base, and for damaged files.
+    Raises UsageError for a name that there is not, UserError for adapters of another base, and for corrupted files.
     """
     others, run = list(others), find_run(root, run_name) if run_name else None
     if run is None and not wanted and not others:

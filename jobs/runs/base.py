@@ -25,11 +25,11 @@ TOKENIZER = "tokenizer.json"
 
 
 def load_trained(run: Run, dropout: float = 0.0) -> tuple[BigramLanguageModelLoRA, Tokenizer]:
-    """The model and tokenizer of a base or a fully fine-tuned run. Raises UserError where files are damaged."""
+    """The model and tokenizer of a base or a fully fine-tuned run. Raises UserError where files are corrupted."""
     files = run.read()
     if TOKENIZER not in files:
-        raise UserError(f"{run.product}: {TOKENIZER} is missing")
-    return model_files.from_files(files, str(run.product), dropout), load_tokenizer(files[TOKENIZER])
+        raise UserError(f"{run.artifact}: {TOKENIZER} is missing")
+    return model_files.from_files(files, str(run.artifact), dropout), load_tokenizer(files[TOKENIZER])
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Base:
 
     @classmethod
     def open(cls, root: Path, name: str) -> Base:
-        """The base of that name. Raises UsageError where there is none, UserError where it is damaged."""
+        """The base of that name. Raises UsageError where there is none, UserError where it is corrupted."""
         return cls.of(find_run(root, name))
 
     @classmethod
     def of(cls, run: Run) -> Base:
-        """A run as a base. Raises UsageError where it is an adapter, UserError where it is damaged."""
+        """A run as a base. Raises UsageError where it is an adapter, UserError where it is corrupted."""
         if run.kind == "lora":
             named = run.about["base"]["run"]
             raise UsageError(f"{run.name} is a LoRA run; name the base it was trained on: {named}")

@@ -35,7 +35,7 @@ class Family:
             with suppress(UserError, KeyError):
                 if run.kind != "lora":
                     files = run.read()
-                    bases.setdefault(fingerprint(unpack(files[WEIGHTS], str(run.product))), []).append(run.name)
+                    bases.setdefault(fingerprint(unpack(files[WEIGHTS], str(run.artifact))), []).append(run.name)
                     tokenizers[folders.sha256(files[TOKENIZER])] = load_tokenizer(files[TOKENIZER]).kind
         return cls(runs, bases, tokenizers)
 

@@ -102,7 +102,7 @@ class Job:
             about["window"] = self.settings.block_size
         return about | {"identity": identity(about)}
 
-    def product_files(self, **notes: str) -> dict[str, bytes]:
+    def artifact_files(self, **notes: str) -> dict[str, bytes]:
         """What the run is for, as it stands now: the adapter, or the model with its tokenizer.
 
         notes: what an adapter's card tells beside what is known here, such as `steps` and `validation_loss`.
@@ -115,8 +115,8 @@ class Job:
         known = {"command": command_of(self.settings, self.base), "versions": versions}
         return adapter_files.to_files(Adapter.from_model(self.model, **metadata), notes | known)
 
-    def load_product(self, files: dict[str, bytes], where: str) -> None:
-        """Put a saved product back into the model, which then has done with training."""
+    def load_artifact(self, files: dict[str, bytes], where: str) -> None:
+        """Load a saved artifact into the model, which does not train any more."""
         if self.kind == "lora":
             detach(self.model, "default")
             adapter_files.from_files(files, where).attach_to(self.model, base_sha256=self.base_sha256)

@@ -105,7 +105,7 @@ class Training:
         self.progress.update(state.step, val=f"{value:.3f}")
         if value < state.best:
             state.best, state.best_step, state.stale = value, state.step, 0
-            files = self.job.product_files(steps=f"{state.step:,}", validation_loss=f"{value:.4f}")
+            files = self.job.artifact_files(steps=f"{state.step:,}", validation_loss=f"{value:.4f}")
             self.run.save("best", state.step, files, keep=1)
         else:
             state.stale += 1

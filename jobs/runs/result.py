@@ -12,7 +12,7 @@ from runtime.start import command_line
 from runtime.storage.runs import Run
 
 
-def tell_result(job: Job, run: Run, result: dict) -> None:
+def print_result(job: Job, run: Run, result: dict) -> None:
     """Time, speed, memory, losses, files."""
     print(f"✅ {run.name} has finished: {result['step']:,} steps in {result['seconds']:.0f} s of training")
     print(f"   Speed: {result['tokens_per_second']:,.0f} tokens/s on {job.machine}")
@@ -21,12 +21,12 @@ def tell_result(job: Job, run: Run, result: dict) -> None:
     base = f" (the base without the adapter: {result['base_val_loss']:.4f})" if "base_val_loss" in result else ""
     print(f"   Loss over the whole held-out text: {result['val_loss']:.4f}{base}")
     print(f"   Bits per character of it: {result['bits_per_character']:.4f}")
-    tell_ranks(job)
-    files = sum(path.stat().st_size for path in run.product.iterdir())
-    print(f"   Files: {run.product} ({report.size(files)}), {run.folder / 'metrics.jsonl'}")
+    print_ranks(job)
+    files = sum(path.stat().st_size for path in run.artifact.iterdir())
+    print(f"   Files: {run.artifact} ({report.size(files)}), {run.folder / 'metrics.jsonl'}")
 
 
-def tell_ranks(job: Job) -> None:
+def print_ranks(job: Job) -> None:
     """The ranks of the modules, where they are not all the same: a line for each block."""
     linears = {path: layer for path, layer in adaptable_layers(job.model).items() if isinstance(layer, LoRALinear)}
     ranks = {path: variant.current_rank() for path, linear in linears.items() for variant in linear.variants()}
@@ -41,7 +41,7 @@ def tell_ranks(job: Job) -> None:
         print(f"      {f'{block}: ' if block else ''}{', '.join(told)}")
 
 
-def tell_next(job: Job, run: Run) -> None:
+def print_next(job: Job, run: Run) -> None:
     """The command to try after this run."""
     if job.kind == "base":
         line = command_line("training.py", "--use-lora", *(["--test-mode"] if job.settings.test_mode else []))

@@ -70,7 +70,7 @@ def read_back(job: Job, run: Run) -> tuple[BigramLanguageModelLoRA, Adapter]:
         raise UserError("the best weights that it saved are gone")
     fresh, _ = load_trained(job.base)
     if fingerprint(base_tensors(fresh)) != job.base_sha256:
-        raise UserError(f"the base in {job.base.product} is no longer the one that this run began with")
+        raise UserError(f"the base in {job.base.artifact} is no longer the one that this run began with")
     folder = saved[-1][1]
     return fresh.to(job.machine.device), adapter_files.from_files(folders.read_folder(folder), str(folder))
 

@@ -31,7 +31,7 @@ def bits_per_character(job: Job, loss: float) -> float:
     return loss * len(job.data.held_out) / len(job.data.corpus.validation) / math.log(2)
 
 
-def tell_samples(job: Job, samples: dict[str, str]) -> None:
+def print_samples(job: Job, samples: dict[str, str]) -> None:
     """Samples of text by title, and how many of their words the text has; from a base, those only the text has."""
     foreign = base_words(job) if job.base else set()
     counted = distinct_words(job.data.corpus.text) - foreign

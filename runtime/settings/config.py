@@ -2,7 +2,7 @@
 
 python -m runtime.settings.config    writes .env.example and the README's settings section anew
 
-`Settings` is what training.py and compare.py run on; a command with flags of its own inherits `Machine`.
+`Settings` is what training.py and compare.py run on; a command with flags of its own inherits `CommonSettings`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine(Table):
+class CommonSettings(Table):
     """What every command needs to know: where to compute, where the runs are, which seed."""
 
     seed: int = setting(1337, "Seed of all random numbers", group=RUN, low=0, high=2**31 - 1)
@@ -90,7 +90,7 @@ class Machine(Table):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Machine):
+class Settings(CommonSettings):
     """Everything that decides what a training run does."""
 
     presets: ClassVar = PRESETS

@@ -12,7 +12,7 @@ from safetensors.torch import load as read_safetensors
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from runtime.storage.folders import DamagedError, sha256
+from runtime.storage.folders import CorruptedError, sha256
 
 SEAL = "sha256"
 
@@ -31,12 +31,12 @@ def pack(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> 
 
 
 def unpack(data: bytes, name: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises DamagedError, naming the file, where it is none."""
+    """Tensors of a safetensors file. Raises CorruptedError, naming the file, where it is none."""
     try:
         return read_safetensors(data)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         why = str(error).partition("\n")[0]  # torch adds a stack to some
-        raise DamagedError(f"{name} is not a whole safetensors file: {why}") from None
+        raise CorruptedError(f"{name} is not a whole safetensors file: {why}") from None
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
@@ -59,13 +59,13 @@ def differences(wanted: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> lis
 
 
 def read_json(data: bytes, name: str) -> dict:
-    """A JSON object. Raises DamagedError, naming the file, where it is none or says something twice."""
+    """A JSON object. Raises CorruptedError, naming the file, where it is none or says something twice."""
     try:
         value = json.loads(data, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{name} is damaged: {error}") from None
+        raise CorruptedError(f"{name} is corrupted: {error}") from None
     if not isinstance(value, dict):
-        raise DamagedError(f"{name} is damaged: not a JSON object")
+        raise CorruptedError(f"{name} is corrupted: not a JSON object")
     return value
 
 
@@ -94,10 +94,10 @@ def to_sealed_json(value: dict) -> bytes:
 def read_sealed_json(data: bytes, name: str) -> dict:
     """What `to_sealed_json` wrote. An object without a checksum, as earlier versions wrote it, is taken as it is.
 
-    Raises DamagedError, naming the file, where it is no JSON object or not the one that was written.
+    Raises CorruptedError, naming the file, where it is no JSON object or not the one that was written.
     """
     value = read_json(data, name)
     seal = value.pop(SEAL, None)
     if seal is not None and seal != _digest(value):
-        raise DamagedError(f"{name} is damaged: its checksum is not the one that was saved")
+        raise CorruptedError(f"{name} is corrupted: its checksum is not the one that was saved")
     return value

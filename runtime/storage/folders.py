@@ -22,7 +22,7 @@ from runtime.errors import UserError
 MANIFEST = "MANIFEST.json"
 
 
-class DamagedError(UserError):
+class CorruptedError(UserError):
     """A file on disk is not what was written: missing, cut short, or with other bytes."""
 
 
@@ -141,9 +141,9 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
             raise ValueError("its own digest does not match")
         return {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in table.items()}
     except FileNotFoundError:
-        raise DamagedError(f"{folder}: no {MANIFEST}, so this is not a finished save") from None
+        raise CorruptedError(f"{folder}: no {MANIFEST}, so this is not a finished save") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{folder / MANIFEST} is damaged: {error}") from None
+        raise CorruptedError(f"{folder / MANIFEST} is corrupted: {error}") from None
 
 
 def _read_file(path: Path, length: int | None = None) -> bytes:
@@ -160,21 +160,21 @@ def _read_file(path: Path, length: int | None = None) -> bytes:
 def read_folder(folder: Path) -> dict[str, bytes]:
     """All files of a committed folder, each checked against the manifest.
 
-    Raises DamagedError that names the first file that is missing or has other bytes than were written.
+    Raises CorruptedError that names the first file that is missing or has other bytes than were written.
     """
     files = {}
     for name, (length, digest) in _read_manifest(folder).items():
         path = folder / name
         if name in ("", "..") or Path(name).name != name or not name.isprintable():
-            raise DamagedError(f"{folder / MANIFEST} names {name!r}, which is no file of this folder")
+            raise CorruptedError(f"{folder / MANIFEST} names {name!r}, which is no file of this folder")
         try:
             files[name] = _read_file(path, length)
         except OSError as error:
-            raise DamagedError(f"{path}: {error.strerror or error}") from None
+            raise CorruptedError(f"{path}: {error.strerror or error}") from None
         except ValueError as error:
-            raise DamagedError(f"{path} is damaged: {error}") from None
+            raise CorruptedError(f"{path} is corrupted: {error}") from None
         if sha256(files[name]) != digest:
-            raise DamagedError(f"{path} is damaged: its checksum is not the one that was saved")
+            raise CorruptedError(f"{path} is corrupted: its checksum is not the one that was saved")
     return files
 
 

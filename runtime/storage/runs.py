@@ -26,7 +26,7 @@ from runtime.storage import folders
 from runtime.storage.encoding import read_sealed_json, to_sealed_json
 from runtime.storage.lock import RunLock
 
-PRODUCTS = {"base": "model", "full": "model", "lora": "adapter"}
+ARTIFACTS = {"base": "model", "full": "model", "lora": "adapter"}
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Run:
         return self.about["kind"]
 
     @property
-    def product(self) -> Path:
+    def artifact(self) -> Path:
         """Where the run's weights or adapter are once it has finished."""
-        return self.folder / PRODUCTS[self.kind]
+        return self.folder / ARTIFACTS[self.kind]
 
     @property
     def finished(self) -> bool:
         """Whether the run came to its end."""
-        return self.product.is_dir()
+        return self.artifact.is_dir()
 
     @property
     def aside(self) -> bool:
@@ -99,7 +99,7 @@ class Run:
                 folders.remove_folder(path)
 
     def newest(self, prefix: str) -> tuple[int, dict[str, bytes]] | None:
-        """The newest good `<prefix>-<step>`; what is damaged is named on stderr and left where it is."""
+        """The newest good `<prefix>-<step>`; what is corrupted is named on stderr and left where it is."""
         while True:
             saved = self.saved(prefix)
             for i, (step, folder) in reversed(list(enumerate(saved))):
@@ -112,31 +112,33 @@ class Run:
                 return None
 
     def read(self) -> dict[str, bytes]:
-        """The files of what the run is for: its finished product, else its best weights so far.
+        """The files of what the run is for: its artifact, else its best weights so far.
 
-        Raises UserError where it has neither yet, DamagedError where they are damaged.
+        Raises UserError where it has neither yet, CorruptedError where they are corrupted.
         """
-        there = self.saved("best")  # what comes while this looks is not what it found damaged
+        there = self.saved("best")  # what comes while this looks is not what it found corrupted
         if not self.finished and (best := self.newest("best")):
             return best[1]
         if self.finished:  # perhaps only now
             try:
-                return folders.read_folder(self.product)
-            except folders.DamagedError as error:
-                raise folders.DamagedError(f"{error}; FRESH=True trains the run again") from None
+                return folders.read_folder(self.artifact)
+            except folders.CorruptedError as error:
+                raise folders.CorruptedError(f"{error}; FRESH=True trains the run again") from None
         if there:
-            raise folders.DamagedError(f"the best weights of run {self.name} are damaged; FRESH=True trains it again")
+            raise folders.CorruptedError(
+                f"the best weights of run {self.name} are corrupted; FRESH=True trains it again"
+            )
         raise UserError(f"run {self.name} has not saved anything yet; start it again to go on with it")
 
     def publish(self, result: dict) -> None:
         """Finish: write down what the run came to, give its best weights their final name, drop what resumes it.
 
-        Raises DamagedError where no best weights can be read.
+        Raises CorruptedError where no best weights can be read.
         """
         folders.write_file(self.folder / "result.json", to_sealed_json(result))
         if not (best := self.newest("best")):
-            raise folders.DamagedError(f"the best weights of run {self.name} cannot be read; start it again")
-        folders.publish_folder(dict(self.saved("best"))[best[0]], self.product)
+            raise folders.CorruptedError(f"the best weights of run {self.name} cannot be read; start it again")
+        folders.publish_folder(dict(self.saved("best"))[best[0]], self.artifact)
         self._drop_saves()
 
     def tidy(self) -> None:
@@ -153,7 +155,7 @@ class Run:
 def _read(folder: Path, otherwise: str = "saving it again") -> dict[str, bytes] | None:
     try:
         return folders.read_folder(folder)
-    except folders.DamagedError as error:
+    except folders.CorruptedError as error:
         if folder.exists():
             say(f"{error}; {otherwise}")
         return None
@@ -168,12 +170,12 @@ def open_run(folder: Path) -> Run | None:
         data = path.read_bytes()
     try:
         return Run(folder, _read_about(data, str(path)))
-    except folders.DamagedError as error:
-        raise folders.DamagedError(f"{error}; move {folder} away to train that run again") from None
+    except folders.CorruptedError as error:
+        raise folders.CorruptedError(f"{error}; move {folder} away to train that run again") from None
 
 
 def _read_about(data: bytes, name: str) -> dict:
-    """What `run.json` says, with all in it that others rely on. Raises DamagedError where it is not."""
+    """What `run.json` says, with all in it that others rely on. Raises CorruptedError where it is not."""
     about = read_sealed_json(data, name)
     wanted = {"kind": str, "identity": str, "settings": dict, "settings.test_mode": bool, "settings.dataset": str}
     if about.get("kind") == "lora":
@@ -181,8 +183,8 @@ def _read_about(data: bytes, name: str) -> dict:
     for key, kind in wanted.items():
         place, _, entry = key.rpartition(".")
         value = (about[place] if place else about).get(entry)
-        if not isinstance(value, kind) or key == "kind" and value not in PRODUCTS:
-            raise folders.DamagedError(f"{name} is damaged: {key} is {value!r}")
+        if not isinstance(value, kind) or key == "kind" and value not in ARTIFACTS:
+            raise folders.CorruptedError(f"{name} is corrupted: {key} is {value!r}")
     return about
 
 

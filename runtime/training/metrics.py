@@ -49,7 +49,7 @@ def read_metrics(path: Path) -> list[dict]:
 
     Raises UserError where it cannot be read.
     """
-    lines, damaged = [], 0
+    lines, corrupted = [], 0
     with folders.plain_errors(path, "read"):
         data = path.read_bytes()
     for line in data.split(b"\n"):
@@ -59,9 +59,9 @@ def read_metrics(path: Path) -> list[dict]:
                 raise TypeError
             lines.append(value)
         except (ValueError, KeyError, TypeError, RecursionError):
-            damaged += bool(line.strip())
-    if damaged:
-        say(f"{path}: {damaged} damaged line(s) left out")
+            corrupted += bool(line.strip())
+    if corrupted:
+        say(f"{path}: {corrupted} corrupted line(s) left out")
     return lines
 
 

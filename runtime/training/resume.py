@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.storage.encoding import pack, read_json, to_json, unpack
-from runtime.storage.folders import DamagedError
+from runtime.storage.folders import CorruptedError
 from runtime.training.steps import Stepper
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -55,15 +55,15 @@ def to_files(stepper: Stepper, state: State) -> dict[str, bytes]:
 def restore(stepper: Stepper, files: dict[str, bytes], where: str) -> State:
     """Bring a fresh stepper to a resumable step.
 
-    Raises DamagedError for files that do not fit, before anything is touched.
+    Raises CorruptedError for files that do not fit, before anything is touched.
     """
     for name in (STATE, WEIGHTS, OPTIMIZER):
         if name not in files:
-            raise DamagedError(f"{where}/{name} is missing")
+            raise CorruptedError(f"{where}/{name} is missing")
     state, scaler = _read_state(stepper, read_json(files[STATE], f"{where}/{STATE}"), f"{where}/{STATE}")
     weights, changing = unpack(files[WEIGHTS], f"{where}/{WEIGHTS}"), _changing(stepper.model)
     if _described(weights) != _described(changing):
-        raise DamagedError(f"{where}/{WEIGHTS} holds other tensors than this run trains")
+        raise CorruptedError(f"{where}/{WEIGHTS} holds other tensors than this run trains")
     saved = stepper.optimizer.state_dict()
     saved["state"] = _read_moments(stepper, unpack(files[OPTIMIZER], f"{where}/{OPTIMIZER}"), f"{where}/{OPTIMIZER}")
     with torch.no_grad():
@@ -87,13 +87,13 @@ def _is_size(value: float) -> bool:
 def _read_state(stepper: Stepper, about: dict, where: str) -> tuple[State, dict]:
     wanted, scaler = stepper.scaler.state_dict(), about.pop("scaler", None)
     if not isinstance(scaler, dict) or (wanted and scaler and scaler.keys() != wanted.keys()):
-        raise DamagedError(f"{where} is damaged: scaler is {scaler!r}")
+        raise CorruptedError(f"{where} is corrupted: scaler is {scaler!r}")
     for field in fields(State):
         value = about.get(field.name)
         if not (type(value) is int or type(value) is float and field.type == "float") or not _is_size(value):
-            raise DamagedError(f"{where} is damaged: {field.name} is {value!r}")
+            raise CorruptedError(f"{where} is corrupted: {field.name} is {value!r}")
     if unknown := about.keys() - asdict(State()).keys():
-        raise DamagedError(f"{where} is damaged: it holds {', '.join(map(repr, unknown))}")
+        raise CorruptedError(f"{where} is corrupted: it holds {', '.join(map(repr, unknown))}")
     return State(**about), scaler
 
 
@@ -105,11 +105,11 @@ def _read_moments(stepper: Stepper, tensors: dict[str, Tensor], where: str) -> d
     for key, tensor in tensors.items():
         name, _, kind = key.partition("/")
         if name not in moments or tensor.shape not in shapes[name]:
-            raise DamagedError(f"{where} does not fit what this run trains: {key!r}")
+            raise CorruptedError(f"{where} does not fit what this run trains: {key!r}")
         moments[name][kind] = tensor
     for group in stepper.optimizer.param_groups:
         names = [order[id(p)] for p in group["params"] if moments[order[id(p)]]]
         for name in names:
             if moments[name].keys() != moments[names[0]].keys():
-                raise DamagedError(f"{where} is incomplete: {name!r} and {names[0]!r} differ in what is kept of them")
+                raise CorruptedError(f"{where} is incomplete: {name!r} and {names[0]!r} differ in what is kept of them")
     return dict(enumerate(moments.values()))

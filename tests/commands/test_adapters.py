@@ -277,7 +277,7 @@ def test_check_names_every_problem_at_once(here, monkeypatch, capsys, tmp_path):
     status, out, err = call(monkeypatch, capsys, "check", str(folder))
     assert status == 1 and err.strip().splitlines()[-1] == f"error: {folder}: 6 problems"
     for told in (
-        "README.md is damaged", "adapter_model.safetensors is damaged", "blocks.0.attention.q_proj.A is missing",
+        "README.md is corrupted", "adapter_model.safetensors is corrupted", "blocks.0.attention.q_proj.A is missing",
         "blocks.1.attention.q_proj.A has values that are not finite", "blocks.1.attention.q_proj.B is (3, 8), not (64",
         "blocks.9.attention.q_proj.A is unexpected",
     ):  # fmt: skip
@@ -312,8 +312,8 @@ def test_check_of_files_models_and_runs(here, monkeypatch, capsys, tmp_path):
     weights.write_bytes(data)
     (tmp_path / "base/model/tokenizer.json").unlink()
     status, out, _ = call(monkeypatch, capsys, "check", str(tmp_path / "base"))
-    assert status == 1 and "tokenizer.json is missing" in out and "model.safetensors is damaged" in out
-    assert checkup.damage(tmp_path / "base/model")[0].endswith("tokenizer.json is missing")
+    assert status == 1 and "tokenizer.json is missing" in out and "model.safetensors is corrupted" in out
+    assert checkup.corrupted_files(tmp_path / "base/model")[0].endswith("tokenizer.json is missing")
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
@@ -392,9 +392,9 @@ def test_a_flipped_bit_and_a_torn_file_are_refused_by_every_command(here, monkey
             ("combine", "folio", "torn", "--out", "x"), ("export", "torn", "--out", "x"), ("check", "torn"),
         ):  # fmt: skip
             status, out, err = call(monkeypatch, capsys, *words)
-            assert status == 1 and "adapter_model.safetensors" in out + err and "damaged" in out + err, (words, err)
+            assert status == 1 and "adapter_model.safetensors" in out + err and "corrupted" in out + err, (words, err)
     status, out, _ = call(monkeypatch, capsys, "list")
-    assert status == 0 and "adapter_model.safetensors is damaged" in out and "folio" in out
+    assert status == 0 and "adapter_model.safetensors is corrupted" in out and "folio" in out
     assert not (here / "checkpoints/x").exists() and not (here / "x").exists()
     shutil.rmtree(here / "checkpoints/torn")
 

@@ -176,7 +176,7 @@ def test_a_finished_run_tells_bits_per_character_whatever_its_tokens_are(tmp_pat
     status, out, err = call(monkeypatch, capsys, training, *flags.split(), *more.split())
     assert status == 0, err
     run = find_run(Path("checkpoints"), "small")
-    tokenizer = load_tokenizer((run.product / "tokenizer.json").read_bytes())
+    tokenizer = load_tokenizer((run.artifact / "tokenizer.json").read_bytes())
     held_out = text[len(text) * 9 // 10 :]
     tokens, bits = len(tokenizer.encode(held_out)), run.result["bits_per_character"]
     assert bits == pytest.approx(run.result["val_loss"] * math.log2(math.e) * tokens / len(held_out), rel=1e-3)

@@ -143,7 +143,9 @@ def test_archive_put_there_by_hand_needs_no_pip(own_dir: Path, milton: Corpus, c
 
 @pytest.mark.usefixtures("no_pip")
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "manifest"])
-def test_damaged_cache_is_made_again(damage: str, own_dir: Path, milton: Corpus, capsys: pytest.CaptureFixture) -> None:
+def test_corrupted_cache_is_made_again(
+    damage: str, own_dir: Path, milton: Corpus, capsys: pytest.CaptureFixture
+) -> None:
     load_corpus("milton", own_dir)
     path = own_dir / f"milton-v{CLEANING}" / ("MANIFEST.json" if damage == "manifest" else "train.txt")
     data = path.read_bytes()

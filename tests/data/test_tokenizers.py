@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from data.corpora import Corpus
 from data.tokenizers import ASCII, END, BPETokenizer, CharTokenizer, Tokenizer, build_tokenizer, load_tokenizer
 from runtime.errors import UsageError, UserError
-from runtime.storage.folders import DamagedError
+from runtime.storage.folders import CorruptedError
 
 SAMPLE = "Whan that Aprille with his shoures soote, the droghte of March hath perced to the roote; ünïcödé 書\n" * 20
 CHAR = build_tokenizer("char", SAMPLE, 0)
@@ -249,8 +249,8 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("data", DAMAGED.values(), ids=DAMAGED.keys())
-def test_damaged_files_are_refused(data: bytes) -> None:
-    with pytest.raises(DamagedError, match="the tokenizer file is damaged") as error:
+def test_corrupted_files_are_refused(data: bytes) -> None:
+    with pytest.raises(CorruptedError, match="the tokenizer file is corrupted") as error:
         load_tokenizer(data)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300

@@ -94,7 +94,7 @@ class Moments:
             )
             for owner, name in ((MetricsLog, "add"), (MetricsLog, "flush"), (Run, "save"), (Run, "publish")):
                 patch.setattr(owner, name, self.around(getattr(owner, name)))
-            patch.setattr(Job, "load_product", self.around(Job.load_product))
+            patch.setattr(Job, "load_artifact", self.around(Job.load_artifact))
             yield
 
 
@@ -134,7 +134,7 @@ class Case:
             "weights and optimizer": {name: data for name, data in self.last.items() if name != STATE},
             "state": unclocked(json.loads(self.last[STATE])),
             "log": [unclocked(json.loads(line)) for line in log.splitlines()],
-            "product": read_folder(run.product),
+            "product": read_folder(run.artifact),
             "result": unclocked(run.result),
             "run.json": about,
             "files": sorted(path.name for path in self.folder.iterdir()),

@@ -113,7 +113,7 @@ GOOD += [{"lora_variant": "adalora"}, {"lora_variant": "adalora", "max_iters": 1
 def test_an_honest_run_passes(root: Path, changes: dict) -> None:
     run = adapt(root, **changes)
     assert run.finished
-    card = (run.product / "README.md").read_text("utf-8")
+    card = (run.artifact / "README.md").read_text("utf-8")
     assert f"| steps | {run.result['best_step']} |" in card
     assert f"| validation loss | {run.result['best']:.4f} |" in card
 
@@ -124,7 +124,7 @@ def test_an_adalora_run_whose_best_step_has_other_ranks_than_its_last_passes(roo
     last: list[Adapter] = []
     after_training(monkeypatch, lambda job, run: last.append(Adapter.from_model(job.model)))
     run = adapt(root, lora_variant="adalora", lora_rank=6, max_iters=6, lora_target_rank=2)
-    ranks = [sum(len(group.get("E", ())) for group in a.tensors.values()) for a in (load_adapter(run.product), *last)]
+    ranks = [sum(len(group.get("E", ())) for group in a.tensors.values()) for a in (load_adapter(run.artifact), *last)]
     assert run.result["best_step"] == 1
     assert "Ranks: 30 in 7 modules, 4.29 on average" in capsys.readouterr().out
     assert ranks == [30, 2 * 7]  # of 6 * 7: 14 + 28 * (1 - 0.4 / 2.4)^3 after one step
@@ -189,14 +189,14 @@ def test_what_is_not_finite_is_told(root: Path, monkeypatch) -> None:
 @pytest.mark.parametrize("which", ["adapter", "base"])
 def test_a_byte_that_changed_on_disk_is_told(root: Path, monkeypatch, which: str) -> None:
     def flip(job: Job, run: Run) -> None:
-        path = run.saved("best")[-1][1] / TENSORS if which == "adapter" else job.base.product / WEIGHTS
+        path = run.saved("best")[-1][1] / TENSORS if which == "adapter" else job.base.artifact / WEIGHTS
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
 
     after_training(monkeypatch, flip)
     file = TENSORS if which == "adapter" else WEIGHTS
-    assert f"{file} is damaged: its checksum is not the one that was saved" in refused(root)
+    assert f"{file} is corrupted: its checksum is not the one that was saved" in refused(root)
 
 
 def test_another_base_on_disk_is_told(root: Path, monkeypatch) -> None:
@@ -204,7 +204,7 @@ def test_another_base_on_disk_is_told(root: Path, monkeypatch) -> None:
         tensors = unpack(files[WEIGHTS], "")
         return files | {WEIGHTS: pack(tensors | {"lm_head.bias": tensors["lm_head.bias"] + 1})}
 
-    after_training(monkeypatch, lambda job, run: rewritten(job.base.product, other))
+    after_training(monkeypatch, lambda job, run: rewritten(job.base.artifact, other))
     assert refused(root).endswith("base/model is no longer the one that this run began with")
 
 

@@ -22,7 +22,7 @@ from lora.variants.registry import VARIANTS
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.errors import UsageError, UserError
 from runtime.storage.encoding import fingerprint
-from runtime.storage.folders import DamagedError
+from runtime.storage.folders import CorruptedError
 
 CONFIGS = [
     LoRAConfig(4, 6.0, 0.25, targets, variant, bias, embeddings)
@@ -187,10 +187,10 @@ def test_one_flipped_bit_in_a_folder_is_noticed(name: str, tmp_path: Path) -> No
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DamagedError, match=f"{name} is damaged"):
+    with pytest.raises(CorruptedError, match=f"{name} is corrupted"):
         load_adapter(tmp_path / "adapter")
     path.unlink()
-    with pytest.raises(DamagedError, match=name):
+    with pytest.raises(CorruptedError, match=name):
         load_adapter(tmp_path / "adapter")
 
 
@@ -210,13 +210,13 @@ def test_a_folder_without_a_manifest_is_read_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [0, 4, 8, 100, -1])
 def test_a_truncated_tensor_file_is_refused(cut: int) -> None:
     files = to_files(example()[1])
-    with pytest.raises(DamagedError, match=rf"^here/{TENSORS} is not a whole safetensors file"):
+    with pytest.raises(CorruptedError, match=rf"^here/{TENSORS} is not a whole safetensors file"):
         from_files(files | {TENSORS: files[TENSORS][:cut]}, "here")
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe\xff", b"[" * 100_000])
 def test_a_corrupted_config_is_refused(data: bytes) -> None:
-    with pytest.raises(DamagedError, match=rf"^here/{CONFIG} is damaged"):
+    with pytest.raises(CorruptedError, match=rf"^here/{CONFIG} is corrupted"):
         from_files(to_files(example()[1]) | {CONFIG: data}, "here")
 
 

@@ -15,7 +15,7 @@ from models.config import ModelConfig
 from models.files import CONFIG, WEIGHTS, config_from, from_files, load_weights, to_files
 from runtime.errors import UserError
 from runtime.storage.encoding import pack, unpack
-from runtime.storage.folders import DamagedError
+from runtime.storage.folders import CorruptedError
 
 IDX = torch.arange(12).reshape(2, 6)
 
@@ -84,7 +84,7 @@ def test_a_long_list_of_problems_says_that_it_is_cut() -> None:
 def test_a_shape_that_makes_no_sense_is_damage(change: dict) -> None:
     files = to_files(tiny())
     about = json.loads(files[CONFIG]) | change
-    with pytest.raises(DamagedError, match=f"^here/{CONFIG} is damaged: "):
+    with pytest.raises(CorruptedError, match=f"^here/{CONFIG} is corrupted: "):
         from_files(files | {CONFIG: json.dumps(about).encode()}, "here")
 
 
@@ -117,15 +117,15 @@ def test_what_a_config_can_say_and_the_transformer_cannot_do_yet_is_refused_by_n
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff", b'{"n_embd": 50}'])
-def test_a_torn_config_is_damaged(data: bytes) -> None:
-    with pytest.raises(DamagedError, match=f"^here/{CONFIG} is damaged"):
+def test_a_torn_config_is_corrupted(data: bytes) -> None:
+    with pytest.raises(CorruptedError, match=f"^here/{CONFIG} is corrupted"):
         config_from(to_files(tiny()) | {CONFIG: data}, "here")
 
 
 @pytest.mark.parametrize("cut", [0, 7, 100, -1])
-def test_torn_weights_are_damaged(cut: int) -> None:
+def test_torn_weights_are_corrupted(cut: int) -> None:
     files = to_files(tiny())
-    with pytest.raises(DamagedError, match=f"^here/{WEIGHTS} is not a whole safetensors file"):
+    with pytest.raises(CorruptedError, match=f"^here/{WEIGHTS} is not a whole safetensors file"):
         from_files(files | {WEIGHTS: files[WEIGHTS][:cut]}, "here")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from runtime.errors import UserError
 from runtime.storage import folders
 from runtime.storage.encoding import fingerprint, pack, read_json, to_json, unpack
-from runtime.storage.folders import DamagedError
+from runtime.storage.folders import CorruptedError
 from runtime.storage.runs import Run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
@@ -61,7 +61,7 @@ def safetensors_file(header: object, data: bytes = b"") -> bytes:
 
 def no_tensors(data: bytes) -> None:
     """Bytes that are no safetensors file are refused by one line that names it, whatever the library makes of them."""
-    with pytest.raises(DamagedError) as caught:
+    with pytest.raises(CorruptedError) as caught:
         unpack(data, "step-000001/weights.safetensors")
     assert str(caught.value).startswith("step-000001/weights.safetensors") and str(caught.value).isprintable()
 
@@ -101,13 +101,13 @@ def test_no_part_of_a_safetensors_file_is_taken_for_one():
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_a_damaged_header_is_refused_or_read_but_never_a_traceback(data):
+def test_a_corrupted_header_is_refused_or_read_but_never_a_traceback(data):
     good = bytearray(pack({"a": torch.arange(3.0)}))
     for _ in range(data.draw(st.integers(1, 3))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
     try:
         unpack(bytes(good), "x")
-    except DamagedError as error:
+    except CorruptedError as error:
         assert str(error).startswith("x ") and str(error).isprintable()
 
 
@@ -163,9 +163,9 @@ def test_json_round_trips_also_what_is_no_plain_text():
     "data", [b"", b"[]", b"3", b"null", b"{", b"\xff", b"[" * 100_000, b'{"a": ' + b"9" * 5_000 + b"}"]
 )
 def test_what_is_no_json_object_is_refused(data):
-    with pytest.raises(DamagedError) as caught:
+    with pytest.raises(CorruptedError) as caught:
         read_json(data, "here/run.json")
-    assert str(caught.value).startswith("here/run.json is damaged") and str(caught.value).isprintable()
+    assert str(caught.value).startswith("here/run.json is corrupted") and str(caught.value).isprintable()
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_nothing_is_removed_before_the_new_one_is_safe(run, monkeypatch):
     assert run.newest("step") == (1, content(1)) and names(run) == ["step-000001"]
 
 
-def test_a_damaged_step_is_named_and_the_one_before_is_taken(run, capsys):
+def test_a_corrupted_step_is_named_and_the_one_before_is_taken(run, capsys):
     for step in (1, 2, 3):
         run.save("step", step, content(step), keep=3)
     damage(run.folder / "step-000003")
@@ -258,7 +258,7 @@ def test_without_any_good_step_there_is_none_and_this_is_said(run, capsys):
     assert "step-000001" in (told := capsys.readouterr().err) and "there is none before it" in told
 
 
-def test_a_run_that_fell_back_saves_over_what_was_damaged(run):
+def test_a_run_that_fell_back_saves_over_what_was_corrupted(run):
     run.save("step", 100, content(1), keep=1)
     run.save("step", 200, content(2), keep=1)
     damage(run.folder / "step-000200")
@@ -297,7 +297,7 @@ def test_an_unfinished_run_gives_its_best_weights(run, capsys):
     damage(run.folder / "best-000200")
     assert run.read() == content(1) and "best-000200" in capsys.readouterr().err
     damage(run.folder / "best-000100")
-    with pytest.raises(DamagedError, match="lora-folio-r8.*FRESH=True"):
+    with pytest.raises(CorruptedError, match="lora-folio-r8.*FRESH=True"):
         run.read()
 
 
@@ -306,11 +306,11 @@ def test_a_finished_run_has_its_product_and_its_result_and_no_steps(run):
     run.save("best", 200, content(2), keep=1)
     (run.folder / "metrics.jsonl").write_bytes(b"")
     run.publish({"best": 1.5})
-    assert run.finished and run.product == run.folder / "adapter" and run.result == {"best": 1.5}
-    assert run.read() == content(2) == folders.read_folder(run.product)
+    assert run.finished and run.artifact == run.folder / "adapter" and run.result == {"best": 1.5}
+    assert run.read() == content(2) == folders.read_folder(run.artifact)
     assert sorted(p.name for p in run.folder.iterdir()) == ["adapter", "metrics.jsonl", "result.json", "run.json"]
-    damage(run.product)
-    with pytest.raises(DamagedError, match="adapter"):
+    damage(run.artifact)
+    with pytest.raises(CorruptedError, match="adapter"):
         run.read()
 
 
@@ -346,12 +346,12 @@ def test_publishing_that_fails_can_be_done_again(run, monkeypatch, failing):
 
 @pytest.mark.parametrize(("kind", "product"), [("base", "model"), ("full", "model"), ("lora", "adapter")])
 def test_what_each_kind_of_run_is_for(tmp_path, kind, product):
-    assert Run(tmp_path, {"kind": kind}).product == tmp_path / product
+    assert Run(tmp_path, {"kind": kind}).artifact == tmp_path / product
 
 
-def test_a_damaged_result_is_refused_by_name(run):
+def test_a_corrupted_result_is_refused_by_name(run):
     (run.folder / "result.json").write_bytes(b'{"best": ')
-    with pytest.raises(DamagedError, match=r"result\.json is damaged"):
+    with pytest.raises(CorruptedError, match=r"result\.json is corrupted"):
         _ = run.result
 
 

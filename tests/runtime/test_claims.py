@@ -15,7 +15,7 @@ import pytest
 from runtime.errors import UsageError, UserError
 from runtime.storage import folders
 from runtime.storage.encoding import to_json
-from runtime.storage.folders import DamagedError
+from runtime.storage.folders import CorruptedError
 from runtime.storage.lock import RunLock
 from runtime.storage.runs import Run, all_runs, claim, find_run, identity_of, open_run
 
@@ -61,17 +61,17 @@ def test_a_folder_is_a_run_when_it_says_so(tmp_path):
     ["", "[]", "{", "{}", '{"kind": "base"}', '{"kind": "tree", "identity": "a"}', '{"kind": [], "identity": "a"}',
      '{"kind": "base", "identity": 3}', "[" * 100_000],
 )  # fmt: skip
-def test_a_damaged_description_is_refused_by_name_and_left_out_of_the_list(tmp_path, capsys, text):
+def test_a_corrupted_description_is_refused_by_name_and_left_out_of_the_list(tmp_path, capsys, text):
     made(tmp_path, "before")
     made(tmp_path, "later", when=9)
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "run.json").write_text(text)
-    with pytest.raises(DamagedError, match=r"damaged.run\.json is damaged") as caught:
-        open_run(tmp_path / "damaged")
+    (tmp_path / "corrupted").mkdir()
+    (tmp_path / "corrupted" / "run.json").write_text(text)
+    with pytest.raises(CorruptedError, match=r"corrupted.run\.json is corrupted") as caught:
+        open_run(tmp_path / "corrupted")
     assert str(caught.value).isprintable()
     assert [run.name for run in all_runs(tmp_path)] == ["before", "later"]
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and "damaged" in told[0] and "leaving that run out" in told[0]
+    assert len(told) == 1 and "corrupted" in told[0] and "leaving that run out" in told[0]
 
 
 def test_an_unreadable_description_is_a_line_and_left_out_too(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import LESS_MEMORY, UsageError, UserError
-from runtime.storage.folders import DamagedError
+from runtime.storage.folders import CorruptedError
 from runtime.training.steps import NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,9 +54,9 @@ def ended(body: str, **environ: str) -> tuple[int, str, str]:
         ("print('done'); import torch; torch.empty(2**45)", 1, f"error: out of memory; {LESS_MEMORY}\n"),
         ("print('done'); import torch; raise torch.OutOfMemoryError", 1, f"error: out of memory; {LESS_MEMORY}\n"),
         (
-            "print('done'); raise UserError('a  b.txt\\n\\tis\\u2028damaged\\x1b[2J')",
+            "print('done'); raise UserError('a  b.txt\\n\\tis\\u2028corrupted\\x1b[2J')",
             1,
-            "error: a  b.txt is damaged [2J\n",
+            "error: a  b.txt is corrupted [2J\n",
         ),
     ],
 )
@@ -113,6 +113,6 @@ def test_ctrl_c_is_one_word():
 
 
 def test_kinds_of_errors_and_their_status():
-    assert (UserError.status, UsageError.status, DamagedError.status, NonFiniteError.status) == (1, 2, 1, 1)
-    assert all(issubclass(kind, UserError) for kind in (UsageError, DamagedError, NonFiniteError))
+    assert (UserError.status, UsageError.status, CorruptedError.status, NonFiniteError.status) == (1, 2, 1, 1)
+    assert all(issubclass(kind, UserError) for kind in (UsageError, CorruptedError, NonFiniteError))
     assert not issubclass(UserError, OSError | ValueError), "nothing that means one of these catches it"

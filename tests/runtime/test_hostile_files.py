@@ -26,7 +26,7 @@ from models.config import ModelConfig
 from runtime.errors import UserError
 from runtime.storage import folders
 from runtime.storage.encoding import pack, to_sealed_json, unpack
-from runtime.storage.folders import MANIFEST, DamagedError
+from runtime.storage.folders import MANIFEST, CorruptedError
 from runtime.storage.lock import RunLock
 from runtime.storage.runs import Run, claim, open_run
 from runtime.training import resume
@@ -117,7 +117,7 @@ def test_a_pickle_under_any_other_name_is_refused_or_left_out(tmp_path, bombs, r
             assert name in refused(lambda: open_run(run.folder).result)
             (run.folder / name).write_bytes(before) if before else (run.folder / name).unlink()
         (run.folder / "metrics.jsonl").write_bytes(bomb)
-        assert read_metrics(run.folder / "metrics.jsonl") == [] and "damaged line" in capsys.readouterr().err
+        assert read_metrics(run.folder / "metrics.jsonl") == [] and "corrupted line" in capsys.readouterr().err
         folders.commit_folder(run.folder / "step-000001", step_files())
         (run.folder / "step-000001" / MANIFEST).write_bytes(bomb)
         assert run.newest("step") is None and MANIFEST in capsys.readouterr().err
@@ -374,4 +374,4 @@ def test_a_holder_that_is_no_text_is_told_all_the_same(run):
 
 
 def test_damage_is_one_kind_of_error():
-    assert issubclass(DamagedError, UserError)
+    assert issubclass(CorruptedError, UserError)

@@ -100,12 +100,12 @@ DAMAGED = [
 ]
 
 
-def test_damaged_lines_are_counted_and_left_out(path, capsys):
+def test_corrupted_lines_are_counted_and_left_out(path, capsys):
     good = [b'{"step": 1, "loss": 1.0}', b'{"step": 3, "text": "\xe2\x80\xa8"}']
     path.write_bytes(b"\n".join([good[0], *DAMAGED, b"", b"  ", good[1], b'{"step": 4']))
     assert steps(path) == [1, 3]
     told = capsys.readouterr().err
-    assert told == f"{path}: {len(DAMAGED) + 1} damaged line(s) left out\n"
+    assert told == f"{path}: {len(DAMAGED) + 1} corrupted line(s) left out\n"
     log = MetricsLog(path, 9)
     log.add(10, loss=1.0)
     log.flush()
@@ -116,7 +116,7 @@ def test_damaged_lines_are_counted_and_left_out(path, capsys):
 @pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
 def test_each_kind_of_damage_is_told(path, capsys, line):
     path.write_bytes(line + b"\n")
-    assert steps(path) == [] and "1 damaged line" in capsys.readouterr().err
+    assert steps(path) == [] and "1 corrupted line" in capsys.readouterr().err
 
 
 # --- progress -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tiny_steps import CPU, Fp16, Tiny, adamw, batch, same, stepper, weights
 from runtime.device import Machine
 from runtime.storage import folders
 from runtime.storage.encoding import pack, unpack
-from runtime.storage.folders import DamagedError
+from runtime.storage.folders import CorruptedError
 from runtime.training.resume import OPTIMIZER, STATE, WEIGHTS, State, restore, to_files
 from runtime.training.steps import Stepper
 
@@ -196,7 +196,7 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_touched(file, chan
     other = fresh(seed=1)
     before = weights(other)
     change(files)
-    with pytest.raises(DamagedError) as caught:
+    with pytest.raises(CorruptedError) as caught:
         restore(other, files, WHERE)
     assert str(caught.value).startswith(f"{WHERE}/{file}") and str(caught.value).isprintable()
     assert same(before, weights(other))
@@ -208,7 +208,7 @@ def test_a_strange_scaler_is_refused_where_there_is_one():
     files = to_files(one, State())
     changed(STATE, set_to(scaler={"scale": 2.0}))(files)
     before = weights(one)
-    with pytest.raises(DamagedError, match="scaler"):
+    with pytest.raises(CorruptedError, match="scaler"):
         restore(one, files, WHERE)
     assert same(before, weights(one))
 

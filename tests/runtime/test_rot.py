@@ -19,7 +19,7 @@ from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.config import ModelConfig
 from runtime.storage import folders
 from runtime.storage.encoding import to_sealed_json
-from runtime.storage.folders import DamagedError
+from runtime.storage.folders import CorruptedError
 from runtime.storage.runs import Run, claim, open_run
 from runtime.training.metrics import MetricsLog, read_metrics
 from runtime.training.resume import State, to_files
@@ -93,7 +93,7 @@ def test_a_finished_run_is_refused_by_name_or_has_lost_nothing(run, tmp_path, na
     for _ in each_damage(tmp_path / "model" / name):
         try:
             assert done.read() == product and name == folders.MANIFEST
-        except DamagedError as error:
+        except CorruptedError as error:
             assert name in str(error) and str(error).isprintable()
 
 
@@ -107,14 +107,14 @@ def test_what_a_run_says_of_itself_is_refused_or_right(run, name):
             said, right = (open_run(run.folder).about, ABOUT) if name == "run.json" else (run.result, result)
             assert {key: said.get(key) for key in right} == right, "a checksum whose name has rotted checks nothing"
             assert len(said) <= len(right) + 1
-        except DamagedError as error:
+        except CorruptedError as error:
             refused += 1
             assert name in str(error) and str(error).isprintable()
     assert refused > 0.9 * count
     path.unlink()
 
 
-def test_a_damaged_log_is_told_and_costs_nothing_else(tmp_path, capsys):
+def test_a_corrupted_log_is_told_and_costs_nothing_else(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, 0)
     for step in range(1, 6):
@@ -123,7 +123,7 @@ def test_a_damaged_log_is_told_and_costs_nothing_else(tmp_path, capsys):
     lines, told = read_metrics(path), 0
     for _ in each_damage(path):
         got, err = read_metrics(path), capsys.readouterr().err
-        told += "damaged line(s) left out" in err
+        told += "corrupted line(s) left out" in err
         assert len([line for line in got if line in lines]) >= len(got) - 1, "the other lines are as they were"
         again = MetricsLog(path, 5)
         assert len(got) == 5 or capsys.readouterr().err, "whatever is missing is told when the run goes on"

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import UsageError
-from runtime.settings.config import Machine, Settings, from_command_line
+from runtime.settings.config import CommonSettings, Settings, from_command_line
 from runtime.settings.fields import setting as field
 from runtime.settings.fields import settings_of
 from runtime.settings.sources import describe, read_settings
@@ -46,7 +46,7 @@ def dotenv(tmp_path):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(Machine):
+class Sampling(CommonSettings):
     """A command's own flags on top of the shared settings, as generate.py has them."""
 
     prompt: tuple[str, ...] = field((), "Text to continue; may be repeated", group="Text", env=False)

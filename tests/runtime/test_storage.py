@@ -14,7 +14,7 @@ import pytest
 
 from runtime.errors import UserError
 from runtime.storage import folders
-from runtime.storage.folders import MANIFEST, DamagedError, commit_folder, read_folder, sha256, write_file
+from runtime.storage.folders import MANIFEST, CorruptedError, commit_folder, read_folder, sha256, write_file
 
 FILES = {"weights.bin": bytes(range(40)), "empty": b"", "state.json": b'{"step": 3}'}
 POSIX = pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced on Windows")
@@ -248,11 +248,11 @@ def test_lines_are_appended_with_one_kind_of_line_end(tmp_path):
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def damaged_or_same(folder: Path, files: dict[str, bytes]) -> bool:
+def corrupted_or_same(folder: Path, files: dict[str, bytes]) -> bool:
     """Whether reading was refused, naming the folder in one line; else it must have given the true bytes."""
     try:
         assert read_folder(folder) == files
-    except DamagedError as error:
+    except CorruptedError as error:
         assert str(folder) in str(error) and str(error).isprintable() and error.status == 1
         return True
     return False
@@ -280,7 +280,7 @@ def test_no_flipped_bit_is_read_as_something_else(small, name):
     good, refusals = disk[folder / name], 0
     for i in range(len(good) * 8):
         disk[folder / name] = good[: i // 8] + bytes([good[i // 8] ^ 1 << i % 8]) + good[i // 8 + 1 :]
-        refusals += damaged_or_same(folder, {"a.bin": b"weights"})
+        refusals += corrupted_or_same(folder, {"a.bin": b"weights"})
     assert refusals == len(good) * 8 or name == MANIFEST and refusals > len(good) * 7
 
 
@@ -290,29 +290,29 @@ def test_no_file_is_read_cut_short_or_with_more_at_its_end(small, name):
     good = disk[folder / name]
     for data in (*(good[:length] for length in range(len(good))), good + b"\0", good + good):
         disk[folder / name] = data
-        assert damaged_or_same(folder, {"a.bin": b"weights"})
+        assert corrupted_or_same(folder, {"a.bin": b"weights"})
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 def test_a_missing_file_is_refused(saved, name):
     path = saved / name
     path.unlink()
-    assert damaged_or_same(saved, FILES)
+    assert corrupted_or_same(saved, FILES)
     path.mkdir()
-    assert damaged_or_same(saved, FILES)
+    assert corrupted_or_same(saved, FILES)
 
 
 def test_a_checksum_refusal_names_the_file(saved):
     (saved / "weights.bin").write_bytes(b"other")
-    with pytest.raises(DamagedError, match=r"weights\.bin is damaged: 5 bytes long, and 40 were saved"):
+    with pytest.raises(CorruptedError, match=r"weights\.bin is corrupted: 5 bytes long, and 40 were saved"):
         read_folder(saved)
     (saved / "weights.bin").write_bytes(b"other" * 8)
-    with pytest.raises(DamagedError, match=r"weights\.bin is damaged.*checksum"):
+    with pytest.raises(CorruptedError, match=r"weights\.bin is corrupted.*checksum"):
         read_folder(saved)
     (saved / MANIFEST).unlink()
-    with pytest.raises(DamagedError, match="not a finished save"):
+    with pytest.raises(CorruptedError, match="not a finished save"):
         read_folder(saved)
-    with pytest.raises(DamagedError, match="nowhere"):
+    with pytest.raises(CorruptedError, match="nowhere"):
         read_folder(saved / "nowhere")
 
 
@@ -349,7 +349,7 @@ def entry(data: bytes) -> dict:
 )
 def test_a_manifest_that_makes_no_sense_is_refused(saved, manifest):
     (saved / MANIFEST).write_bytes(manifest)
-    assert damaged_or_same(saved, FILES)
+    assert corrupted_or_same(saved, FILES)
 
 
 @pytest.mark.parametrize("name", ["../x", "..", ".", "", "sub/x", "/dev/null", "a\0b", "a\nb", "\ud800", "x" * 5_000])
@@ -359,7 +359,7 @@ def test_a_manifest_cannot_name_what_is_not_in_the_folder(saved, name):
     (saved / "sub" / "x").write_bytes(b"secret")
     for data in (b"secret", b""):
         (saved / MANIFEST).write_bytes(forged({name: entry(data)}))
-        assert damaged_or_same(saved, FILES)
+        assert corrupted_or_same(saved, FILES)
 
 
 def test_keys_and_files_that_came_later_change_nothing(saved):
