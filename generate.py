@@ -100,7 +100,7 @@ def encode(tokenizer: Tokenizer, request: Request) -> list[int]:
             f"{where}the tokenizer has no {listed(unknown)}; it knows the characters of ASCII{others}; leave out what "
             "it lacks, or name a run on a text that has it with --run"
         )
-    return tokenizer.encode(request.prompt or "\n").tolist()
+    return tokenizer.encode(request.prompt or "\n")
 
 
 def print_streaming(tokenizer: Tokenizer, prompt: str, tokens: Sequence[Sequence[int]]) -> None:

@@ -34,7 +34,9 @@ def tokens_of(text: str, tokenizer: Tokenizer, data_dir: Path) -> np.ndarray:
             raise ValueError("there are no such tokens")
         return tokens.astype(tokenizer.dtype, copy=False)
 
-    return cached(data_dir / "tokens" / name, lambda: {TOKENS: tokenizer.encode(text).astype(stored).tobytes()}, parse)
+    return cached(
+        data_dir / "tokens" / name, lambda: {TOKENS: tokenizer.encode_array(text).astype(stored).tobytes()}, parse
+    )
 
 
 def _tensor(windows: np.ndarray) -> torch.Tensor:

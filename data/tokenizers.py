@@ -50,8 +50,12 @@ class Tokenizer:
         """Hex digest of `dumps()`: equal for tokenizers that encode alike."""
         return sha256(self.dumps())
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, shape (tokens,), of type `dtype`; never a special token, whatever the text contains."""
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; never a special token, whatever the text contains."""
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The same, shape (tokens,), of type `dtype`."""
         raise NotImplementedError
 
     def unknown(self, text: str) -> dict[str, int]:
@@ -124,7 +128,7 @@ class CharTokenizer(Tokenizer):
     def _code_points(text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode_array(self, text: str) -> np.ndarray:
         """Ids of a text, shape (characters,). Raises UserError that lists the characters it does not know."""
         tokens = np.empty(len(text), self.dtype)
         for start, codes in self._parts(text):
@@ -221,7 +225,7 @@ class BPETokenizer(Tokenizer):
         ranks = encoding._mergeable_ranks
         return cls("gpt2", encoding._pat_str, sorted(ranks, key=ranks.get))
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode_array(self, text: str) -> np.ndarray:
         with _plain_errors():
             return self.encoding.encode_to_numpy(_well_formed(text), disallowed_special=()).astype(self.dtype)
 

@@ -21,6 +21,7 @@ from models import sampling
 from models.attention import causal_attention
 from models.cache import KVCache, LayerCache
 from models.config import ModelConfig
+from runtime.device import existing_device
 from runtime.training.batch import mean_cross_entropy
 
 
@@ -97,6 +98,8 @@ class BigramLanguageModelLoRA(nn.Module):
     }
     lora_embeddings: ClassVar[tuple[str, ...]] = ("token_embedding", "position_embedding")
 
+    tokenizer = None  # of the run that the model was loaded from
+
     def __init__(
         self,
         vocab_size: int,
@@ -119,7 +122,7 @@ class BigramLanguageModelLoRA(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.config = config = ModelConfig(vocab_size, n_embd, n_layer, n_head, max_positions=block_size, bias=bias)
-        with torch.device(device):
+        with existing_device(device):
             self.token_embedding = LoRAEmbedding(vocab_size, n_embd)
             self.position_embedding = LoRAEmbedding(block_size, n_embd)
             self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(n_layer))
@@ -190,6 +193,18 @@ class BigramLanguageModelLoRA(nn.Module):
         rows = sampling.generate(self, idx.tolist(), max_new_tokens, how, seed)
         longest = max(map(len, rows))
         return torch.tensor([row + [*how.stop_ids[:1]] * (longest - len(row)) for row in rows], device=idx.device)
+
+    def generate_text(self, prompt: str, max_new_tokens: int = 500, seed: int | None = None, **options) -> str:
+        """The text that follows the prompt, which ends at a stop token where the tokenizer has one.
+
+        options: as for `generate`. Raises ValueError for a model that `load` did not give a tokenizer, UserError for
+        characters that the tokenizer does not know.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: jobs.generating.load.load gives a run's model its own")
+        idx = torch.tensor([self.tokenizer.encode(prompt or "\n")], device=self.token_embedding.weight.device)
+        options = {"temperature": 0.8, "stop_ids": self.tokenizer.stop_ids} | options
+        return self.tokenizer.decode(self.generate(idx, max_new_tokens, seed, **options)[0, idx.shape[1] :].tolist())
 
     def get_parameter_info(self) -> dict[str, int | float]:
         """Counts of parameters: `lora` + `embedding` + `frozen` = `total` where adapters are attached, active or not.

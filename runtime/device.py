@@ -125,6 +125,16 @@ def _pick_device(wanted: str) -> tuple[torch.device, list[str]]:
     return torch.device(wanted), []
 
 
+def existing_device(wanted: str | torch.device) -> torch.device:
+    """This device, as torch names it. Raises UserError where there is none such."""
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(f"device={str(wanted)!r} cannot be used here; device='cpu' always can ({why})") from None
+    return torch.device(wanted)
+
+
 def _auto_dtype(device: torch.device) -> tuple[str, list[str]]:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -17,7 +17,7 @@ SAMPLE_CHARACTERS, TEST_SAMPLE_CHARACTERS = 1_000, 300
 
 def sample(job: Job) -> str:
     """About 1,000 characters after a newline (300 in TEST_MODE), the same for the same seed and weights."""
-    start = job.tokenizer.encode("\n").tolist()
+    start = job.tokenizer.encode("\n")
     characters = TEST_SAMPLE_CHARACTERS if job.settings.test_mode else SAMPLE_CHARACTERS
     count = characters * len(job.data.held_out) // len(job.data.corpus.validation)
     how = Sampling(temperature=0.8, stop_ids=job.tokenizer.stop_ids)
