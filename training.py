@@ -37,10 +37,9 @@ from runtime.training import resume
 def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
     """Check what was trained, score and sample the best weights, publish them, and tell what the run came to."""
     peak_memory = job.machine.peak_memory()
-    if job.kind == "lora":
-        self_check(job, run, state, start)
+    files = self_check(job, run, state, start) if job.kind == "lora" else run.read()
     say("Scoring the whole held-out text, and sampling ...")
-    job.load_artifact(run.read(), str(run.folder))
+    job.load_artifact(files, str(run.folder))
     result = asdict(state) | {"val_loss": job.evaluate(), "peak_memory": peak_memory}
     result["tokens_per_second"] = state.step * job.tokens_per_step / state.seconds
     result["bits_per_character"] = bits_per_character(job, result["val_loss"])

@@ -126,12 +126,15 @@ def _pick_device(wanted: str) -> tuple[torch.device, list[str]]:
 
 
 def existing_device(wanted: str | torch.device) -> torch.device:
-    """This device, as torch names it. Raises UserError where there is none such."""
+    """This device, as torch names it, or the one that DEVICE=auto takes. Raises UserError where there is none such."""
+    if wanted == "auto":
+        return _pick_device(wanted)[0]
     try:
         torch.empty(0, device=wanted)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).partition("\n")[0]
-        raise UserError(f"device={str(wanted)!r} cannot be used here; device='cpu' always can ({why})") from None
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(
+            f"device={str(wanted)!r} cannot be used here, with torch {torch.__version__}; 'cpu' can"
+        ) from None
     return torch.device(wanted)
 
 

@@ -105,7 +105,7 @@ def metadata_of_made(root: Path, kind: str, base: Base, adapter: Adapter, texts:
     settings["dataset"] = texts[0] if texts else ""
     if kind == "lora":
         settings |= {f"lora_{name}": getattr(adapter.config, name) for name in IN_CONFIG}
-    named = reference(base.run, base.sha256, root)
+    named = reference(base, root)
     return run_metadata(kind, settings, base.model.config, named, base.tokenizer, texts=texts, made=made)
 
 

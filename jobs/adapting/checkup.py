@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
 from data.tokenizers import load_tokenizer
-from jobs.adapting.adapted import Base
-from jobs.runs.job import TOKENIZER
+from jobs.runs.base import TOKENIZER, Base, base_of
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.variants.registry import VARIANTS
@@ -19,7 +19,7 @@ from runtime.errors import UserError
 from runtime.settings.config import NAME
 from runtime.storage import folders
 from runtime.storage.encoding import unpack
-from runtime.storage.runs import open_run
+from runtime.storage.runs import Run, open_run
 
 READ = (adapter_files.CONFIG, adapter_files.TENSORS, model_files.CONFIG, model_files.WEIGHTS, TOKENIZER)
 UNREADABLE = ("adapter_model.bin", "pytorch_model.bin")
@@ -59,8 +59,7 @@ class Checkup:
         before = len(self.problems) + len(self.checked)
         for name in sorted(path.name for path in folder.iterdir() if path.is_dir()):
             if name == "adapter" or (name.startswith("best-") and run and run.kind == "lora"):
-                about = run.about.get("base") if run else None
-                self.adapter(folder / name, self.base or (about or {}).get("run", ""))
+                self.adapter(folder / name, self.base, run)
             elif name == "model" or name.startswith("best-"):
                 self.model(folder / name)
         if len(self.problems) + len(self.checked) == before:
@@ -87,16 +86,19 @@ class Checkup:
         with folders.plain_errors(folder, "read"):
             return {name: path.read_bytes() for name in READ if (path := folder / name).is_file()}
 
-    def adapter(self, folder: Path, base_name: str) -> None:
+    def adapter(self, folder: Path, base_name: str, run: Run | None = None) -> None:
         """An adapter's files, and how they fit the base that is named, or that they name."""
         files = self.files(folder)
         adapter = self.attempt(lambda: adapter_files.from_files(files, str(folder)))
         if adapter is None:
             return
-        base_name = base_name or adapter.metadata.get("base", "")
+        base_name = base_name or (run.about["base"]["run"] if run else adapter.metadata.get("base", ""))
         named = isinstance(base_name, str) and re.fullmatch(NAME, base_name)
         there = named and (self.root / base_name / "run.json").exists()
         base = self.attempt(lambda: Base.open(self.root, base_name)) if there else None
+        if base is None and run and not there and not self.base:
+            with suppress(UserError):
+                base = base_of(self.root, run)  # in another folder, or under another name
         if base is None:
             self.notes.append(f"{folder}: its base is not here, so its tensors are compared with its config alone")
         found = base.problems(adapter) if base else flaws(adapter)

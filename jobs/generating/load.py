@@ -16,7 +16,8 @@ def load(
 ) -> tuple[BigramLanguageModelLoRA, Tokenizer]:
     """The model and the tokenizer of a base, a fine-tuned run, or an adapter, which is then active on its base.
 
-    name: of a run in `checkpoints_dir`, or its folder. Nothing of the model trains; `lora.attach.activate(model)` takes
+    name: of a run in `checkpoints_dir`, or its folder. device: as torch names it, or auto, which takes a GPU if there
+    is one. Nothing of the model trains; `lora.attach.activate(model)` takes
     the adapter out of account. `model.generate_text(prompt)` continues a text.
 
     Raises UserError, in one line, for a run that is not there or is corrupted, and a device that is not there.

@@ -13,7 +13,6 @@ from lora.adapter import Adapter
 from lora.attach import base_tensors
 from models import files as model_files
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from models.config import ModelConfig
 from runtime.console import say
 from runtime.errors import UsageError, UserError
 from runtime.settings.config import SHAPE, Settings
@@ -34,7 +33,7 @@ def load_trained(run: Run, dropout: float = 0.0) -> tuple[BigramLanguageModelLoR
 
 @dataclass(frozen=True)
 class Base:
-    """An opened base: its run, its model, on the CPU and without adapters, its tokenizer, its weights' fingerprint."""
+    """An opened base: its run, the model as it was read, on the CPU and without adapters, tokenizer and fingerprint."""
 
     run: Run
     model: BigramLanguageModelLoRA
@@ -47,12 +46,12 @@ class Base:
         return cls.of(find_run(root, name))
 
     @classmethod
-    def of(cls, run: Run) -> Base:
+    def of(cls, run: Run, dropout: float = 0.0) -> Base:
         """A run as a base. Raises UsageError where it is an adapter, UserError where it is corrupted."""
         if run.kind == "lora":
             named = run.about["base"]["run"]
             raise UsageError(f"{run.name} is a LoRA run; name the base it was trained on: {named}")
-        model, tokenizer = load_trained(run)
+        model, tokenizer = load_trained(run, dropout)
         return cls(run, model, tokenizer, fingerprint(base_tensors(model)))
 
     @property
@@ -67,10 +66,12 @@ class Base:
         return wrong + adapter.problems(self.model, self.sha256)
 
 
-def reference(base: Run, sha256: str, root: Path) -> dict[str, str]:
+def reference(base: Base, root: Path) -> dict[str, str]:
     """What the `run.json` of a run in `root` says of its base: enough to find it again, also where it is elsewhere."""
-    folder = base.folder.resolve()
-    return {"run": base.name, "sha256": sha256} | ({} if folder.parent == root.resolve() else {"path": str(folder)})
+    folder = base.run.folder.resolve()
+    return {"run": base.run.name, "sha256": base.sha256} | (
+        {} if folder.parent == root.resolve() else {"path": str(folder)}
+    )
 
 
 def base_of(root: Path, run: Run) -> Base:
@@ -147,23 +148,28 @@ def check_base(run: Run, settings: Settings) -> None:
         raise UsageError(f"BASE={settings.base} is a TEST_MODE run, which serves as a base in TEST_MODE only")
 
 
-def check_shape(given: Resolved, config: ModelConfig, tokenizer: Tokenizer, base: Run) -> None:
+def check_shape(given: Resolved, base: Base) -> None:
     """Refuse settings of shape that contradict the base. Raises UsageError naming each."""
-    has = config.as_dict() | {"tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
+    tokenizer = base.tokenizer
+    has = base.model.config.as_dict() | {"tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
     fixed = [name for name in SHAPE if name != "block_size"]
     wrong = [name for name in fixed if given.explicit(name) and getattr(given.settings, name) != has[name]]
     if wrong:
-        said = ", ".join(f"{name.upper()}={getattr(given.settings, name)} (it has {has[name]})" for name in wrong)
-        raise UsageError(f"the base {base.name} has another shape: {said}; leave these out, or choose another BASE")
+        named = ", ".join(f"{name.upper()}={getattr(given.settings, name)} (it has {has[name]})" for name in wrong)
+        raise UsageError(
+            f"the base {base.run.name} has another shape: {named}; leave these out, or choose another BASE"
+        )
 
 
-def block_size_for(given: Resolved, longest: int, base: Run) -> int:
+def block_size_for(given: Resolved, base: Base) -> int:
     """The tokens in a run's windows: BLOCK_SIZE where it is given, else as many as the base can take.
 
-    Raises UsageError where that is more than the base's `longest`.
+    Raises UsageError where that is more than the base can take.
     """
+    longest, asked = base.model.config.max_positions, given.settings.block_size
     if not given.explicit("block_size"):
         return longest
-    if (asked := given.settings.block_size) > longest:
-        raise UsageError(f"BLOCK_SIZE={asked}: the base {base.name} takes at most {longest} tokens; lower it to that")
+    if asked > longest:
+        name = base.run.name
+        raise UsageError(f"BLOCK_SIZE={asked}: the base {name} takes at most {longest} tokens; lower it to that")
     return asked

@@ -14,10 +14,10 @@ from data.corpora import load_corpus
 from data.dataset import Dataset
 from data.text import TextData
 from data.tokenizers import Tokenizer, build_tokenizer
-from jobs.runs.base import TOKENIZER, block_size_for, check_shape, load_trained, reference
+from jobs.runs.base import TOKENIZER, Base, block_size_for, check_shape, reference
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
-from lora.attach import attach, base_tensors, detach
+from lora.attach import attach, detach
 from lora.config import LoRAConfig
 from lora.optim import after_steps, extra_losses, make_optimizer
 from lora.variants.registry import VARIANTS
@@ -30,7 +30,6 @@ from runtime.errors import UserError
 from runtime.settings.config import Settings
 from runtime.settings.fields import settings_of
 from runtime.settings.sources import Resolved
-from runtime.storage.encoding import fingerprint
 from runtime.storage.runs import Run, identity_of
 from runtime.training.steps import Schedule, Stepper, evaluate
 
@@ -40,12 +39,12 @@ TEST_CHARACTERS = (300_000, 30_000)  # of training and held-out text that a TEST
 
 @dataclass
 class Job:
-    """Everything a run works with. base: the run it starts from, or None. settings: BLOCK_SIZE is the run's own."""
+    """Everything a run works with. base: what it starts from, or None; the job's model is the one that was opened.
+    settings: BLOCK_SIZE is the run's own."""
 
     settings: Settings
     machine: Machine
-    base: Run | None
-    base_sha256: str | None
+    base: Base | None
     data: Dataset
     tokenizer: Tokenizer
     model: BigramLanguageModelLoRA
@@ -93,7 +92,7 @@ class Job:
     def about(self) -> dict:
         """What `run.json` says: enough to know the run again, and to tell how it came about."""
         root = Path(self.settings.checkpoints_dir)
-        base = reference(self.base, self.base_sha256, root) if self.base else None
+        base = reference(self.base, root) if self.base else None
         dataset = {"name": self.data.name, "sha256": self.data.sha256}
         settings = self.settings.as_dict()
         about = run_metadata(self.kind, settings, self.model.config, base, self.tokenizer, dataset=dataset)
@@ -109,17 +108,17 @@ class Job:
         """
         if self.kind != "lora":
             return model_files.to_files(self.model) | {TOKENIZER: self.tokenizer.dumps()}
-        metadata = {"base": self.base.name, "base_sha256": self.base_sha256, "dataset": self.data.name}
+        metadata = {"base": self.base.run.name, "base_sha256": self.base.sha256, "dataset": self.data.name}
         metadata |= {"dataset_sha256": self.data.sha256, "tokenizer_sha256": self.tokenizer.sha256}
         versions = f"python {platform.python_version()}, torch {torch.__version__}"
-        known = {"command": command_of(self.settings, self.base), "versions": versions}
+        known = {"command": command_of(self.settings, self.base.run), "versions": versions}
         return adapter_files.to_files(Adapter.from_model(self.model, **metadata), notes | known)
 
     def load_artifact(self, files: dict[str, bytes], where: str) -> None:
         """Load a saved artifact into the model, which does not train any more."""
         if self.kind == "lora":
             detach(self.model, "default")
-            adapter_files.from_files(files, where).attach_to(self.model, base_sha256=self.base_sha256)
+            adapter_files.from_files(files, where).attach_to(self.model, base_sha256=self.base.sha256)
         else:
             model_files.load_weights(self.model, files, where)
         self.model.requires_grad_(False)
@@ -146,8 +145,9 @@ def identity(about: dict) -> str:
         settings, base = Settings.from_dict(about["settings"]), about["base"]
         spelled = {"base", "dataset", "dtype", *unread_names(settings)}
         read = {name: value for name, value in settings.identity().items() if name not in spelled}
-        if settings.use_lora:
-            read["lora_targets"] = sorted({name.strip() for name in settings.lora_targets.split(",")})
+        if settings.use_lora:  # a preset is the modules that it stands for, in any order
+            presets, targets = BigramLanguageModelLoRA.lora_presets, settings.lora_targets
+            read["lora_targets"] = sorted(presets.get(targets) or {name.strip() for name in targets.split(",")})
         data = [about["dataset"]["sha256"], about["tokenizer_sha256"], base and base["sha256"]]
         if "window" in about:  # on windows that are shorter than the base's; without a base BLOCK_SIZE is read anyway
             read["window"] = about["window"]
@@ -171,21 +171,22 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
         corpus = corpus.head(*TEST_CHARACTERS)
     torch.manual_seed(settings.seed)
     if base:
-        model, tokenizer = load_trained(base, settings.dropout)
-        check_shape(given, model.config, tokenizer, base)
-        settings = replace(settings, block_size=block_size_for(given, model.config.max_positions, base))
+        opened = Base.of(base, settings.dropout)
+        model, tokenizer = opened.model, opened.tokenizer
+        check_shape(given, opened)
+        settings = replace(settings, block_size=block_size_for(given, opened))
     else:
+        opened = None
         known = corpus.text if settings.tokenizer == "char" else corpus.train  # held-out text may have rare characters
         tokenizer = build_tokenizer(settings.tokenizer, known, settings.vocab_size)
         sizes = {name: getattr(settings, name) for name in ("n_embd", "n_layer", "n_head", "bias")}
         config = ModelConfig(tokenizer.vocab_size, max_positions=settings.block_size, **sizes)
         model = BigramLanguageModelLoRA.from_config(config, settings.dropout)
-    base_sha256 = fingerprint(base_tensors(model)) if base else None
     if settings.use_lora:
         attach(model, lora_config(settings))
     s, step_size = settings, settings.batch_size * settings.gradient_accumulation_steps
     data = TextData.load(corpus, tokenizer, data_dir, s.block_size, s.batch_size, step_size, s.seed)
-    return Job(settings, machine, base, base_sha256, data, tokenizer, model.to(machine.device))
+    return Job(settings, machine, opened, data, tokenizer, model.to(machine.device))
 
 
 def lora_config(settings: Settings) -> LoRAConfig:
@@ -207,7 +208,8 @@ def unread(given: Resolved) -> list[str]:
 
 def command_of(settings: Settings, base: Run) -> str:
     """The command that trains an adapter with these settings, given no .env and no variables."""
-    asked = {"use_lora": True, "test_mode": settings.test_mode, "base": base.name}
+    here = base.folder.parent.resolve() == Path(settings.checkpoints_dir).resolve()
+    asked = {"use_lora": True, "test_mode": settings.test_mode, "base": base.name if here else str(base.folder)}
     plain, words = Settings.from_dict(asked), ["python", "training.py"]
     for row in settings_of(Settings):
         value = asked.get(row.name, getattr(settings, row.name))

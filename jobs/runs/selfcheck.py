@@ -12,7 +12,8 @@ import math
 import torch
 from torch import nn
 
-from jobs.runs.job import Job, load_trained
+from jobs.runs.base import load_trained
+from jobs.runs.job import Job
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.attach import adaptable_layers, base_tensors, using
@@ -20,7 +21,7 @@ from lora.variants.lora import LoRA
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.errors import UserError, join_problems
 from runtime.storage import folders
-from runtime.storage.encoding import fingerprint
+from runtime.storage.encoding import differences, fingerprint
 from runtime.storage.runs import Run
 from runtime.training.resume import State
 from runtime.training.steps import evaluate
@@ -37,14 +38,14 @@ def digests(adapter: Adapter) -> Names:
     return {name: fingerprint({name: t}) for name, t in adapter.named_tensors().items()}
 
 
-def self_check(job: Job, run: Run, state: State, start: Names) -> None:
+def self_check(job: Job, run: Run, state: State, start: Names) -> dict[str, bytes]:
     """Check a LoRA run that has taken its last step; `start` are the digests of its adapter before the first.
 
-    Raises UserError that says in one line which check failed.
+    Returns the files of its best adapter, as they were read. Raises UserError that says which check failed.
     """
     try:
-        check_memory(job)
-        fresh, adapter = read_back(job, run)
+        check_finite(job)
+        fresh, files, adapter = read_back(job, run)
         moving = must_have_moved(job.model, state.best_step, job.settings.block_size)
         if still := moving & unmoved(start, digests(adapter)):
             rate = f"LEARNING_RATE={job.settings.learning_rate} (too low?)"
@@ -53,26 +54,32 @@ def self_check(job: Job, run: Run, state: State, start: Names) -> None:
         check_losses(job, fresh, adapter)
     except UserError as error:
         raise UserError(f"the self-check of {run.name} failed, and nothing is published: {error}") from None
+    return files
 
 
-def check_memory(job: Job) -> None:
-    """Raises UserError where the model in memory has another base than the run began with, or is not finite."""
-    if fingerprint(base_tensors(job.model)) != job.base_sha256:
-        raise UserError("the base's weights changed, which must never be")
+def check_finite(job: Job) -> None:
+    """Raises UserError where the model in memory is not finite."""
     for name, p in job.model.named_parameters():
         if not p.isfinite().all():
             raise UserError(f"{name} has values that are not finite")
 
 
-def read_back(job: Job, run: Run) -> tuple[BigramLanguageModelLoRA, Adapter]:
-    """The base and the run's best adapter, both from disk. Raises UserError where either is not what it should be."""
+def read_back(job: Job, run: Run) -> tuple[BigramLanguageModelLoRA, dict[str, bytes], Adapter]:
+    """The base, and the files and the adapter of the run's best weights, from disk.
+
+    Raises UserError where the base in memory or on disk is another than the run began with, or the adapter is gone.
+    """
     if not (saved := run.saved("best")):
         raise UserError("the best weights that it saved are gone")
-    fresh, _ = load_trained(job.base)
-    if fingerprint(base_tensors(fresh)) != job.base_sha256:
-        raise UserError(f"the base in {job.base.artifact} is no longer the one that this run began with")
+    fresh, _ = load_trained(job.base.run)
+    memory, disk = (base_tensors(model) for model in (job.model, fresh))
+    if differences(memory, disk) or not all(torch.equal(t.cpu(), disk[name]) for name, t in memory.items()):
+        if fingerprint(disk) == job.base.sha256:  # which nobody needs to know where both are equal
+            raise UserError("the base's weights changed, which must never be")
+        raise UserError(f"the base in {job.base.run.artifact} is no longer the one that this run began with")
     folder = saved[-1][1]
-    return fresh.to(job.machine.device), adapter_files.from_files(folders.read_folder(folder), str(folder))
+    files = folders.read_folder(folder)
+    return fresh.to(job.machine.device), files, adapter_files.from_files(files, str(folder))
 
 
 def unmoved(start: Names, now: Names) -> set[str]:
@@ -122,7 +129,7 @@ def check_losses(job: Job, fresh: BigramLanguageModelLoRA, adapter: Adapter) -> 
         without = evaluate(job.model, few, job.machine)
     if not math.isclose(without, expected := evaluate(fresh, few, job.machine), rel_tol=SAME):
         raise UserError(f"without its adapter the model has loss {without:.6f}, and its base {expected:.6f}")
-    adapter.attach_to(fresh, base_sha256=job.base_sha256)
+    adapter.attach_to(fresh, base_sha256=job.base.sha256)
     for path, tensors in adapter.tensors.items():
         job.model.get_submodule(path).lora["default"].load_adapter_state(tensors)
     loss, expected = (evaluate(model, few, job.machine) for model in (fresh, job.model))

@@ -24,7 +24,7 @@ from command_line import NO_TRACEBACK, PYTHON, ROOT, run
 import adapters
 from jobs.adapting import checkup, making
 from jobs.adapting.adapted import metadata_of_made, open_adapters, publish
-from jobs.runs.job import load_trained
+from jobs.runs.base import load_trained
 from lora.combine import delta
 from lora.peft_format import to_files
 from runtime.errors import run_command

@@ -197,6 +197,15 @@ def test_adapters_without_their_base_are_listed_as_such(root, monkeypatch, capsy
     assert "missing base: base)" not in out and re.search(r"^renamed .*\n(  .*\n)*  adalora ", out, re.M)
 
 
+def test_check_finds_a_base_that_was_renamed(root, monkeypatch, capsys):
+    (root / "base").rename(root / "renamed")
+    status, out, err = call(monkeypatch, capsys, adapters, "check", "lora")
+    assert status == 0 and "good" in out and "its base is not here" not in err
+    shutil.rmtree(root / "renamed")
+    shutil.rmtree(root / "stopped-base")
+    assert "its base is not here" in call(monkeypatch, capsys, adapters, "check", "lora")[2]
+
+
 def test_remove_asks_and_tells_what_would_lose_its_base(root, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     status, out, err = call(monkeypatch, capsys, adapters, "remove", "base-bias", "lora-bpe")

@@ -78,6 +78,7 @@ SAME = [
     {"lora_target_rank": 1},
     {"vocab_size": 300},
     {"lora_targets": "all"},
+    {"lora_targets": "lm_head, q_proj,k_proj,v_proj,o_proj,up_proj,down_proj"},
 ]
 
 

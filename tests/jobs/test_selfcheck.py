@@ -189,7 +189,7 @@ def test_what_is_not_finite_is_told(root: Path, monkeypatch) -> None:
 @pytest.mark.parametrize("which", ["adapter", "base"])
 def test_a_byte_that_changed_on_disk_is_told(root: Path, monkeypatch, which: str) -> None:
     def flip(job: Job, run: Run) -> None:
-        path = run.saved("best")[-1][1] / TENSORS if which == "adapter" else job.base.artifact / WEIGHTS
+        path = run.saved("best")[-1][1] / TENSORS if which == "adapter" else job.base.run.artifact / WEIGHTS
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
@@ -204,7 +204,7 @@ def test_another_base_on_disk_is_told(root: Path, monkeypatch) -> None:
         tensors = unpack(files[WEIGHTS], "")
         return files | {WEIGHTS: pack(tensors | {"lm_head.bias": tensors["lm_head.bias"] + 1})}
 
-    after_training(monkeypatch, lambda job, run: rewritten(job.base.artifact, other))
+    after_training(monkeypatch, lambda job, run: rewritten(job.base.run.artifact, other))
     assert refused(root).endswith("base/model is no longer the one that this run began with")
 
 
