@@ -24,6 +24,7 @@ from jobs.comparing.memory import peak_memory
 from jobs.comparing.report import over_seeds, table, verdict
 from jobs.comparing.sweep import sweep, sweep_table, sweep_verdict
 from jobs.runs.base import find_base
+from jobs.runs.preflight import check_writable
 from lora.variants.registry import VARIANTS
 from runtime.console import say
 from runtime.device import Machine, machine_name, pick_machine
@@ -182,6 +183,7 @@ def run_comparison(given: Resolved, machine: Machine) -> None:
     """Adapt the base with every method and show what each came to."""
     if not (base := find_base(given.settings, [name for name in SHAPE if given.explicit(name)])):
         raise UserError(f"there is no trained base to compare on yet; train one with: {command_line('training.py')}")
+    check_writable(Path(given.settings.checkpoints_dir))
     runs = []
     for seed in range(given.settings.seed, given.settings.seed + given.settings.seeds):
         methods = make_methods(given, seed, machine, base)

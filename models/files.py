@@ -45,22 +45,21 @@ def load_weights(model: nn.Module, files: dict[str, bytes], where: str) -> None:
 
     Raises UserError that names what is missing, unexpected or misshapen, all together, before the model is touched.
     """
-    _copy(model, unpack(files[WEIGHTS], f"{where}/{WEIGHTS}"), where)
+    tensors = unpack(files[WEIGHTS], f"{where}/{WEIGHTS}")
+    _check_fit(model, tensors, where)
+    model.load_state_dict(tensors)
 
 
-def _copy(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    wanted = dict(model.named_parameters())
-    if problems := differences(wanted, tensors):
+def _check_fit(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    if problems := differences(dict(model.named_parameters()), tensors):
         raise UserError(f"{where}/{WEIGHTS} does not fit its {CONFIG}: {join_problems(sorted(problems))}")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(tensors[name])
 
 
 def from_files(files: dict[str, bytes], where: str, dropout: float = 0.0) -> BigramLanguageModelLoRA:
     """The model that these files hold, on the CPU, with no adapter."""
     config, tensors = config_from(files, where), unpack(files[WEIGHTS], f"{where}/{WEIGHTS}")
     _check_size(config, tensors, where)
-    model = BigramLanguageModelLoRA.from_config(config, dropout)
-    _copy(model, tensors, where)
+    model = BigramLanguageModelLoRA.from_config(config, dropout, "meta")  # nothing is drawn that would be overwritten
+    _check_fit(model, tensors, where)
+    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()}, assign=True)
     return model

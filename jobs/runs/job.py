@@ -173,6 +173,8 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
     if base:
         opened = Base.of(base, settings.dropout)
         model, tokenizer = opened.model, opened.tokenizer
+        # A run's A matrices are drawn after what a fresh base draws, so that a seed gives the adapters it always gave.
+        BigramLanguageModelLoRA.from_config(model.config)
         check_shape(given, opened)
         settings = replace(settings, block_size=block_size_for(given, opened))
     else:

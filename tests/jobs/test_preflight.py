@@ -55,3 +55,13 @@ def test_a_picture_that_was_asked_for_needs_its_library_first(folder, data_dir):
     )
     done = run(folder, data_dir, "adapters.py", "strength", "nobody", "--out", "x.png", PYTHONPATH=str(folder))
     assert done.returncode == 2 and "--out x.png: pictures need matplotlib; get it with: " in done.stderr
+
+
+def test_results_of_a_comparison_that_could_not_be_written_are_told_before_its_steps(folder, data_dir):
+    flags = ("--dataset", "new.txt", *TINY, "--run-name", "base")
+    assert run(folder, data_dir, "training.py", *flags).returncode == 0
+    (folder / "file").write_text("a file")
+    base = ("--base", "checkpoints/base", "--checkpoints-dir", "file")
+    done = run(folder, data_dir, "compare.py", "--dataset", "new.txt", "--max-iters", "3", *base)
+    told = done.stderr.splitlines()
+    assert done.returncode == 1 and told[-1].startswith("error: could not write file") and "step" not in done.stderr
