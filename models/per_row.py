@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-from torch import Tensor
-
 from lora.attach import Strengths, using
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.choosing import Sampling
@@ -15,28 +12,14 @@ from models.sampling import stream
 AT_ONCE = 64  # rows, so that the cache of a long list of prompts fits into memory
 
 
-def grouped(adapters: Sequence[Strengths], most: int) -> Iterator[tuple[Strengths, list[int]]]:
-    """Adapters, and rows that want them: at most so many at once."""
+def grouped(adapters: Sequence[Strengths]) -> Iterator[tuple[Strengths, list[int]]]:
+    """Adapters, and rows that want them: at most AT_ONCE of them."""
     groups: dict[tuple, list[int]] = {}
     for row, strengths in enumerate(adapters):
         groups.setdefault(tuple(strengths.items()), []).append(row)
     for strengths, rows in groups.items():
-        for i in range(0, len(rows), most):
-            yield dict(strengths), rows[i : i + most]
-
-
-@torch.no_grad()
-def logits_per_row(model: BigramLanguageModelLoRA, idx_BT: Tensor, adapters: Sequence[Strengths]) -> Tensor:
-    """Logits (B, T, V) of token ids (B, T) whose rows go through these adapters, without gradients.
-
-    Raises UsageError for an adapter that is not attached. What is active, and what trains, stays as it was.
-    """
-    parts, order = [], []
-    for strengths, rows in grouped(adapters, len(adapters)):
-        with using(model, strengths):
-            parts.append(model(idx_BT[rows])[0])
-        order += rows
-    return torch.cat(parts)[torch.tensor(order, device=idx_BT.device).argsort()]
+        for i in range(0, len(rows), AT_ONCE):
+            yield dict(strengths), rows[i : i + AT_ONCE]
 
 
 def generate_per_row(
@@ -52,7 +35,7 @@ def generate_per_row(
 
     tell(done, total) is called as the work goes on. Raises UsageError for an adapter that is not attached.
     """
-    groups = list(grouped(adapters, AT_ONCE))
+    groups = list(grouped(adapters))
     found: list[list[int]] = [[] for _ in prompts]
     total = len(groups) * max_new_tokens
     for i, (strengths, rows) in enumerate(groups):

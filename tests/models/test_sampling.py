@@ -16,7 +16,7 @@ from lora.config import LoRAConfig
 from models import per_row, sampling
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.choosing import Sampling, choose
-from models.per_row import generate_per_row, logits_per_row
+from models.per_row import generate_per_row
 from models.sampling import generate, stream, window_start
 from runtime.errors import UsageError
 
@@ -350,22 +350,6 @@ TWO = {"one": LoRAConfig(rank=4, bias="all"), "two": LoRAConfig(rank=2, targets=
 MIXED = [{"one": 1.0}, {}, {"two": 1.0}, {"one": 1.0}, {"one": 0.5, "two": 2.0}, {}]
 
 
-def test_rows_with_adapters_of_their_own_have_the_logits_that_each_has_alone() -> None:
-    model = with_two_adapters()
-    idx = torch.tensor(prompts_of([12] * len(MIXED)))
-    found, alone = logits_per_row(model, idx, MIXED), []
-    for row, strengths in zip(idx, MIXED, strict=True):
-        activate(model, strengths)
-        with torch.no_grad():
-            alone.append(model(row[None])[0][0])
-    assert found.shape == (len(MIXED), 12, 50)
-    assert torch.allclose(found, torch.stack(alone), rtol=0, atol=1e-5)
-    assert min((alone[0] - alone[i]).abs().max() for i in (1, 2, 4)) > 0.1
-    assert not found.requires_grad
-    with pytest.raises(UsageError, match="no adapter 'three'"):
-        logits_per_row(model, idx[:1], [{"three": 1.0}])
-
-
 def test_rows_with_adapters_of_their_own_have_the_texts_that_each_has_alone(monkeypatch) -> None:
     model, told = with_two_adapters(), []
     monkeypatch.setattr(per_row, "AT_ONCE", 2)
@@ -380,3 +364,5 @@ def test_rows_with_adapters_of_their_own_have_the_texts_that_each_has_alone(monk
     for prompt, strengths, seed, row in zip(prompts, mixed, seeds, found, strict=True):
         activate(model, strengths)
         assert generate(model, [prompt], 25, WILD, seed)[0][len(prompt) :] == row
+    with pytest.raises(UsageError, match="no adapter 'three'"):
+        generate_per_row(model, prompts[:1], [{"three": 1.0}], 2, WILD, [1])
