@@ -272,7 +272,7 @@ class Export(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Remove(Command):
-    """Remove runs for good; which adapters that leaves without their base is told before."""
+    """Remove runs for good, after naming the adapters that would lose their base."""
 
     names: tuple[str, ...] = setting((), "Runs", place="NAME", **A_NAME)
     yes: bool = setting(False, "Really remove them", **ONLY_HERE)

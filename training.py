@@ -35,7 +35,7 @@ from runtime.training import resume
 
 
 def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
-    """Check what was trained, score and sample the best weights, publish them, and tell what the run came to."""
+    """Check what was trained, score and sample the best weights, publish them, and print a summary."""
     peak_memory = job.machine.peak_memory()
     files = self_check(job, run, state, start) if job.kind == "lora" else run.read()
     say("Scoring the whole held-out text, and sampling ...")

@@ -10,7 +10,7 @@ from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 
 class PlainBlock(nn.Module):
-    """A pre-norm block of nn.Linear, one product for q, k and v, and the fused attention kernel."""
+    """A pre-norm block of nn.Linear, one matmul for q, k and v, and the fused attention kernel."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

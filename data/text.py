@@ -1,4 +1,4 @@
-"""A text as tokens, and tokens as batches: each batch is a function of the seed and the step, with no state."""
+"""Text as token ids, and token ids as batches: each batch is a function of seed and step, without state."""
 
 from __future__ import annotations
 

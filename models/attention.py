@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lora.functional import dropout_mask
 
 # Queries that are taken at once on the CPU. Of the keys, those after the last of them are never looked at, which
-# saves 1/4 of all work with two blocks and 3/8 with four; smaller blocks lose it again to more and smaller products.
+# saves 1/4 of all work with two blocks and 3/8 with four; smaller blocks lose it again to more and smaller matmuls.
 BLOCK = 128
 
 # On the CPU torch's fused kernel has a slow backward: with 4,096 tokens of 6 heads, 64 wide, forward and backward by
@@ -32,11 +32,11 @@ def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, dropout: fl
     if q_BHTD.device.type != "cpu" or q_BHTD.shape[2] > LONGEST_BY_BLOCKS:
         return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True)
     q, k, v = (t.flatten(0, 1).contiguous() for t in (q_BHTD, k_BHTD, v_BHTD))
-    with torch.autocast("cpu", enabled=False):  # a softmax in the products' own dtype, as the fused kernels do
+    with torch.autocast("cpu", enabled=False):  # a softmax in the matmuls' own dtype, as the fused kernels do
         return AttentionByBlocks.apply(q, k, v, dropout).view(q_BHTD.shape)
 
 
-def _hidden(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _causal_mask(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """(rows, columns) that hides from the last `rows` of so many positions what comes after each."""
     return torch.full((rows, columns), -math.inf, dtype=dtype).triu_(columns - rows + 1)
 
@@ -50,8 +50,8 @@ class AttentionByBlocks(torch.autograd.Function):
         for a in range(0, q.shape[1], BLOCK):
             q_block = q[:, a : a + BLOCK]
             b = a + q_block.shape[1]
-            hidden = _hidden(b - a, b, q.dtype).expand(len(q), -1, -1)
-            P = torch.baddbmm(hidden, q_block, k[:, :b].transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)
+            causal = _causal_mask(b - a, b, q.dtype).expand(len(q), -1, -1)
+            P = torch.baddbmm(causal, q_block, k[:, :b].transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)
             if dropout:
                 mask, ctx.scale = dropout_mask(P, dropout)
                 saved += P, P * mask * ctx.scale, mask

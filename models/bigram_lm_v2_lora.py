@@ -73,7 +73,7 @@ class Block(nn.Module):
         self.dropout = dropout
 
     def forward(self, x_BTC: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C). The stream stays in its own dtype, the products run in the compute dtype."""
+        """(B, T, C) -> (B, T, C). The residual stream stays in its own dtype, matmuls run in the compute dtype."""
         dtype, p = compute_dtype(x_BTC), self.dropout if self.training else 0.0
         x_BTC = x_BTC + dropout(self.attention(self.norm_1(x_BTC).to(dtype), cache), p)
         return x_BTC + dropout(self.mlp(self.norm_2(x_BTC).to(dtype)), p)

@@ -24,14 +24,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Machine:
-    """A device, the dtype its matrix products run in, and one line for each choice that needs a reason."""
+    """A device, the dtype its matmuls run in, and one line for each choice that needs a reason."""
 
     device: torch.device
     dtype: torch.dtype
     notes: tuple[str, ...] = ()
 
     def autocast(self) -> torch.autocast:
-        """Products in the compute dtype; the parameters stay fp32."""
+        """Matmuls in the compute dtype; parameters stay fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def scaler(self) -> torch.amp.GradScaler:
@@ -92,7 +92,7 @@ def machine_name() -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether bf16 products are fast on this CPU: 4 to 6 times fp32 with AVX512_BF16 or AMX, slower without."""
+    """Whether bf16 matmuls are fast on this CPU: 4 to 6 times fp32 with AVX512_BF16 or AMX, slower without."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 

@@ -1,4 +1,4 @@
-"""What a run tells on stdout: the banner, who trains how much, and what it came to."""
+"""Formats what a run prints on stdout: its banner, parameter counts, sizes, tables."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def held_out(name: str, base: Base, data_dir: Path, batches: int) -> list[Batch]
 
 
 def metadata_of_made(root: Path, kind: str, base: Base, adapter: Adapter, texts: list[str], made: dict) -> dict:
-    """What `run.json` says of a run that was made, not trained: `made` tells out of what, and how.
+    """What `run.json` says of a run that was made, not trained. made: what it was made of, and how.
 
     Of settings it has what the adapter is, and none of those that its base was trained with.
     """

@@ -28,7 +28,7 @@ def ranks_in_words(adapter: Adapter) -> str:
 
 
 def _row(run: Run, tokens: str, depth: int) -> tuple[str, ...]:
-    """One run; what cannot be read of it is told in its last column, and hides no other run."""
+    """One run. What cannot be read of it stands in its last column, and hides no other run."""
     name = "  " * depth + run.name
     try:
         result, kind, targets = run.result, run.kind, ""

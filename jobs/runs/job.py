@@ -90,7 +90,7 @@ class Job:
         return evaluate(self.model, self.data.validation(limit), self.machine)
 
     def about(self) -> dict:
-        """What `run.json` says: enough to know the run again, and to tell how it came about."""
+        """What `run.json` says: enough to recognise the run, and to know how it was made."""
         root = Path(self.settings.checkpoints_dir)
         base = reference(self.base, root) if self.base else None
         dataset = {"name": self.data.name, "sha256": self.data.sha256}

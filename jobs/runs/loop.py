@@ -88,7 +88,7 @@ class Training:
         return 0 < self.job.settings.patience <= self.state.stale
 
     def read(self) -> None:
-        """Fetch the loss from the device and tell it. Raises NonFiniteError where a step went wrong."""
+        """Fetch the loss from the device, log it and show it. Raises NonFiniteError where a step went wrong."""
         loss, state = self.stepper.read_loss(), self.state
         state.seconds = self.before + time.perf_counter() - self.clock
         speed = self.job.tokens_per_step * (state.step - self.first) / (state.seconds - self.before)
@@ -97,7 +97,7 @@ class Training:
         self.progress.update(state.step, loss=f"{loss:.3f}", **{"tokens/s": f"{speed:,.0f}"})
 
     def evaluate(self) -> None:
-        """Score held-out text, and save what the run is for whenever that is better than ever."""
+        """Compute the validation loss, and save the artifact whenever the loss is the lowest so far."""
         value, state = self.job.evaluate(self.job.settings.eval_iters), self.state
         if not math.isfinite(value):
             raise NonFiniteError(f"the validation loss is {value} after step {state.step}; lower LEARNING_RATE")

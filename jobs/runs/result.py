@@ -1,4 +1,4 @@
-"""What a finished run came to, told to the person who ran it."""
+"""Prints a run's summary."""
 
 from __future__ import annotations
 

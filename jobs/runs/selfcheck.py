@@ -27,7 +27,7 @@ from runtime.training.resume import State
 from runtime.training.steps import evaluate
 
 FEW = 1  # batches of held-out text
-SAME = 1e-4  # relative difference of losses; products may be summed in another order where memory lies elsewhere
+SAME = 1e-4  # relative difference of losses; matmuls may sum in another order where memory lies elsewhere
 
 Names = dict[str, str]  # <module path>.<tensor> -> fingerprint
 

@@ -1,4 +1,4 @@
-"""What only text can tell of a run: samples, and the words in them."""
+"""The part of a run's summary that only text has: samples, and the words in them."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ def pack(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> 
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])  # in which the library writes metadata in an order that changes with each call
     text = json.dumps({"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header, ensure_ascii=False)
-    told = text.encode()
-    told += b" " * (-len(told) % 8)  # as the library does, so that tensors are aligned
-    return len(told).to_bytes(8, "little") + told + data[end:]
+    header = text.encode()
+    header += b" " * (-len(header) % 8)  # as the library does, so that tensors are aligned
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def unpack(data: bytes, name: str) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ class RunLock:
             raise
 
     def _holder(self) -> str:
-        """Who has the lock, as far as that can be told: the note is written right after the lock was taken."""
+        """Who holds the lock, if that is known: the note is written right after the lock is taken."""
         with suppress(OSError):
             if self.holder.is_file():
                 return self.holder.read_bytes()[:100].decode("utf-8", "replace")

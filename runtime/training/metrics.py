@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.jsonl for machines, a progress bar (or plain lines) for people."""
+"""Metrics and progress of a run: metrics.jsonl for programs, a progress bar (or plain lines) for people."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix(self.values, refresh=False)
             self.bar.update(done)
-        elif time.perf_counter() - self.last_line >= self.every and step < self.total:  # `close` tells the last one
+        elif time.perf_counter() - self.last_line >= self.every and step < self.total:  # `close` prints the last one
             self.line()
 
     def line(self) -> None:
@@ -95,7 +95,7 @@ class Progress:
         say(f"{self.label}: step {self.step}/{self.total}{values}, {left:.0f} s left")
 
     def close(self) -> None:
-        """Leave the bar as it stands, or tell the last step where no line did."""
+        """Leave the bar as it stands, or print the last step if no line has."""
         if self.bar is not None:
             self.bar.close()
         elif self.told != self.step:

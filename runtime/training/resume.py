@@ -1,4 +1,4 @@
-"""What a run needs to go on exactly where it was: trained tensors and buffers, optimizer, and a small state.
+"""Resumable state: trained tensors and buffers, optimizer, and how far the run is.
 
 Batches, rates and dropout are functions of the step, so no generator has to be saved.
 """

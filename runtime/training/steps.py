@@ -32,7 +32,7 @@ class NonFiniteError(UserError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then a cosine down to `final`, as nanoGPT has it; rates for a step counted from 0."""
+    """Linear warm-up, then a cosine down to `final`, as in nanoGPT; called with a step, counted from 0, it gives the learning rate."""
 
     peak: float
     final: float
