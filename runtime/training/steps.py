@@ -32,7 +32,7 @@ class NonFiniteError(UserError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then a cosine down to `final`, as in nanoGPT; called with a step, counted from 0, it gives the learning rate."""
+    """The learning rate of a step, counted from 0: linear warm-up, then a cosine down to `final`, as in nanoGPT."""
 
     peak: float
     final: float
