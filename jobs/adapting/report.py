@@ -29,7 +29,9 @@ def ranks_in_words(adapter: Adapter) -> str:
 
 def _row(run: Run, tokens: str, depth: int) -> tuple[str, ...]:
     """One run. What cannot be read of it stands in its last column, and hides no other run."""
-    name = "  " * depth + run.name
+    name, empty = "  " * depth + run.name, [""] * (len(HEADS) - 3)
+    if not run.finished and not run.saved("best"):
+        return (name, run.kind, *empty, "nothing saved")
     try:
         result, kind, targets = run.result, run.kind, ""
         files = run.read()
@@ -44,7 +46,7 @@ def _row(run: Run, tokens: str, depth: int) -> tuple[str, ...]:
         finished = f"{datetime.fromtimestamp(run.written):%Y-%m-%d}" if run.finished else "unfinished"
         return (name, kind, _short(targets), _short(texts), tokens, str(steps), *losses, finished)
     except UserError as error:
-        return (name, run.kind, *[""] * (len(HEADS) - 3), str(error))
+        return (name, run.kind, *empty, str(error))
 
 
 def targets_in_words(adapter: Adapter) -> str:

@@ -183,6 +183,13 @@ def test_a_finished_run_tells_bits_per_character_whatever_its_tokens_are(tmp_pat
     assert f"Bits per character of it: {bits:.4f}" in out
 
 
+def test_a_run_that_has_saved_nothing_is_listed_as_such(root, monkeypatch, capsys):
+    shutil.rmtree(root / "stopped-adalora/best-000010")
+    out = call(monkeypatch, capsys, adapters, "list")[1]
+    assert re.search(r"^ *stopped-adalora +lora +nothing saved$", out, re.M)
+    assert max(map(len, out.splitlines())) <= 100
+
+
 def test_adapters_without_their_base_are_listed_as_such(root, monkeypatch, capsys):
     shutil.rmtree(root / "base-bias")
     out = call(monkeypatch, capsys, adapters, "list")[1]
