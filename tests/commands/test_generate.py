@@ -14,8 +14,8 @@ import training
 from runtime.errors import run_command
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
+from tests.tiny import TINY
 
-TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8}
 FAST = {"test_mode": True, "device": "cpu", "dtype": "fp32", "batch_size": 4, "eval_iters": 2, "max_iters": 30}
 TEXT = "To be, or not to be, that is the question.\u2028Whether 'tis nobler in the mind\n"
 LENGTH = 30

@@ -25,8 +25,8 @@ from runtime.storage import folders
 from runtime.storage.encoding import to_sealed_json
 from runtime.storage.runs import Run, open_run
 from tests.commands.command_line import run
+from tests.tiny import TINY
 
-TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8}
 FAST = {"test_mode": True, "device": "cpu", "dtype": "fp32", "batch_size": 4, "eval_iters": 2, "max_iters": 4}
 TEXT = "To be, or not to be, that is the question.\n"
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures/runs"

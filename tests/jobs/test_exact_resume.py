@@ -32,11 +32,12 @@ from runtime.storage.runs import Run
 from runtime.training.metrics import MetricsLog
 from runtime.training.resume import STATE, State, to_files
 from runtime.training.steps import Stepper
+from tests.tiny import TINY as TINY_BASE
 
 SOAK = bool(os.environ.get("SOAK"))
 SHARE = 2  # of a case's moments, in a quick run
 CLOCKED = ("seconds", "tokens_per_second", "peak_memory")  # what may differ
-TINY = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "bias": True}
+TINY = TINY_BASE | {"n_embd": 8, "bias": True}
 FAST = {"test_mode": True, "device": "cpu", "dtype": "fp32", "batch_size": 2, "gradient_accumulation_steps": 2}
 FAST |= {"dropout": 0.2, "eval_iters": 2}
 # Evaluations after steps 2, 4, 6, 8 and 9, saves after 3, 6 and 9. A run that only gets worse is saved after step 6

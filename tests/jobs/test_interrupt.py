@@ -17,9 +17,10 @@ from runtime.interrupt import InterruptedRunError
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
 from runtime.storage.runs import Run
+from tests.tiny import TINY as TINY_BASE
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "dropout": 0.1, "device": "cpu", "dtype": "fp32"}
+TINY = TINY_BASE | {"dropout": 0.1, "device": "cpu", "dtype": "fp32"}
 FAST = {"test_mode": True, "batch_size": 4, "eval_iters": 2, "max_iters": 8, "eval_interval": 4, "save_interval": 100}
 
 

@@ -24,8 +24,9 @@ from runtime.storage import folders
 from runtime.storage.encoding import pack, unpack
 from runtime.storage.runs import Run
 from runtime.training.steps import NonFiniteError, Stepper
+from tests.tiny import TINY as TINY_BASE
 
-TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True}
+TINY = TINY_BASE | {"bias": True}
 FAST = {"test_mode": True, "device": "cpu", "dtype": "fp32", "batch_size": 4, "eval_iters": 2, "save_interval": 1}
 
 

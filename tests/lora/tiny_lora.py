@@ -15,20 +15,10 @@ from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.device import Machine
 from runtime.training.batch import Batch
 from runtime.training.steps import Schedule, Stepper
+from tests.tiny import tiny
 
 IDX = torch.arange(24).reshape(2, 12) * 7 % 50
 TARGETS = torch.arange(24).reshape(2, 12) * 11 % 50
-
-
-def tiny(seed: int = 0, bias: bool = False, dropout: float = 0.0, **changes) -> BigramLanguageModelLoRA:
-    """A base whose weights are all large enough to expose a mistake."""
-    sizes = {"vocab_size": 50, "n_embd": 32, "block_size": 16, "n_head": 4, "n_layer": 2} | changes
-    torch.manual_seed(seed)
-    model = BigramLanguageModelLoRA(**sizes, bias=bias, dropout=dropout)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.2 * torch.randn(p.shape)
-    return model
 
 
 def adapted(config: LoRAConfig, seed: int = 1, name: str = "default", **base) -> BigramLanguageModelLoRA:

@@ -11,20 +11,10 @@ from torch import Tensor
 from lora.attach import activate, attach, detach
 from lora.config import LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from tests.tiny import tiny
 
 IDX = torch.arange(24).reshape(2, 12) * 7 % 50
 TARGETS = torch.arange(24).reshape(2, 12) * 11 % 50
-
-
-def tiny(bias: bool = False, **changes) -> BigramLanguageModelLoRA:
-    """A base in which every weight is large enough for a mistake to show."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "n_embd": 32, "block_size": 16, "n_head": 4, "n_layer": 2}
-    model = BigramLanguageModelLoRA(**sizes | {"bias": bias} | changes)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.2 * torch.randn(p.shape)
-    return model
 
 
 def reference(weights: dict[str, Tensor], idx: Tensor, n_head: int, n_layer: int) -> Tensor:

@@ -10,19 +10,14 @@ import torch
 
 from lora.attach import attach
 from lora.config import LoRAConfig
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.config import ModelConfig
 from models.files import CONFIG, WEIGHTS, config_from, from_files, load_weights, to_files
 from runtime.errors import UserError
 from runtime.storage.encoding import pack, unpack
 from runtime.storage.folders import CorruptedError
+from tests.tiny import tiny
 
 IDX = torch.arange(12).reshape(2, 6)
-
-
-def tiny(**changes) -> BigramLanguageModelLoRA:
-    torch.manual_seed(0)
-    return BigramLanguageModelLoRA(**{"vocab_size": 50, "n_embd": 32, "block_size": 16, "n_layer": 2} | changes)
 
 
 @pytest.mark.parametrize("changes", [{}, {"bias": True, "n_head": 8}, {"block_size": 7, "n_layer": 1}], ids=str)

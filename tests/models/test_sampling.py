@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -19,18 +20,12 @@ from models.choosing import Sampling, choose
 from models.per_row import generate_per_row
 from models.sampling import generate, stream, window_start
 from runtime.errors import UsageError
+from tests.tiny import tiny as tiny_base
 
 WILD = Sampling(temperature=1.5, top_k=20, top_p=0.95, repetition_penalty=1.2)
 
 
-def tiny(block_size: int = 16, **changes) -> BigramLanguageModelLoRA:
-    """A base whose next token depends strongly on position and on everything before."""
-    torch.manual_seed(0)
-    model = BigramLanguageModelLoRA(50, 32, block_size, n_head=4, n_layer=2, **changes)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.3 * torch.randn(p.shape)
-    return model
+tiny = partial(tiny_base, noise=0.3)  # with more noise a token depends on all before it
 
 
 def prompts_of(lengths: list[int]) -> list[list[int]]:
@@ -65,7 +60,7 @@ CASES = [  # block size, lengths of the prompts, steps: more than three moves of
 def test_cached_is_what_a_whole_pass_over_the_window_gives(
     block_size: int, lengths: list[int], steps: int, how: Sampling
 ) -> None:
-    model, prompts = tiny(block_size), prompts_of(lengths)
+    model, prompts = tiny(block_size=block_size), prompts_of(lengths)
     first, last = (window_start(n, block_size) for n in (max(lengths), max(lengths) + steps))
     assert last - first > 3 * (block_size // 2)
     found = generate(model, prompts, steps, how, seed=5)
