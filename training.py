@@ -67,7 +67,7 @@ def train(given: Resolved) -> Run:
     job = prepare(given, machine, base)
     start = digests(Adapter.from_model(job.model)) if job.kind == "lora" else {}
     stepper = job.stepper()
-    root, about = Path(settings.checkpoints_dir), job.about()
+    root, about = Path(settings.checkpoints_dir), job.metadata()
     run = claim(root, job.plain_name, settings.run_name, about, settings.fresh, identity)
     if run.finished:
         print_finished(run)
@@ -95,7 +95,7 @@ def say_why_another(run: Run, plain_name: str) -> None:
     other = open_run(run.folder.with_name(plain_name))
     if other is None or other.folder == run.folder:
         return
-    theirs, mine = other.about["settings"], run.about["settings"]
+    theirs, mine = other.metadata["settings"], run.metadata["settings"]
     rows = [row for row in settings_of(Settings) if row.rule.identity and theirs.get(row.name) != mine[row.name]]
     differing = ", ".join(f"{row.variable}={in_words(theirs.get(row.name))}" for row in rows) or "another text or base"
     say(f"{plain_name} was trained with {differing}, so this is another run, {run.name}, which begins anew")

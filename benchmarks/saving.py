@@ -106,7 +106,7 @@ def real_run(values: dict, folder: str) -> dict[str, list[float]]:
     values |= {"checkpoints_dir": folder, "run_name": "saving"}
     given = Resolved(Settings.from_dict(values), {})
     job = prepare(given, pick_machine(given.settings.device, given.settings.dtype), None)
-    run = claim(Path(folder), job.plain_name, given.settings.run_name, job.about(), fresh=False)
+    run = claim(Path(folder), job.plain_name, given.settings.run_name, job.metadata(), fresh=False)
     clocked = ((Job, "evaluate"), (Training, "evaluate"), (Training, "save"))
     with ExitStack() as stack:
         for owner, name in clocked:

@@ -31,7 +31,7 @@ class Adapted:
 
 def base_name(run: Run) -> str:
     """The base that a LoRA run names."""
-    return run.about["base"]["run"]
+    return run.metadata["base"]["run"]
 
 
 def find_adapter(root: Path, name: str) -> Run:
@@ -55,7 +55,7 @@ def open_adapters(root: Path, names: tuple[str, ...]) -> list[Adapted]:
     Raises UsageError for a name that is none, UserError that tells everything that does not fit.
     """
     runs = [find_adapter(root, name) for name in names]
-    if len(bases := {run.about["base"].get("sha256", base_name(run)) for run in runs}) > 1:
+    if len(bases := {run.metadata["base"].get("sha256", base_name(run)) for run in runs}) > 1:
         told = ", ".join(f"{run.name} of {base_name(run)}" for run in runs)
         raise UserError(f"adapters of {len(bases)} bases do not go together: {told}")
     adapters, base = [read_adapter(run) for run in runs], base_of(root, runs[0])
@@ -74,14 +74,14 @@ def open_adapters(root: Path, names: tuple[str, ...]) -> list[Adapted]:
 
 def texts_of(run: Run) -> list[str]:
     """The DATASET settings of the texts that a run was trained on; none where that is not known."""
-    texts = run.about.get("texts", [run.about["settings"].get("dataset")])
+    texts = run.metadata.get("texts", [run.metadata["settings"].get("dataset")])
     return [text for text in texts if text]
 
 
 def load_text(name: str, run: Run, data_dir: Path) -> Corpus:
     """A text as a run saw it: cut short where that was a TEST_MODE run."""
     corpus = load_corpus(name, data_dir)
-    return corpus.head(*TEST_CHARACTERS) if run.about["settings"].get("test_mode") else corpus
+    return corpus.head(*TEST_CHARACTERS) if run.metadata["settings"].get("test_mode") else corpus
 
 
 def held_out(name: str, base: Base, data_dir: Path, batches: int) -> list[Batch]:
@@ -100,7 +100,7 @@ def metadata_of_made(root: Path, kind: str, base: Base, adapter: Adapter, texts:
 
     Of settings it has what the adapter is, and none of those that its base was trained with.
     """
-    test_mode = base.run.about["settings"]["test_mode"]
+    test_mode = base.run.metadata["settings"]["test_mode"]
     settings = {"use_lora": kind == "lora", "test_mode": test_mode, "base": base.run.name}
     settings["dataset"] = texts[0] if texts else ""
     if kind == "lora":

@@ -92,7 +92,7 @@ class Checkup:
         adapter = self.attempt(lambda: adapter_files.from_files(files, str(folder)))
         if adapter is None:
             return
-        base_name = base_name or (run.about["base"]["run"] if run else adapter.metadata.get("base", ""))
+        base_name = base_name or (run.metadata["base"]["run"] if run else adapter.metadata.get("base", ""))
         named = isinstance(base_name, str) and re.fullmatch(NAME, base_name)
         there = named and (self.root / base_name / "run.json").exists()
         base = self.attempt(lambda: Base.open(self.root, base_name)) if there else None

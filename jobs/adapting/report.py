@@ -65,18 +65,18 @@ def list_runs(root: Path) -> str:
     if not (runs := all_runs(root)):
         raise UserError(f"there is no run in {root} yet; train one with: {command_line('training.py')}")
     family = Family.of(runs)
-    gone = {orphan.about["base"]["run"]: None for orphan in family.orphans()}
+    gone = {orphan.metadata["base"]["run"]: None for orphan in family.orphans()}
     rows = [HEADS, *_rows_below(family, None, 0)]
     for base in gone:
         rows.append((f"(missing base: {base})", *[""] * (len(HEADS) - 1)))
-        rows += [_row(run, "", 1) for run in family.orphans() if run.about["base"]["run"] == base]
+        rows += [_row(run, "", 1) for run in family.orphans() if run.metadata["base"]["run"] == base]
     return report.table(rows)
 
 
 def _rows_below(family: Family, base: Run | None, depth: int) -> list[tuple[str, ...]]:
     rows = []
     for run in family.trained_on(base):
-        rows += [_row(run, family.tokenizers.get(run.about.get("tokenizer_sha256"), ""), depth)]
+        rows += [_row(run, family.tokenizers.get(run.metadata.get("tokenizer_sha256"), ""), depth)]
         rows += _rows_below(family, run, depth + 1)
     return rows
 

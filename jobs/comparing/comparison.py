@@ -86,7 +86,7 @@ def base_windows(job: Job, base: Run) -> list[Batch]:
     """
     data_dir, limits = Path(job.settings.data_dir), (job.settings.batch_size, job.settings.eval_iters)
     try:
-        text = load_text(base.about["settings"]["dataset"], base, data_dir).validation
+        text = load_text(base.metadata["settings"]["dataset"], base, data_dir).validation
         tokens = tokens_of(text, job.tokenizer, data_dir)
         return validation_windows(tokens, min(job.settings.block_size, len(tokens) - 1), *limits)
     except UserError as error:

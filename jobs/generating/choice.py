@@ -89,7 +89,7 @@ def choose(root: Path, run_name: str, wanted: Strengths | None, others: Iterable
 def _is_on(run: Run, base: Base) -> bool:
     """Whether a run is this base, or an adapter of it."""
     if run.kind == "lora":
-        return run.about["base"].get("sha256", base.sha256) == base.sha256
+        return run.metadata["base"].get("sha256", base.sha256) == base.sha256
     return run.folder.resolve() == base.run.folder.resolve()
 
 
@@ -99,7 +99,7 @@ def _newest(root: Path) -> Run:
     if not usable:
         nothing = f"there is no run in {root} yet that has saved anything"
         raise UserError(f"{nothing}; train one with: {command_line('training.py')}")
-    return sorted(usable, key=lambda run: (not run.about["settings"]["test_mode"], run.finished))[-1]
+    return sorted(usable, key=lambda run: (not run.metadata["settings"]["test_mode"], run.finished))[-1]
 
 
 def _name_in(root: Path, run: Run) -> str:

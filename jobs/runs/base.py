@@ -49,7 +49,7 @@ class Base:
     def of(cls, run: Run, dropout: float = 0.0) -> Base:
         """A run as a base. Raises UsageError where it is an adapter, UserError where it is corrupted."""
         if run.kind == "lora":
-            named = run.about["base"]["run"]
+            named = run.metadata["base"]["run"]
             raise UsageError(f"{run.name} is a LoRA run; name the base it was trained on: {named}")
         model, tokenizer = load_trained(run, dropout)
         return cls(run, model, tokenizer, fingerprint(base_tensors(model)))
@@ -79,7 +79,7 @@ def base_of(root: Path, run: Run) -> Base:
 
     Where it is not under its name, stderr tells where it is. Raises UserError where it is nowhere.
     """
-    said, opened, error = run.about["base"], None, None
+    said, opened, error = run.metadata["base"], None, None
     places = [root / said["run"], run.folder.parent / said["run"], *([Path(said["path"])] if "path" in said else [])]
     named = len(places)
     for folder in {run.folder.parent: None, root: None}:
@@ -117,13 +117,13 @@ def find_base(settings: Settings, given: Collection[str] = ()) -> Run | None:
         check_base(run, settings)
         return run
     bases = [run for run in all_runs(root) if run.kind == "base" and run.finished and not run.aside]
-    bases = [run for run in bases if run.about["settings"]["test_mode"] == settings.test_mode]
+    bases = [run for run in bases if run.metadata["settings"]["test_mode"] == settings.test_mode]
     wanted = {name: getattr(settings, name) for name in given}
-    fitting = [run for run in bases if wanted.items() <= run.about["settings"].items()] or bases
+    fitting = [run for run in bases if wanted.items() <= run.metadata["settings"].items()] or bases
     text = Settings().dataset
-    chosen = ([run for run in fitting if run.about["settings"]["dataset"] == text] or fitting or [None])[-1]
+    chosen = ([run for run in fitting if run.metadata["settings"]["dataset"] == text] or fitting or [None])[-1]
     if len(bases) > 1:
-        trained_on = chosen.about["settings"]["dataset"]
+        trained_on = chosen.metadata["settings"]["dataset"]
         others = ", ".join(run.name for run in bases[::-1] if run is not chosen)
         say(f"Base: {chosen.name}, the newest one here trained on {trained_on}; for another, --base with: {others}")
     return chosen
@@ -140,11 +140,11 @@ def check_base(run: Run, settings: Settings) -> None:
     """Raises UsageError where the run that BASE names may not serve as a base."""
     if run.kind == "lora":
         raise UsageError(
-            f"BASE={settings.base} is a LoRA run; name the base it was trained on: {run.about['base']['run']}"
+            f"BASE={settings.base} is a LoRA run; name the base it was trained on: {run.metadata['base']['run']}"
         )
     if not run.finished:
         raise UsageError(f"BASE={settings.base} has not finished training; start it again to go on with it")
-    if run.about["settings"]["test_mode"] and not settings.test_mode:
+    if run.metadata["settings"]["test_mode"] and not settings.test_mode:
         raise UsageError(f"BASE={settings.base} is a TEST_MODE run, which serves as a base in TEST_MODE only")
 
 

@@ -41,7 +41,7 @@ class Family:
 
     def base_of(self, run: Run) -> str | None:
         """The run that this one was trained on, or another with the same weights; None where there is none here."""
-        if not (base := run.about.get("base")):
+        if not (base := run.metadata.get("base")):
             return None
         names = [name for name in self.bases.get(base.get("sha256"), []) if name != run.name]
         return base["run"] if base["run"] in names else names[0] if names else None
@@ -56,7 +56,7 @@ class Family:
     def orphans(self) -> list[Run]:
         """The adapters whose base is neither here nor where it was: nothing can be done with them."""
         alone = [run for run in self.runs if run.kind == "lora" and self.base_of(run) is None]
-        return [run for run in alone if not (path := run.about["base"].get("path")) or open_run(Path(path)) is None]
+        return [run for run in alone if not (path := run.metadata["base"].get("path")) or open_run(Path(path)) is None]
 
 
 def orphaned_by(removed: Sequence[Run], runs: Sequence[Run]) -> list[Run]:

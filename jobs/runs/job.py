@@ -89,7 +89,7 @@ class Job:
         """Mean loss over the held-out data, or over at most `limit` batches of it."""
         return evaluate(self.model, self.data.validation(limit), self.machine)
 
-    def about(self) -> dict:
+    def metadata(self) -> dict:
         """What `run.json` says: enough to recognise the run, and to know how it was made."""
         root = Path(self.settings.checkpoints_dir)
         base = reference(self.base, root) if self.base else None

@@ -45,7 +45,7 @@ def print_samples(job: Job, samples: dict[str, str]) -> None:
 
 def base_words(job: Job) -> set[str]:
     """The words of the text that the base was trained on; none where that text is gone, or not known."""
-    if not (dataset := job.base.run.about["settings"]["dataset"]):
+    if not (dataset := job.base.run.metadata["settings"]["dataset"]):
         return set()
     try:
         return distinct_words(load_corpus(dataset, Path(job.settings.data_dir)).text)

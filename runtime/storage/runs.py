@@ -34,7 +34,7 @@ class Run:
     """One folder of runs, and what `run.json` in it says."""
 
     folder: Path
-    about: dict
+    metadata: dict
 
     @property
     def name(self) -> str:
@@ -44,7 +44,7 @@ class Run:
     @property
     def kind(self) -> str:
         """`base`, `full` (fine-tuned from a base) or `lora`."""
-        return self.about["kind"]
+        return self.metadata["kind"]
 
     @property
     def artifact(self) -> Path:
@@ -243,12 +243,12 @@ def claim(
     own = about["identity"]
     names = [chosen_name] if chosen_name else [plain_name, f"{plain_name}-{own[:6]}", f"{plain_name}-{own}"]
     if not chosen_name:
-        same = [run for run in all_runs(root, warn=False) if not run.aside and identity(run.about) == own]
+        same = [run for run in all_runs(root, warn=False) if not run.aside and identity(run.metadata) == own]
         same.sort(key=lambda run: (not run.finished, run.name != plain_name))
         names = [*(run.name for run in same[:1]), *names]
     for folder in (root / name for name in names):
         there = open_run(folder)
-        if there is None or identity(there.about) == own or (chosen_name and fresh):
+        if there is None or identity(there.metadata) == own or (chosen_name and fresh):
             break
     else:
         raise UsageError(
@@ -269,7 +269,7 @@ def _move_aside(run: Run) -> None:
     with RunLock(run.folder):  # a process that trains it would go on in the folder that takes its name
         pass
     there = all_runs(run.folder.parent, warn=False)
-    adapters = [other.name for other in there if other.kind == "lora" and other.about["base"]["run"] == run.name]
+    adapters = [other.name for other in there if other.kind == "lora" and other.metadata["base"]["run"] == run.name]
     aside = next(p for i in range(1, 10**6) if not (p := run.folder.with_name(f"{run.name}.old{i}")).exists())
     if adapters:
         told = "stays usable: its base" if len(adapters) == 1 else "stay usable: their base"

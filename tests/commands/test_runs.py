@@ -140,16 +140,16 @@ def test_runs_that_were_made_tell_of_the_adapter_and_nothing_that_is_not_known(r
         shutil.copy(RUNS.parent / "other.txt", ".")
         status, _, err = call(monkeypatch, capsys, adapters, *words.split())
         assert status == 0, err
-    trained = find_run(root, "lora").about["settings"]
+    trained = find_run(root, "lora").metadata["settings"]
     for name in ("in", "whole", "both"):
-        settings = find_run(root, name).about["settings"]
+        settings = find_run(root, name).metadata["settings"]
         assert not settings.keys() & {"learning_rate", "max_iters", "n_layer", "seed", "lora_plus_ratio"}
         assert settings["dataset"] == ("" if name == "in" else "other.txt")
     (both,) = open_adapters(root, ("both",))
     for name, rank in (("in", trained["lora_rank"]), ("both", both.adapter.config.rank)):
-        settings = find_run(root, name).about["settings"]
+        settings = find_run(root, name).metadata["settings"]
         assert (settings["lora_rank"], settings["lora_variant"]) == (rank, "lora")
-    assert "lora_rank" not in find_run(root, "whole").about["settings"]
+    assert "lora_rank" not in find_run(root, "whole").metadata["settings"]
 
 
 def test_the_list_fits_and_compares_losses_of_different_tokenizers(root, monkeypatch, capsys):

@@ -62,7 +62,7 @@ def root(trained: Path, tmp_path: Path, monkeypatch) -> Path:
 
 def changed(folder: Path, **about) -> None:
     """Let a run.json say something else."""
-    old = open_run(folder).about
+    old = open_run(folder).metadata
     settings = old["settings"] | about.pop("settings", {})
     (folder / "run.json").write_bytes(to_sealed_json(old | {"settings": settings} | about))
 
@@ -92,7 +92,7 @@ def test_spellings_of_one_run_are_one_run(root, capsys):
         assert adapt(**changes).name == "test-lora-b-r2", changes
         assert "finished already" in capsys.readouterr().out
     assert sorted(root.rglob("*")) == before
-    about = open_run(root / "test-lora-b-r2").about
+    about = open_run(root / "test-lora-b-r2").metadata
     auto = about | {"settings": about["settings"] | {"dtype": "auto"}}
     assert identity(auto) == identity(about) != identity(about | {"machine": "x86_64, cpu, bf16, 1 threads"})
 
@@ -119,7 +119,7 @@ def test_a_run_is_found_under_its_hashed_name_and_as_an_earlier_version_wrote_it
 
 
 def test_a_run_that_was_made_is_never_taken_for_one_that_was_trained():
-    assert all(identity(open_run(FIXTURES / name).about) == open_run(FIXTURES / name).about["identity"]
+    assert all(identity(open_run(FIXTURES / name).metadata) == open_run(FIXTURES / name).metadata["identity"]
                for name in ("merged", "combined", "imported"))  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def opened(root: Path, name: str = "test-lora-b-r2") -> Path:
 def test_a_base_in_another_folder_is_found_by_its_path(root):
     shutil.move(root / "base", "elsewhere/base")
     run = adapt(base="elsewhere/base", seed=5)
-    assert run.about["base"]["path"] == str(Path("elsewhere/base").resolve())
+    assert run.metadata["base"]["path"] == str(Path("elsewhere/base").resolve())
     assert opened(root, run.name) == Path("elsewhere/base").resolve()
     assert choose(root, run.name, {}, ()).base.run.name == "base"
     with pytest.raises(UserError, match="the base of test-lora-b-r2 is gone: there is no base in checkpoints"):

@@ -103,7 +103,7 @@ class Case:
     """One kind of run on one text, and what it leaves when nothing stops it."""
 
     def __init__(self, root: Path, about: tuple[str, str]) -> None:
-        self.about, self.folder, self.last = about, root / "runs/case", {}
+        self.metadata, self.folder, self.last = about, root / "runs/case", {}
         kind, text = about
         values = FAST | PACE | KINDS[kind] | {"run_name": "case", "dataset": str(root / f"{text}.txt")}
         self.values = values | places(root)
@@ -185,18 +185,20 @@ def case(root: Path, request) -> Case:
 def points(case: Case) -> list[int]:
     """The moments to stop at: every one, or every few of them, each case beginning elsewhere."""
     every = 1 if SOAK else case.moments // SHARE
-    return list(range(1 + CASES.index(case.about) * 3 % every, case.moments + 1, every))
+    return list(range(1 + CASES.index(case.metadata) * 3 % every, case.moments + 1, every))
 
 
 def told(case: Case, counted: int, struck: int, bad: dict) -> None:
-    print(f"{' '.join(case.about)}: {case.moments} moments, {counted} points counted, {struck} struck, {len(bad)} bad")
+    print(
+        f"{' '.join(case.metadata)}: {case.moments} moments, {counted} points counted, {struck} struck, {len(bad)} bad"
+    )
     assert not bad
     assert counted == struck > 0
 
 
 def test_it_ends_by_patience_where_the_loss_rises_and_only_there(case: Case) -> None:
     losses = [line["val_loss"] for line in case.whole["log"] if "val_loss" in line]
-    ends = ENDS[case.about[1]] | {"best": min(losses), "scaler": {}}
+    ends = ENDS[case.metadata[1]] | {"best": min(losses), "scaler": {}}
     assert case.whole["state"] == ends, losses
 
 

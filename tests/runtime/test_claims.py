@@ -50,7 +50,7 @@ def finish(run: Run, written: int, ended: int) -> None:
 
 def test_a_folder_is_a_run_when_it_says_so(tmp_path):
     run = made(tmp_path, "base-x")
-    assert (run.name, run.kind, run.about, run.folder) == ("base-x", "base", about(), tmp_path / "base-x")
+    assert (run.name, run.kind, run.metadata, run.folder) == ("base-x", "base", about(), tmp_path / "base-x")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     assert [open_run(tmp_path / name) for name in ("empty", "file", "nowhere")] == [None] * 3
@@ -140,9 +140,9 @@ def names(root: Path) -> list[str]:
 def test_the_same_identity_comes_back_to_its_folder(tmp_path):
     root = tmp_path / "checkpoints"
     run = claim(root, "base-x", "", about(), fresh=False)
-    assert run.folder == root / "base-x" and run.about == about() == open_run(run.folder).about
+    assert run.folder == root / "base-x" and run.metadata == about() == open_run(run.folder).metadata
     again = claim(root, "base-x", "", about() | {"versions": "later"}, fresh=False)
-    assert again.folder == run.folder and again.about == about(), "what was written first stays"
+    assert again.folder == run.folder and again.metadata == about(), "what was written first stays"
     assert names(root) == ["base-x"]
 
 
@@ -150,7 +150,7 @@ def test_another_identity_gets_a_hash_behind_the_name_and_comes_back_to_it(tmp_p
     claim(tmp_path, "base-x", "", about(), fresh=False)
     for _ in range(2):
         other = claim(tmp_path, "base-x", "", OTHER, fresh=False)
-        assert other.name == "base-x-ba9876" and open_run(other.folder).about == OTHER
+        assert other.name == "base-x-ba9876" and open_run(other.folder).metadata == OTHER
     assert claim(tmp_path, "base-x", "", about(), fresh=False).name == "base-x"
     assert names(tmp_path) == ["base-x", "base-x-ba9876"]
 
@@ -159,7 +159,7 @@ def test_a_hash_that_is_taken_as_well_is_not_taken_over(tmp_path):
     claim(tmp_path, "base-x", "", about(), fresh=False)
     claim(tmp_path, "base-x", "base-x-ba9876", about(), fresh=False)
     other = claim(tmp_path, "base-x", "", OTHER, fresh=False)
-    assert other.about == OTHER and other.name == "base-x-ba9876543210"
+    assert other.metadata == OTHER and other.name == "base-x-ba9876543210"
     assert claim(tmp_path, "base-x", "", OTHER, fresh=False).folder == other.folder
 
 
@@ -168,7 +168,7 @@ def test_a_chosen_name_is_used_or_refused(tmp_path):
         assert claim(tmp_path, "base-x", "mine", about(), fresh=False).name == "mine"
     with pytest.raises(UsageError, match="RUN_NAME=mine is taken.*FRESH=True"):
         claim(tmp_path, "base-x", "mine", OTHER, fresh=False)
-    assert names(tmp_path) == ["mine"] and open_run(tmp_path / "mine").about == about()
+    assert names(tmp_path) == ["mine"] and open_run(tmp_path / "mine").metadata == about()
 
 
 def test_fresh_moves_aside_and_never_deletes(tmp_path, capsys):
@@ -188,15 +188,15 @@ def test_fresh_moves_the_run_of_these_settings_and_not_its_neighbour(tmp_path):
     claim(tmp_path, "base-x", "", OTHER, fresh=False)
     assert claim(tmp_path, "base-x", "", OTHER, fresh=True).name == "base-x-ba9876"
     assert names(tmp_path) == ["base-x", "base-x-ba9876", "base-x-ba9876.old1"]
-    assert open_run(tmp_path / "base-x").about == about()
+    assert open_run(tmp_path / "base-x").metadata == about()
     new = claim(tmp_path, "base-x", "", about("cccccccccccc"), fresh=True)
     assert new.name == "base-x-cccccc" and len(names(tmp_path)) == 4
 
 
 def test_fresh_moves_whatever_has_the_name_that_was_chosen(tmp_path):
     claim(tmp_path, "base-x", "mine", about(), fresh=False)
-    assert claim(tmp_path, "base-x", "mine", OTHER, fresh=True).about == OTHER
-    assert open_run(tmp_path / "mine").about == OTHER and open_run(tmp_path / "mine.old1").about == about()
+    assert claim(tmp_path, "base-x", "mine", OTHER, fresh=True).metadata == OTHER
+    assert open_run(tmp_path / "mine").metadata == OTHER and open_run(tmp_path / "mine.old1").metadata == about()
 
 
 def test_a_description_that_cannot_be_written_is_one_line(tmp_path):

@@ -104,7 +104,7 @@ def test_what_a_run_says_of_itself_is_refused_or_right(run, name):
     refused = 0
     for count in each_damage(run.folder / name):  # noqa: B007 - the last one is used
         try:
-            said, right = (open_run(run.folder).about, ABOUT) if name == "run.json" else (run.result, result)
+            said, right = (open_run(run.folder).metadata, ABOUT) if name == "run.json" else (run.result, result)
             assert {key: said.get(key) for key in right} == right, "a checksum whose name has rotted checks nothing"
             assert len(said) <= len(right) + 1
         except CorruptedError as error:
