@@ -94,7 +94,7 @@ def base_of(root: Path, run: Run) -> Base:
             if i >= named:
                 say(f"{said['run']}, the base of {run.name}, is now {base.run.folder}, which has its weights")
             return base
-        opened = opened or base  # under its name, with other weights
+        opened = opened or (base if i < named else None)  # under its name, with other weights
     if opened and not error:
         raise UserError(
             f"{run.name}: it was trained on {said['run']} with weights {said['sha256'][:12]}, not "
@@ -118,8 +118,12 @@ def find_base(settings: Settings, given: Collection[str] = ()) -> Run | None:
         return run
     bases = [run for run in all_runs(root) if run.kind == "base" and run.finished and not run.aside]
     bases = [run for run in bases if run.metadata["settings"]["test_mode"] == settings.test_mode]
-    wanted = {name: getattr(settings, name) for name in given}
-    fitting = [run for run in bases if wanted.items() <= run.metadata["settings"].items()] or bases
+    # A run's windows may be shorter than its base takes, so BLOCK_SIZE rules out only bases that take less.
+    wanted = {name: getattr(settings, name) for name in given if name != "block_size"}
+    fitting = [run for run in bases if wanted.items() <= run.metadata["settings"].items()]
+    if "block_size" in given:
+        fitting = [run for run in fitting if run.metadata["settings"]["block_size"] >= settings.block_size]
+    fitting = fitting or bases
     text = Settings().dataset
     chosen = ([run for run in fitting if run.metadata["settings"]["dataset"] == text] or fitting or [None])[-1]
     if len(bases) > 1:

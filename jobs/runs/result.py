@@ -8,6 +8,7 @@ from jobs.runs.job import Job
 from lora.attach import adaptable_layers
 from lora.layers import LoRALinear
 from runtime import report
+from runtime.settings.config import Settings
 from runtime.start import command_line
 from runtime.storage.runs import Run
 
@@ -44,7 +45,9 @@ def print_ranks(job: Job) -> None:
 def print_next(job: Job, run: Run) -> None:
     """The command to try after this run."""
     if job.kind == "base":
-        line = command_line("training.py", "--use-lora", *(["--test-mode"] if job.settings.test_mode else []))
+        s = job.settings  # a base on another text is not the one that a LoRA run takes by itself
+        named = [] if s.dataset == Settings().dataset else ["--base", run.name]
+        line = command_line("training.py", "--use-lora", *named, *(["--test-mode"] if s.test_mode else []))
     else:
         line = command_line("generate.py", "--run", run.name)
     print(f"➡️  Next: {line}", flush=True)

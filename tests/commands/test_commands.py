@@ -203,7 +203,7 @@ def test_more_steps_are_another_run_and_said_to_be(tmp_path, data_dir):
     first = run(tmp_path, data_dir, "training.py", *flags, "--max-iters", "10")
     line = next(line for line in first.stdout.splitlines() if line.startswith("➡️  Next: "))
     script = shlex.quote(str(ROOT / "training.py"))
-    assert line.endswith(f"{script} --use-lora --test-mode --checkpoints-dir runs"), (
+    assert line.endswith(f"{script} --use-lora --base test-base-text --test-mode --checkpoints-dir runs"), (
         "what is to be typed next works here"
     )
     more = run(tmp_path, data_dir, "training.py", *flags, "--max-iters", "20")

@@ -227,3 +227,23 @@ def test_an_adapter_may_train_on_shorter_windows_than_its_base_takes(tmp_path, d
     longer = run(tmp_path, data_dir, "training.py", *lora, "--block-size", "17")
     assert longer.returncode == 2
     assert longer.stderr.endswith("BLOCK_SIZE=17: the base base takes at most 16 tokens; lower it to that\n")
+
+
+def test_a_shorter_window_chooses_no_other_base_and_the_next_command_names_the_base(tmp_path, data_dir):
+    (tmp_path / "mine.txt").write_text("To be, or not to be, that is the question.\n" * 30)
+    tiny = ("--test-mode", "--max-iters", "3", "--n-layer", "1", "--n-embd", "16", "--dtype", "fp32")
+    assert run(tmp_path, data_dir, "training.py", *tiny).returncode == 0
+    mine = run(tmp_path, data_dir, "training.py", *tiny, "--dataset", "mine.txt", "--block-size", "29")
+    assert "--use-lora --base test-base-mine --test-mode" in mine.stdout
+    lora = ("--test-mode", "--use-lora", "--dataset", "mine.txt", "--max-iters", "3")
+    for size in ("29", "28"):
+        done = run(tmp_path, data_dir, "training.py", *lora, "--block-size", size)
+        assert done.returncode == 0 and "Base: test-base-shakespeare, text: mine" in done.stdout
+
+
+def test_a_base_that_is_gone_is_not_mistaken_for_another_run(tmp_path):
+    root = tmp_path / "runs"
+    for name in ("lora-bias", "base"):
+        shutil.copytree(FIXTURES / name, root / name)
+    with pytest.raises(UserError, match="the base of lora-bias is gone: there is no base-bias in "):
+        open_adapters(root, ("lora-bias",))
