@@ -82,6 +82,9 @@ class ModelConfig:
 
         Raises UserError for fields that only a later version has, ValueError or TypeError for what makes no sense.
         """
+        for old, name in OLD_NAMES.items():
+            if old in values and name in values:
+                raise ValueError(f"{old} and {name} are both there, and mean the same")
         values = {OLD_NAMES.get(name, name): value for name, value in values.items()}
         if unknown := sorted(values.keys() - {field.name for field in fields(cls)}):
             raise UserError(f"this version does not know {', '.join(map(repr, unknown))}; a newer one wrote it")

@@ -16,7 +16,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def to_files(model: BigramLanguageModelLoRA) -> dict[str, bytes]:
-    """The model's base as files, ready to be committed; adapters are not in it."""
+    """The model's base as files, ready to be committed; adapters are not in it. Raises UserError for a tied head."""
+    if model.lm_head.weight is model.token_embedding.weight:
+        raise UserError("lm_head and token_embedding share one weight, which cannot be saved yet; give the head a copy")
     return {CONFIG: to_json(model.config.as_dict()), WEIGHTS: pack(base_tensors(model))}
 
 

@@ -130,3 +130,17 @@ def test_a_missing_file_is_told(name: str) -> None:
     del files[name]
     with pytest.raises(UserError, match=f"^here holds no model: {CONFIG} and {WEIGHTS} are needed"):
         from_files(files, "here")
+
+
+def test_a_tied_model_is_not_saved_yet() -> None:
+    model = tiny()
+    model.lm_head.weight = model.token_embedding.weight
+    with pytest.raises(UserError, match="^lm_head and token_embedding share one weight"):
+        to_files(model)
+
+
+def test_two_names_of_one_field_are_refused() -> None:
+    files = to_files(tiny())
+    both = json.dumps(json.loads(files[CONFIG]) | {"block_size": 8}).encode()
+    with pytest.raises(CorruptedError, match="block_size and max_positions are both there"):
+        from_files(files | {CONFIG: both}, "here")
