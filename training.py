@@ -72,13 +72,13 @@ def train(given: Resolved) -> Run:
     if run.finished:
         print_finished(run)
         return run
-    preflight(job, run)
-    say_why_another(run, job.plain_name)
-    print(report.banner(settings, unread_names(settings)))
-    if base:
-        print(f"   Base: {base.name}, text: {job.data.name}")
-    print(report.statistics(job.model.get_parameter_info(), settings.use_lora), flush=True)
     with RunLock(run.folder):
+        preflight(job, run)
+        say_why_another(run, job.plain_name)
+        print(report.banner(settings, unread_names(settings)))
+        if base:
+            print(f"   Base: {base.name}, text: {job.data.name}")
+        print(report.statistics(job.model.get_parameter_info(), settings.use_lora), flush=True)
         finish(job, run, Training(job, run, stepper).all_steps(), start)
     return run
 

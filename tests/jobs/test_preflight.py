@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 
+from runtime.storage.lock import RunLock
 from tests.commands.command_line import run
 
 TINY = ("--n-layer", "1", "--n-head", "1", "--n-embd", "8", "--block-size", "8", "--max-iters", "3", "--dtype", "fp32")
@@ -31,6 +32,16 @@ def test_no_room_for_the_saves_is_told_before_the_first_step(folder, data_dir):
         and "lower KEEP_CHECKPOINTS=1000000" in told
     )
     assert not list((folder / "checkpoints").glob("*/step-*"))
+
+
+def test_a_run_that_is_being_trained_is_refused_by_its_lock_before_its_files_are_counted(folder, data_dir):
+    saves = ("--max-iters", "1000000000", "--save-interval", "1", "--keep-checkpoints", "1000000")
+    size = ("--n-layer", "1", "--n-head", "1", "--n-embd", "4096", "--block-size", "8")
+    busy = folder / "checkpoints" / "busy"
+    busy.mkdir(parents=True)
+    with RunLock(busy):
+        done = run(folder, data_dir, "training.py", "--dataset", "new.txt", *size, *saves, "--run-name", "busy")
+    assert done.returncode == 1 and "error: run busy is being trained by process " in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
