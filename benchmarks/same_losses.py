@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from runtime.errors import UserError, run_command
-from runtime.storage.folders import sha256
+from runtime.storage.content import sha256
 from runtime.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -72,7 +72,7 @@ def write_plainly(folder: Path, files: dict[str, bytes]) -> None:
 
 def contestants(folder: Path, stepper: Stepper) -> dict[str, Callable[[], object]]:
     """A plain write, and saves into a run's folder with the bytes at hand or not."""
-    files, numbers = to_files(stepper, State()), itertools.count(1)
+    files, numbers = {name: bytes(data) for name, data in to_files(stepper, State()).items()}, itertools.count(1)
     run = Run(folder / "run", {})
     for path in (folder / "plain", run.folder):
         path.mkdir()

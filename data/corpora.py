@@ -21,7 +21,8 @@ from data.cache import cached
 from data.cleaning import CLEANING, SOURCES, read_works, split
 from runtime.console import say
 from runtime.errors import UsageError, UserError
-from runtime.storage.folders import plain_errors, sha256, write_file
+from runtime.storage.content import sha256
+from runtime.storage.folders import plain_errors, write_file
 
 CORPORA = {
     "shakespeare": "Shakespeare's works in modern spelling, 5.1 M characters; what a base trains on by default",

@@ -12,7 +12,7 @@ from data.cache import cached
 from data.corpora import Corpus
 from data.tokenizers import Tokenizer
 from runtime.errors import UserError
-from runtime.storage.folders import sha256
+from runtime.storage.content import sha256
 from runtime.training.batch import Batch
 
 TOKENS = "tokens.bin"  # little-endian ids and nothing else

@@ -15,7 +15,8 @@ import tiktoken
 
 from runtime.console import say
 from runtime.errors import UsageError, UserError
-from runtime.storage.folders import CorruptedError, sha256
+from runtime.storage.content import sha256
+from runtime.storage.folders import CorruptedError
 
 KINDS = ("char", "bpe", "gpt2")
 END = "<|endoftext|>"

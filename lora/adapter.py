@@ -13,7 +13,7 @@ from lora.config import LoRAConfig
 from lora.variants.lora import AdapterModule, LoRA
 from lora.variants.registry import VARIANTS
 from runtime.errors import UsageError, UserError, join_problems
-from runtime.storage.encoding import differences, fingerprint
+from runtime.storage.tensors import differences, fingerprint
 
 SHARED = "shared_sha256"  # a key of the metadata: the fingerprint of the tensors that all layers share
 COPIES = ("weight", "bias")  # names of trained copies of the base's tensors

@@ -20,7 +20,7 @@ from lora.attach import REGEX
 from lora.config import LoRAConfig
 from lora.variants.registry import VARIANTS
 from runtime.errors import UsageError, UserError
-from runtime.storage.encoding import fingerprint
+from runtime.storage.tensors import fingerprint
 
 METHODS = ("linear", "cat", "svd")
 BaseTensors = Mapping[str, Tensor]  # by name

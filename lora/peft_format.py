@@ -6,7 +6,6 @@ fingerprints of base, tokenizer and data set in its metadata, and `README.md` is
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,8 @@ from lora.variants.registry import VARIANTS, variant_of
 from runtime.errors import UsageError, UserError
 from runtime.settings.config import HIGHEST_RANK
 from runtime.storage import folders
-from runtime.storage.encoding import fingerprint, pack, read_json, to_json, unpack
+from runtime.storage.encoding import read_json, to_json
+from runtime.storage.tensors import TensorFile, fingerprint, pack
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -59,7 +59,7 @@ def whole_modules(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
 
 def to_files(
     adapter: Adapter, notes: Mapping[str, str] | None = None, shared: nn.Module | None = None
-) -> dict[str, bytes]:
+) -> folders.Files:
     """Return the files of an adapter folder, by name.
 
     notes: more rows of its card. shared: from `Adapter.make_shared`, to store too, for readers that cannot make it.
@@ -175,7 +175,7 @@ def _by_module(flat: Mapping[str, Tensor], variant: type[LoRA], where: str) -> d
     return tensors
 
 
-def from_files(files: dict[str, bytes], where: str) -> Adapter:
+def from_files(files: folders.Files, where: str) -> Adapter:
     """Read an adapter from its files; `where` names them in messages.
 
     Raises UserError for a file that is missing or corrupted, and names every setting that cannot be read.
@@ -185,12 +185,12 @@ def from_files(files: dict[str, bytes], where: str) -> Adapter:
     peft_config = read_json(files[CONFIG], f"{where}/{CONFIG}")
     name = _find_variant(peft_config, f"{where}/{CONFIG}")
     variant = VARIANTS[name]
-    flat = unpack(files[TENSORS], f"{where}/{TENSORS}")
+    packed = TensorFile(files[TENSORS], f"{where}/{TENSORS}")
+    flat = dict(packed)
     shared = {name: flat.pop(key) for name, key in variant.peft_shared.items() if key in flat}
     tensors = _by_module(flat, variant, where)
     config = _read_config(peft_config, name, whole_modules(tensors), f"{where}/{CONFIG}")
-    header = json.loads(files[TENSORS][8 : 8 + int.from_bytes(files[TENSORS][:8], "little")])
-    metadata = {key: value for key, value in header.get("__metadata__", {}).items() if key != "format"}
+    metadata = {key: value for key, value in packed.metadata.items() if key != "format"}
     if shared:  # the stored tensors count, whatever the metadata says of them
         metadata[SHARED] = fingerprint(shared)
     largest = max((size for tensor in flat.values() for size in tensor.shape), default=0)
@@ -214,5 +214,6 @@ def load_adapter(folder: Path) -> Adapter:
         if (folder / folders.MANIFEST).exists():
             files = folders.read_folder(folder)
         else:
-            files = {name: path.read_bytes() for name in (CONFIG, TENSORS) if (path := folder / name).is_file()}
+            paths = (folder / CONFIG, folder / TENSORS)
+            files = {path.name: folders.read_content(path) for path in paths if path.is_file()}
     return from_files(files, str(folder))

@@ -116,7 +116,7 @@ def check_free(folder: Path) -> None:
 
 
 def publish(
-    folder: Path, about: dict, files: dict[str, bytes], result: dict, verify: Callable[[Run], None] = lambda run: None
+    folder: Path, about: dict, files: folders.Files, result: dict, verify: Callable[[Run], None] = lambda run: None
 ) -> Run:
     """A finished run, whole or not at all. `verify` gets the written run before it has its name, and may raise."""
     check_free(folder)

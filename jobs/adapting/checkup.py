@@ -18,8 +18,9 @@ from models import files as model_files
 from runtime.errors import UserError
 from runtime.settings.config import NAME
 from runtime.storage import folders
-from runtime.storage.encoding import unpack
+from runtime.storage.content import sha256
 from runtime.storage.runs import Run, open_run
+from runtime.storage.tensors import unpack
 
 READ = (adapter_files.CONFIG, adapter_files.TENSORS, model_files.CONFIG, model_files.WEIGHTS, TOKENIZER)
 UNREADABLE = ("adapter_model.bin", "pytorch_model.bin")
@@ -74,7 +75,7 @@ class Checkup:
             self.problems.append(str(error))
             return None
 
-    def files(self, folder: Path) -> dict[str, bytes]:
+    def files(self, folder: Path) -> folders.Files:
         """A folder's files, whatever their state; each that is not as its manifest says is a problem."""
         self.problems += corrupted_files(folder)
         if not (folder / folders.MANIFEST).exists():
@@ -84,7 +85,7 @@ class Checkup:
             f"{folder / name} is a pickle, which is never read here; save safetensors" for name in pickled
         ]
         with folders.plain_errors(folder, "read"):
-            return {name: path.read_bytes() for name in READ if (path := folder / name).is_file()}
+            return {name: folders.read_content(path) for name in READ if (path := folder / name).is_file()}
 
     def adapter(self, folder: Path, base_name: str, run: Run | None = None) -> None:
         """An adapter's files, and how they fit the base that is named, or that they name."""
@@ -124,7 +125,7 @@ class Checkup:
     def loose_file(self, path: Path) -> Checkup:
         """A safetensors file by itself: whether it is whole and its values are finite."""
         with folders.plain_errors(path, "read"):
-            data = path.read_bytes()
+            data = folders.read_content(path)
         if (tensors := self.attempt(lambda: unpack(data, str(path)))) is not None:
             self.problems += [f"{path}: {problem}" for problem in not_finite(tensors)]
             self.checked.append(f"{path}: {len(tensors)} tensors")
@@ -147,7 +148,7 @@ def corrupted_files(folder: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [first]
     problems = [f"{path} is missing" for path in found if not path.is_file()]
-    wrong = [path for path, digest in found.items() if path.is_file() and folders.sha256(path.read_bytes()) != digest]
+    wrong = [path for path, digest in found.items() if path.is_file() and sha256(folders.read_content(path)) != digest]
     return problems + [f"{path} is corrupted: its checksum is not the one that was saved" for path in wrong] or [first]
 
 

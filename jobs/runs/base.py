@@ -17,8 +17,8 @@ from runtime.console import say
 from runtime.errors import UsageError, UserError
 from runtime.settings.config import SHAPE, Settings
 from runtime.settings.sources import Resolved
-from runtime.storage.encoding import fingerprint
 from runtime.storage.runs import Run, all_runs, find_run, open_run
+from runtime.storage.tensors import fingerprint
 
 TOKENIZER = "tokenizer.json"
 

@@ -13,8 +13,9 @@ from jobs.runs.job import TOKENIZER
 from models.files import WEIGHTS
 from runtime.errors import UserError
 from runtime.storage import folders
-from runtime.storage.encoding import fingerprint, unpack
+from runtime.storage.content import sha256
 from runtime.storage.runs import Run, RunLock, open_run
+from runtime.storage.tensors import TensorFile, fingerprint
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Family:
             with suppress(UserError, KeyError):
                 if run.kind != "lora":
                     files = run.read()
-                    bases.setdefault(fingerprint(unpack(files[WEIGHTS], str(run.artifact))), []).append(run.name)
-                    tokenizers[folders.sha256(files[TOKENIZER])] = load_tokenizer(files[TOKENIZER]).kind
+                    bases.setdefault(fingerprint(TensorFile(files[WEIGHTS], str(run.artifact))), []).append(run.name)
+                    tokenizers[sha256(files[TOKENIZER])] = load_tokenizer(files[TOKENIZER]).kind
         return cls(runs, bases, tokenizers)
 
     def base_of(self, run: Run) -> str | None:

@@ -30,6 +30,7 @@ from runtime.errors import UserError
 from runtime.settings.config import Settings
 from runtime.settings.fields import settings_of
 from runtime.settings.sources import Resolved
+from runtime.storage.folders import Files
 from runtime.storage.runs import Run, identity_of
 from runtime.training.steps import Schedule, Stepper, evaluate
 
@@ -101,7 +102,7 @@ class Job:
             about["window"] = self.settings.block_size
         return about | {"identity": identity(about)}
 
-    def artifact_files(self, **notes: str) -> dict[str, bytes]:
+    def artifact_files(self, **notes: str) -> Files:
         """What the run is for, as it stands now: the adapter, or the model with its tokenizer.
 
         notes: what an adapter's card tells beside what is known here, such as `steps` and `validation_loss`.
@@ -114,7 +115,7 @@ class Job:
         known = {"command": command_of(self.settings, self.base.run), "versions": versions}
         return adapter_files.to_files(Adapter.from_model(self.model, **metadata), notes | known)
 
-    def load_artifact(self, files: dict[str, bytes], where: str) -> None:
+    def load_artifact(self, files: Files, where: str) -> None:
         """Load a saved artifact into the model, which does not train any more."""
         if self.kind == "lora":
             detach(self.model, "default")

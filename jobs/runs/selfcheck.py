@@ -21,8 +21,8 @@ from lora.variants.lora import LoRA
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.errors import UserError, join_problems
 from runtime.storage import folders
-from runtime.storage.encoding import differences, fingerprint
 from runtime.storage.runs import Run
+from runtime.storage.tensors import differences, fingerprint
 from runtime.training.resume import State
 from runtime.training.steps import evaluate
 
@@ -38,7 +38,7 @@ def digests(adapter: Adapter) -> Names:
     return {name: fingerprint({name: t}) for name, t in adapter.named_tensors().items()}
 
 
-def self_check(job: Job, run: Run, state: State, start: Names) -> dict[str, bytes]:
+def self_check(job: Job, run: Run, state: State, start: Names) -> folders.Files:
     """Check a LoRA run that has taken its last step; `start` are the digests of its adapter before the first.
 
     Returns the files of its best adapter, as they were read. Raises UserError that says which check failed.
@@ -64,7 +64,7 @@ def check_finite(job: Job) -> None:
             raise UserError(f"{name} has values that are not finite")
 
 
-def read_back(job: Job, run: Run) -> tuple[BigramLanguageModelLoRA, dict[str, bytes], Adapter]:
+def read_back(job: Job, run: Run) -> tuple[BigramLanguageModelLoRA, folders.Files, Adapter]:
     """The base, and the files and the adapter of the run's best weights, from disk.
 
     Raises UserError where the base in memory or on disk is another than the run began with, or the adapter is gone.

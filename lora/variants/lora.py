@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora.config import LoRAConfig
 from lora.functional import LowRankLinear, lora_linear, lora_linear_unfused
-from runtime.storage.encoding import fingerprint
+from runtime.storage.tensors import fingerprint
 
 
 class AdapterModule(nn.Module):

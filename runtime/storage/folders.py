@@ -1,8 +1,8 @@
 """The only writer of files that must not be lost: atomic files, committed folders, verified reads.
 
-A folder is committed by: every file already serialised to bytes, a temporary folder beside the target, each file
-fsynced, a manifest with SHA-256 digests written last, the temporary folder fsynced, a rename, and an fsync of the
-parent. A reader therefore sees the whole folder or none of it, and `read_folder` refuses one whose bytes changed.
+A folder is committed by: a temporary folder beside the target, each file written in parts and fsynced, a manifest with
+SHA-256 digests written last, the temporary folder fsynced, a rename, and an fsync of the parent. A reader therefore
+sees the whole folder or none of it, and `read_folder` refuses one whose bytes changed.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.errors import UserError
+from runtime.storage.content import PART, Content, OpenFile, parts_of, sha256
 
 MANIFEST = "MANIFEST.json"
+LARGE = ".safetensors"  # files of this kind are read where their bytes are needed, the others at once
+
+Files = dict[str, bytes | Content]
+"""The files of a folder: name to content."""
 
 
 class CorruptedError(UserError):
     """A file on disk is not what was written: missing, cut short, or with other bytes."""
-
-
-def sha256(data: bytes) -> str:
-    """Hex digest of some bytes."""
-    return hashlib.sha256(data).hexdigest()
 
 
 @contextmanager
@@ -70,11 +70,17 @@ def _make_folder(folder: Path) -> None:
         sync_folder(folder.parent)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
+def _write_synced(path: Path, data: bytes | Content) -> dict[str, int | str]:
+    """Write a file durably; returns what the manifest says of it."""
+    digest, length = hashlib.sha256(), 0
+    with open(path, "wb", buffering=PART) as file:
+        for part in parts_of(data):
+            file.write(part)
+            digest.update(part)
+            length += len(part)
         file.flush()
         os.fsync(file.fileno())
+    return {"bytes": length, "sha256": digest.hexdigest()}
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -102,14 +108,13 @@ def append_lines(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _manifest(files: dict[str, bytes]) -> bytes:
-    table = {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in sorted(files.items())}
+def _manifest(table: dict[str, dict[str, int | str]]) -> bytes:
     own = sha256(json.dumps(table, sort_keys=True).encode())
-    return json.dumps({"files": table, "sha256": own}, indent=1).encode()
+    return json.dumps({"files": dict(sorted(table.items())), "sha256": own}, indent=1).encode()
 
 
-def commit_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Write `files` (name to bytes) as `folder`, whole or not at all; an existing `folder` is an error.
+def commit_folder(folder: Path, files: Files) -> None:
+    """Write `files` as `folder`, whole or not at all; an existing `folder` is an error.
 
     Raises UserError where the disk is full or the place cannot be written; the temporary folder is then removed.
     """
@@ -121,9 +126,8 @@ def commit_folder(folder: Path, files: dict[str, bytes]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir()
-            for name, data in files.items():
-                _write_synced(temporary / name, data)
-            _write_synced(temporary / MANIFEST, _manifest(files))
+            table = {name: _write_synced(temporary / name, data) for name, data in files.items()}
+            _write_synced(temporary / MANIFEST, _manifest(table))
             sync_folder(temporary)
             os.rename(temporary, folder)
         except BaseException:
@@ -135,7 +139,8 @@ def commit_folder(folder: Path, files: dict[str, bytes]) -> None:
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """Name of each file -> its length and SHA-256."""
     try:
-        manifest = json.loads(_read_file(folder / MANIFEST))
+        _check_plain(folder / MANIFEST)
+        manifest = json.loads((folder / MANIFEST).read_bytes())
         table = manifest["files"]
         if sha256(json.dumps(table, sort_keys=True).encode()) != manifest["sha256"]:
             raise ValueError("its own digest does not match")
@@ -146,34 +151,40 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
         raise CorruptedError(f"{folder / MANIFEST} is corrupted: {error}") from None
 
 
-def _read_file(path: Path, length: int | None = None) -> bytes:
-    """The bytes of a plain file of this length. Raises OSError for a link, which may lead anywhere, and for a device
-    or a pipe, which may never end; ValueError for another length."""
+def _check_plain(path: Path, length: int | None = None) -> None:
+    """Raises OSError for a link, which may lead anywhere, and for a device or a pipe, which may never end; ValueError
+    for a file of another length."""
     about = path.lstat()
     if not stat.S_ISREG(about.st_mode):
         raise OSError(errno.EINVAL, "not a plain file")
     if length is not None and about.st_size != length:
         raise ValueError(f"{about.st_size:,} bytes long, and {length:,} were saved")
-    return path.read_bytes()
 
 
-def read_folder(folder: Path) -> dict[str, bytes]:
+def read_content(path: Path) -> bytes | Content:
+    """A file's content: held in memory, or left on the disk for a file of tensors."""
+    return OpenFile(path.open("rb")) if path.suffix == LARGE else path.read_bytes()
+
+
+def read_folder(folder: Path) -> Files:
     """All files of a committed folder, each checked against the manifest.
 
     Raises CorruptedError that names the first file that is missing or has other bytes than were written.
     """
-    files = {}
+    files: Files = {}
     for name, (length, digest) in _read_manifest(folder).items():
         path = folder / name
         if name in ("", "..") or Path(name).name != name or not name.isprintable():
             raise CorruptedError(f"{folder / MANIFEST} names {name!r}, which is no file of this folder")
         try:
-            files[name] = _read_file(path, length)
+            _check_plain(path, length)
+            files[name] = read_content(path)
+            intact = sha256(files[name]) == digest
         except OSError as error:
             raise CorruptedError(f"{path}: {error.strerror or error}") from None
         except ValueError as error:
             raise CorruptedError(f"{path} is corrupted: {error}") from None
-        if sha256(files[name]) != digest:
+        if not intact:
             raise CorruptedError(f"{path} is corrupted: its checksum is not the one that was saved")
     return files
 

@@ -23,6 +23,7 @@ from runtime.console import say
 from runtime.errors import UsageError, UserError
 from runtime.start import command_line
 from runtime.storage import folders
+from runtime.storage.content import sha256
 from runtime.storage.encoding import read_sealed_json, to_sealed_json
 from runtime.storage.lock import RunLock
 
@@ -82,7 +83,7 @@ class Run:
             found = [(re.fullmatch(rf"{prefix}-(\d{{1,18}})", path.name), path) for path in self.folder.iterdir()]
         return sorted((int(match[1]), path) for match, path in found if match)
 
-    def save(self, prefix: str, step: int, files: dict[str, bytes], keep: int) -> None:
+    def save(self, prefix: str, step: int, files: folders.Files, keep: int) -> None:
         """Commit a folder `<prefix>-<step>`, then remove what is older than the newest `keep` of that prefix.
 
         A run that fell back to an earlier step passes this one again: a good folder is then left as it is. What lies
@@ -98,7 +99,7 @@ class Run:
             if path not in kept:
                 folders.remove_folder(path)
 
-    def newest(self, prefix: str) -> tuple[int, dict[str, bytes]] | None:
+    def newest(self, prefix: str) -> tuple[int, folders.Files] | None:
         """The newest good `<prefix>-<step>`; what is corrupted is named on stderr and left where it is."""
         while True:
             saved = self.saved(prefix)
@@ -111,7 +112,7 @@ class Run:
             else:
                 return None
 
-    def read(self) -> dict[str, bytes]:
+    def read(self) -> folders.Files:
         """The files of what the run is for: its artifact, else its best weights so far.
 
         Raises UserError where it has neither yet, CorruptedError where they are corrupted.
@@ -152,7 +153,7 @@ class Run:
                 folders.remove_folder(folder)
 
 
-def _read(folder: Path, otherwise: str = "saving it again") -> dict[str, bytes] | None:
+def _read(folder: Path, otherwise: str = "saving it again") -> folders.Files | None:
     try:
         return folders.read_folder(folder)
     except folders.CorruptedError as error:
@@ -224,7 +225,7 @@ def suggest(name: str, runs: list[Run], what: str) -> str:
 
 def identity_of(about: dict) -> str:
     """A short hash of what defines a run's result: equal for runs that would compute the same."""
-    return folders.sha256(json.dumps(about, sort_keys=True).encode())[:12]
+    return sha256(json.dumps(about, sort_keys=True).encode())[:12]
 
 
 def claim(

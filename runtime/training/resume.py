@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from runtime.storage.encoding import pack, read_json, to_json, unpack
-from runtime.storage.folders import CorruptedError
+from runtime.storage.encoding import read_json, to_json
+from runtime.storage.folders import CorruptedError, Files
+from runtime.storage.tensors import TensorFile, pack, unpack
 from runtime.training.steps import Stepper
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -40,7 +41,7 @@ def _changing(model: nn.Module) -> dict[str, Tensor]:
     return trained | {name: t for name, t in model.state_dict().items() if name not in parameters}
 
 
-def to_files(stepper: Stepper, state: State) -> dict[str, bytes]:
+def to_files(stepper: Stepper, state: State) -> Files:
     """The files of a resumable step."""
     trained = _trained(stepper.model)
     moments = {
@@ -52,7 +53,7 @@ def to_files(stepper: Stepper, state: State) -> dict[str, bytes]:
     return {WEIGHTS: pack(_changing(stepper.model)), OPTIMIZER: pack(moments), STATE: to_json(about)}
 
 
-def restore(stepper: Stepper, files: dict[str, bytes], where: str) -> State:
+def restore(stepper: Stepper, files: Files, where: str) -> State:
     """Bring a fresh stepper to a resumable step.
 
     Raises CorruptedError for files that do not fit, before anything is touched.
@@ -61,8 +62,8 @@ def restore(stepper: Stepper, files: dict[str, bytes], where: str) -> State:
         if name not in files:
             raise CorruptedError(f"{where}/{name} is missing")
     state, scaler = _read_state(stepper, read_json(files[STATE], f"{where}/{STATE}"), f"{where}/{STATE}")
-    weights, changing = unpack(files[WEIGHTS], f"{where}/{WEIGHTS}"), _changing(stepper.model)
-    if _described(weights) != _described(changing):
+    weights, changing = TensorFile(files[WEIGHTS], f"{where}/{WEIGHTS}"), _changing(stepper.model)
+    if _described(weights.described) != _described(changing):
         raise CorruptedError(f"{where}/{WEIGHTS} holds other tensors than this run trains")
     saved = stepper.optimizer.state_dict()
     saved["state"] = _read_moments(stepper, unpack(files[OPTIMIZER], f"{where}/{OPTIMIZER}"), f"{where}/{OPTIMIZER}")

@@ -28,8 +28,8 @@ from jobs.runs.base import load_trained
 from lora.combine import delta
 from lora.peft_format import to_files
 from runtime.errors import run_command
-from runtime.storage.encoding import fingerprint
 from runtime.storage.runs import find_run
+from runtime.storage.tensors import fingerprint
 
 DOC = (ROOT / "docs/adapters.md").read_text("utf-8")
 SEVERAL = (

@@ -21,8 +21,8 @@ from runtime.errors import UserError
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
 from runtime.storage import folders
-from runtime.storage.encoding import pack, unpack
 from runtime.storage.runs import Run
+from runtime.storage.tensors import TensorFile, pack, unpack
 from runtime.training.steps import NonFiniteError, Stepper
 from tests.tiny import TINY as TINY_BASE
 
@@ -214,9 +214,10 @@ def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) ->
 
     def rewrite(files: dict[str, bytes]) -> dict[str, bytes]:
         tensors = unpack(files[TENSORS], "")
-        header = json.loads(files[TENSORS][8 : 8 + int.from_bytes(files[TENSORS][:8], "little")])
         new = tensors | {f"base_model.model.{name}": change(tensors[f"base_model.model.{name}"])}
-        return files | {TENSORS: pack({k: t for k, t in new.items() if t is not None}, header["__metadata__"])}
+        return files | {
+            TENSORS: pack({k: t for k, t in new.items() if t is not None}, TensorFile(files[TENSORS], "").metadata)
+        }
 
     return rewrite
 

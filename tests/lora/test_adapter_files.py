@@ -21,8 +21,8 @@ from lora.peft_format import CONFIG, TENSORS, from_files, load_adapter, save_ada
 from lora.variants.registry import VARIANTS
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.errors import UsageError, UserError
-from runtime.storage.encoding import fingerprint
 from runtime.storage.folders import CorruptedError
+from runtime.storage.tensors import fingerprint
 
 CONFIGS = [
     LoRAConfig(4, 6.0, 0.25, targets, variant, bias, embeddings)
@@ -68,7 +68,7 @@ def test_an_adapter_round_trips_bit_for_bit(config: LoRAConfig, tmp_path: Path) 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.variant}-{c.targets[:8]}-{c.bias}")
 def test_the_file_holds_only_the_trained_tensors(config: LoRAConfig) -> None:
     model = adapted(config, bias=config.bias != "none")
-    stored = safetensors.torch.load(to_files(of(model))[TENSORS])
+    stored = safetensors.torch.load(bytes(to_files(of(model))[TENSORS]))
     assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in trained(model).values())
     assert len(stored) == len(trained(model))
     names = json.loads(to_files(of(model))[CONFIG])["target_modules"]
@@ -197,7 +197,7 @@ def test_one_flipped_bit_in_a_folder_is_noticed(name: str, tmp_path: Path) -> No
 def test_a_folder_without_a_manifest_is_read_as_it_is(tmp_path: Path) -> None:
     model, adapter = example()
     for name, data in to_files(adapter).items():
-        (tmp_path / name).write_bytes(data)
+        (tmp_path / name).write_bytes(bytes(data))
     fresh = tiny(bias=True)
     load_adapter(tmp_path).attach_to(fresh)
     assert torch.equal(logits(fresh), logits(model))
@@ -211,7 +211,7 @@ def test_a_folder_without_a_manifest_is_read_as_it_is(tmp_path: Path) -> None:
 def test_a_truncated_tensor_file_is_refused(cut: int) -> None:
     files = to_files(example()[1])
     with pytest.raises(CorruptedError, match=rf"^here/{TENSORS} is not a whole safetensors file"):
-        from_files(files | {TENSORS: files[TENSORS][:cut]}, "here")
+        from_files(files | {TENSORS: bytes(files[TENSORS])[:cut]}, "here")
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe\xff", b"[" * 100_000])

@@ -16,7 +16,7 @@ from lora.variants.registry import VARIANTS
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.errors import UsageError
 from runtime.settings.config import Settings
-from runtime.storage.encoding import fingerprint
+from runtime.storage.tensors import fingerprint
 
 
 def optimise(model: BigramLanguageModelLoRA, steps: int = 3) -> None:

@@ -24,7 +24,7 @@ from lora.peft_format import save_adapter
 from lora.variants.lora import LoRA
 from lora.variants.registry import VARIANTS, variant_of
 from runtime.errors import UsageError, UserError
-from runtime.storage.encoding import fingerprint
+from runtime.storage.tensors import fingerprint
 
 BIG = LoRAConfig(rank=4, alpha=6.0, targets="all", bias="all")
 SMALL = LoRAConfig(rank=2, alpha=3.0, targets="minimal", variant="rslora", train_embeddings=False)

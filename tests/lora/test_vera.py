@@ -24,7 +24,7 @@ from lora.optim import make_optimizer
 from lora.peft_format import CONFIG, TENSORS, from_files, to_files
 from lora.variants.registry import variant_of
 from runtime.errors import UsageError, UserError
-from runtime.storage.encoding import fingerprint, pack, unpack
+from runtime.storage.tensors import TensorFile, fingerprint, pack, unpack
 from runtime.training import resume
 
 VERA = LoRAConfig(rank=4, variant="vera", seed=7)
@@ -77,7 +77,7 @@ def test_the_matrices_are_not_counted_trained_or_saved() -> None:
         == count
     )
     assert not any("shared" in key for key in model.state_dict())
-    stored = safetensors.torch.load(to_files(Adapter.from_model(model))[TENSORS])
+    stored = safetensors.torch.load(bytes(to_files(Adapter.from_model(model))[TENSORS]))
     assert sum(tensor.numel() for tensor in stored.values()) == count
     run = stepper(model, 2)
     run.step(0)
@@ -87,7 +87,7 @@ def test_the_matrices_are_not_counted_trained_or_saved() -> None:
 
 def test_another_process_makes_the_same_matrices() -> None:
     code = "import torch; from lora.config import LoRAConfig; from lora.variants.vera import VeRA; "
-    code += "from runtime.storage.encoding import fingerprint; torch.manual_seed(99); "
+    code += "from runtime.storage.tensors import fingerprint; torch.manual_seed(99); "
     code += f"shared = VeRA.make_shared(LoRAConfig(rank=4, variant='vera', seed=7), [{WIDEST}]); "
     code += "print(fingerprint(dict(shared.named_buffers())))"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -131,8 +131,7 @@ def another_seed(files: Files) -> Files:
 
 
 def metadata_in(files: Files) -> dict[str, str]:
-    header = json.loads(files[TENSORS][8 : 8 + int.from_bytes(files[TENSORS][:8], "little")])
-    return header["__metadata__"]
+    return TensorFile(files[TENSORS], "").metadata
 
 
 @pytest.mark.parametrize("change", [one_flipped_bit, without_one_matrix, other_metadata, another_seed])

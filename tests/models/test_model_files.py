@@ -13,8 +13,8 @@ from lora.config import LoRAConfig
 from models.config import ModelConfig
 from models.files import CONFIG, WEIGHTS, config_from, from_files, load_weights, to_files
 from runtime.errors import UserError
-from runtime.storage.encoding import pack, unpack
 from runtime.storage.folders import CorruptedError
+from runtime.storage.tensors import pack, unpack
 from tests.tiny import tiny
 
 IDX = torch.arange(12).reshape(2, 6)
@@ -121,7 +121,7 @@ def test_a_torn_config_is_corrupted(data: bytes) -> None:
 def test_torn_weights_are_corrupted(cut: int) -> None:
     files = to_files(tiny())
     with pytest.raises(CorruptedError, match=f"^here/{WEIGHTS} is not a whole safetensors file"):
-        from_files(files | {WEIGHTS: files[WEIGHTS][:cut]}, "here")
+        from_files(files | {WEIGHTS: bytes(files[WEIGHTS])[:cut]}, "here")
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])

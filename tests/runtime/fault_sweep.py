@@ -11,7 +11,6 @@ Children are forked from this process, which has imported torch and computed not
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import mmap
 import os
@@ -31,6 +30,7 @@ import training
 from jobs.runs import loop
 from lora.peft_format import load_adapter, save_adapter
 from runtime.errors import run_command
+from runtime.storage.content import sha256
 from runtime.storage.folders import read_folder
 from runtime.training.resume import OPTIMIZER, WEIGHTS, to_files
 
@@ -107,7 +107,7 @@ class Sweep:
         def noted(this):
             state = all_steps(this)
             files = to_files(this.stepper, state)
-            self.trained.write_text(hashlib.sha256(files[WEIGHTS] + files[OPTIMIZER]).hexdigest())
+            self.trained.write_text(sha256(bytes(files[WEIGHTS]) + bytes(files[OPTIMIZER])))
             return state
 
         loop.Training.all_steps = noted

@@ -90,40 +90,32 @@ class FaultyDisk:
         inside = [path for path in self.unsynced if path == old or path.startswith(f"{old}{os.sep}")]
         self.unsynced |= {new + path.removeprefix(old): self.unsynced.pop(path) for path in inside}
 
-    def open(self, file, mode="r", *args, **kwargs):
+    def open(self, file, mode="r", buffering=-1, *args, **kwargs):
         path = "" if isinstance(file, int) else whereabouts(file)
         writing = not set(mode).isdisjoint("wax+")
         self.operation("open" if writing else "read", path)
-        opened = self.real_open(file, mode, *args, **kwargs)
         if not (writing and path.startswith(self.root)):
-            return opened
+            return self.real_open(file, mode, buffering, *args, **kwargs)
+        assert "b" in mode, "what must not be lost is written as bytes"
+        torn = TornFile(path, mode.replace("b", ""), self)
         self.unsynced[path] = Path(path).stat().st_size
-        return TornFile(opened, path, self)
+        return io.BufferedWriter(torn, buffering if buffering > 0 else io.DEFAULT_BUFFER_SIZE)
 
 
-class TornFile:
+class TornFile(io.FileIO):
     """A file whose write can be struck half-way."""
 
-    def __init__(self, file, path: str, disk: FaultyDisk) -> None:
-        self.file, self.path, self.disk = file, path, disk
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def __getattr__(self, name: str):
-        return getattr(self.file, name)
+    def __init__(self, path: str, mode: str, disk: FaultyDisk) -> None:
+        super().__init__(path, mode)
+        self.path, self.disk = path, disk
 
     def write(self, data) -> int:
         self.disk.operation("write", self.path)
         if len(self.disk.log) == self.disk.k:
             if self.disk.mode != "kill":
-                self.file.write(data[: len(data) // 2])
-                self.file.flush()
+                super().write(data[: len(data) // 2])
             self.disk.strike()
-        return self.file.write(data)
+        return super().write(data)
 
 
 def whereabouts(path, folder: int | None = None) -> str:

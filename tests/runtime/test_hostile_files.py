@@ -25,10 +25,11 @@ from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.config import ModelConfig
 from runtime.errors import UserError
 from runtime.storage import folders
-from runtime.storage.encoding import pack, to_sealed_json, unpack
+from runtime.storage.encoding import to_sealed_json
 from runtime.storage.folders import MANIFEST, CorruptedError
 from runtime.storage.lock import RunLock
 from runtime.storage.runs import Run, claim, open_run
+from runtime.storage.tensors import pack, unpack
 from runtime.training import resume
 from runtime.training.metrics import MetricsLog, read_metrics
 
@@ -282,14 +283,14 @@ def theirs(tmp_path) -> Path:
 
 @pytest.mark.parametrize("name", [adapter_files.CONFIG, adapter_files.TENSORS])
 def test_a_foreign_file_that_may_not_be_read_is_one_line(theirs, monkeypatch, name):
-    read = Path.read_bytes
+    honest = Path.open
 
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, *args, **kwargs):
         if path.name == name:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return read(path)
+        return honest(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     assert refused(adapter_files.load_adapter, theirs) == f"could not read {theirs}: Permission denied"
 
 

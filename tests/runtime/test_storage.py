@@ -14,7 +14,8 @@ import pytest
 
 from runtime.errors import UserError
 from runtime.storage import folders
-from runtime.storage.folders import MANIFEST, CorruptedError, commit_folder, read_folder, sha256, write_file
+from runtime.storage.content import sha256
+from runtime.storage.folders import MANIFEST, CorruptedError, commit_folder, read_folder, write_file
 
 FILES = {"weights.bin": bytes(range(40)), "empty": b"", "state.json": b'{"step": 3}'}
 POSIX = pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced on Windows")
