@@ -114,7 +114,7 @@ class List(Command):
 class Inspect(Command):
     """How much an adapter changes each module, as a table and a picture."""
 
-    name: str = setting("", "The LoRA run to look into", place="NAME", **A_NAME)
+    name: str = setting("", "The LoRA run to look into", metavar="NAME", **A_NAME)
     out: str = setting("", "File for the picture; empty puts it into the run's folder", **A_PATH)
 
     def run(self) -> None:
@@ -135,8 +135,8 @@ class Inspect(Command):
 class Diff(Command):
     """The cosine between two adapters' changes, module by module: 1 the same direction, 0 unrelated, -1 opposite."""
 
-    one: str = setting("", "A LoRA run", place="A", **A_NAME)
-    other: str = setting("", "Another on the same base", place="B", **A_NAME)
+    one: str = setting("", "A LoRA run", metavar="A", **A_NAME)
+    other: str = setting("", "Another on the same base", metavar="B", **A_NAME)
 
     def run(self) -> None:
         print(report.compared(*open_adapters(self.root, (self.one, self.other))))
@@ -170,7 +170,7 @@ class Strength(Inspect):
 class Merge(Command):
     """Write an adapter into its base's weights, as a new run that needs no adapter, and verify what was written."""
 
-    name: str = setting("", "The LoRA run to merge into its base", place="NAME", **A_NAME)
+    name: str = setting("", "The LoRA run to merge into its base", metavar="NAME", **A_NAME)
     out: str = setting("", "Name of the new run", required=True, **A_NAME)
     dataset: str = setting("", "The text to verify on; empty takes the adapter's or else the base's", **A_TEXT)
 
@@ -190,7 +190,7 @@ class Merge(Command):
 class Combine(Command):
     """A new adapter that changes the base by the weighted sum of what others change."""
 
-    names: tuple[str, ...] = setting((), "LoRA runs on one base", place="NAME", **A_NAME)
+    names: tuple[str, ...] = setting((), "LoRA runs on one base", metavar="NAME", **A_NAME)
     weights: str = setting("", "A number for each; empty gives all the same, 1 together", **NUMBERS)
     method: str = setting(
         "linear", "linear and cat are exact, cat with all ranks stacked; svd cuts to --rank",
@@ -225,7 +225,7 @@ class Combine(Command):
 class Check(Command):
     """Everything that loading checks, without putting it to use; every problem is named, and the status is 1."""
 
-    path: str = setting("", "A run, an adapter's or a model's folder, or a file", place="FILE_OR_FOLDER", **A_PATH)
+    path: str = setting("", "A run, an adapter's or a model's folder, or a file", metavar="FILE_OR_FOLDER", **A_PATH)
     base: str = setting("", "The base to compare with; empty takes the one it names", **A_NAME)
 
     def run(self) -> None:
@@ -244,7 +244,7 @@ class Check(Command):
 class Import(Command):
     """An adapter's folder, PEFT's or ours, as a LoRA run on a base that is here."""
 
-    folder: str = setting("", "An adapter's folder, as PEFT writes it", place="FOLDER", **A_PATH)
+    folder: str = setting("", "An adapter's folder, as PEFT writes it", metavar="FOLDER", **A_PATH)
     base: str = setting("", "The run whose model it was trained on", required=True, **A_NAME)
     out: str = setting("", "Name of the new run", required=True, **A_NAME)
 
@@ -260,7 +260,7 @@ class Import(Command):
 class Export(Command):
     """An adapter as a folder that PEFT reads."""
 
-    name: str = setting("", "The LoRA run to export", place="NAME", **A_NAME)
+    name: str = setting("", "The LoRA run to export", metavar="NAME", **A_NAME)
     out: str = setting("", "The new folder", required=True, **A_PATH)
 
     def run(self) -> None:
@@ -274,7 +274,7 @@ class Export(Command):
 class Remove(Command):
     """Remove runs for good, after naming the adapters that would lose their base."""
 
-    names: tuple[str, ...] = setting((), "Runs", place="NAME", **A_NAME)
+    names: tuple[str, ...] = setting((), "Runs", metavar="NAME", **A_NAME)
     yes: bool = setting(False, "Really remove them", **ONLY_HERE)
 
     def run(self) -> None:

@@ -168,7 +168,7 @@ def run_sweep(options: Options, machine: Machine) -> None:
     if odd := [width for width in widths if width % options.n_head]:
         raise UsageError(f"--widths {options.widths}: {odd[0]} is not a multiple of N_HEAD={options.n_head}")
     read = ("n_layer", "n_head", "block_size", "bias", "dropout", "test_mode")
-    read += tuple(row.name for row in settings_of(Settings) if row.rule.group == LORA and row.name != "lora_rank")
+    read += tuple(row.name for row in settings_of(Settings) if row.group == LORA and row.name != "lora_rank")
     same = {name: getattr(options, name) for name in read} | {"machine": machine_name(), "on": str(machine)}
     folder = Path(options.checkpoints_dir) / f"sweep-{identity_of(same)[:8]}"
     say(f"Timing steps on {machine}; what is measured stays in {folder}")

@@ -96,7 +96,7 @@ def say_why_another(run: Run, plain_name: str) -> None:
     if other is None or other.folder == run.folder:
         return
     theirs, mine = other.metadata["settings"], run.metadata["settings"]
-    rows = [row for row in settings_of(Settings) if row.rule.identity and theirs.get(row.name) != mine[row.name]]
+    rows = [row for row in settings_of(Settings) if row.identity and theirs.get(row.name) != mine[row.name]]
     differing = ", ".join(f"{row.variable}={in_words(theirs.get(row.name))}" for row in rows) or "another text or base"
     say(f"{plain_name} was trained with {differing}, so this is another run, {run.name}, which begins anew")
     if other.kind != "lora" and other.finished and any(row.name == "max_iters" for row in rows):

@@ -216,7 +216,7 @@ def command_of(settings: Settings, base: Run) -> str:
     plain, words = Settings.from_dict(asked), ["python", "training.py"]
     for row in settings_of(Settings):
         value = asked.get(row.name, getattr(settings, row.name))
-        if not row.rule.identity or (value == getattr(plain, row.name) and not (row.name in asked and value)):
+        if not row.identity or (value == getattr(plain, row.name) and not (row.name in asked and value)):
             continue
         if row.kind is bool:
             words.append(row.flag if value else f"--no-{row.flag[2:]}")

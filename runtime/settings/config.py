@@ -246,7 +246,7 @@ class Settings(CommonSettings):
         """
         unread = set(SHAPE) if self.adapting else set()
         if not self.use_lora:
-            unread |= {row.name for row in settings_of(Settings) if row.rule.group == LORA}
+            unread |= {row.name for row in settings_of(Settings) if row.group == LORA}
         if self.tokenizer != "bpe":
             unread.add("vocab_size")
         if not self.compile:

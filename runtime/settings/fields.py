@@ -37,16 +37,27 @@ class ContradictionError(BadValueError):
         super().__init__(f"{left.upper()}={self.values[left]} {relation} {right.upper()}={self.values[right]}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """What a field's metadata says of a setting beyond name, type and default.
+def setting(default: Any, help: str, **described: Any) -> Any:
+    """A dataclass field that is a setting; `described` takes fields of `Setting`, of which `group` is required."""
+    return field(default=default, metadata={"help": help, **described})
 
-    `pattern` is a regular expression for text, put into words by `allowed`, and `path=True` a
-    folder or file, whose ~ is expanded; `env=False` makes a setting a flag only,
-    `required=True` one that must be given, and `place="NAME"` words without a flag, shown as NAME; `identity=False`
-    marks what does not change a run's result.
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One row of a table: what is known of a setting.
+
+    `kind` is bool, int, float, str, or tuple for a flag that may be repeated; `others` are other defaults, by the
+    preset that has them. `pattern` is a regular expression for text, put into words by `allowed`, and `path=True` a
+    folder or file, whose ~ is expanded; `env=False` makes a setting a flag only, `required=True` one that must be
+    given, and `metavar="NAME"` words without a flag, shown as NAME; `identity=False` marks what does not change a
+    run's result.
     """
 
+    name: str
+    kind: type
+    optional: bool
+    default: Any
+    others: dict[str, Any]
     help: str
     group: str
     choices: tuple[str, ...] | None = None
@@ -58,26 +69,9 @@ class Rule:
     allowed: str = ""
     path: bool = False
     env: bool = True
-    place: str = ""
+    metavar: str = ""
     required: bool = False
     identity: bool = True
-
-
-def setting(default: Any, help: str, **rule: Any) -> Any:
-    """A dataclass field that is a setting; `rule` takes the fields of `Rule`, of which `group` is required."""
-    return field(default=default, metadata={"rule": Rule(help=help, **rule)})
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of a table: `kind` is bool, int, float, str, or tuple for a flag that may be repeated."""
-
-    name: str
-    kind: type
-    optional: bool
-    default: Any
-    others: dict[str, Any]  # other defaults, by the preset that has them
-    rule: Rule
 
     @property
     def variable(self) -> str:
@@ -87,11 +81,11 @@ class Setting:
     @property
     def flag(self) -> str:
         """The name on the command line."""
-        return self.rule.place or "--" + self.name.replace("_", "-")
+        return self.metavar or "--" + self.name.replace("_", "-")
 
     @property
-    def allowed(self) -> str:
-        """What a value must be, in words that continue 'must be'."""
+    def must_be(self) -> str:
+        """What a value must be, in words."""
         return self._kind_in_words() + (" or none" if self.optional else "")
 
     def parse(self, text: str | tuple[str, ...]) -> Any:
@@ -107,7 +101,7 @@ class Setting:
         if self.kind is tuple:
             return self.check((text,) if isinstance(text, str) else text)
         # Path.expanduser would fail on ~nobody, and write ./a as a.
-        return self.check(os.path.expanduser(text) if self.rule.path else text)  # noqa: PTH111
+        return self.check(os.path.expanduser(text) if self.path else text)  # noqa: PTH111
 
     def check(self, value: Any) -> Any:
         """The value if it is allowed, with JSON's whole numbers and lists turned into this setting's type."""
@@ -118,34 +112,31 @@ class Setting:
         if self.kind is tuple and isinstance(value, list):
             value = tuple(value)
         if type(value) is not self.kind or not self._within(value):
-            raise BadValueError(f"{self.variable}={in_words(value)}: must be {self.allowed}")
+            raise BadValueError(f"{self.variable}={in_words(value)}: must be {self.must_be}")
         return value
 
     def _within(self, value: Any) -> bool:
-        rule = self.rule
         if self.kind is str:
-            return value in rule.choices if rule.choices else re.fullmatch(rule.pattern, value) is not None
+            return value in self.choices if self.choices else re.fullmatch(self.pattern, value) is not None
         if self.kind is tuple:
-            free = rule.pattern == ONE_LINE  # of a flag that may be repeated, a value may have several lines
-            return all(isinstance(item, str) and (free or re.fullmatch(rule.pattern, item)) for item in value)
-        above = rule.low is None or value > rule.low or (value == rule.low and not rule.low_open)
-        below = rule.high is None or value < rule.high or (value == rule.high and not rule.high_open)
+            free = self.pattern == ONE_LINE  # of a flag that may be repeated, a value may have several lines
+            return all(isinstance(item, str) and (free or re.fullmatch(self.pattern, item)) for item in value)
+        above = self.low is None or value > self.low or (value == self.low and not self.low_open)
+        below = self.high is None or value < self.high or (value == self.high and not self.high_open)
         return math.isfinite(value) and above and below
 
     def _kind_in_words(self) -> str:
-        rule = self.rule
         if self.kind is bool:
             return "true or false (also yes, no, on, off, 1, 0)"
         if self.kind in (int, float):
             return ("a whole number" if self.kind is int else "a number") + self._bounds_in_words()
-        return "one of " + ", ".join(rule.choices) if rule.choices else rule.allowed or "text on one line"
+        return "one of " + ", ".join(self.choices) if self.choices else self.allowed or "text on one line"
 
     def _bounds_in_words(self) -> str:
-        rule = self.rule
-        if None not in (rule.low, rule.high) and not (rule.low_open or rule.high_open):
-            return f" from {rule.low} to {rule.high}"
-        low = "" if rule.low is None else f" {'above' if rule.low_open else 'of at least'} {rule.low}"
-        high = "" if rule.high is None else f" {'below' if rule.high_open else 'of at most'} {rule.high}"
+        if None not in (self.low, self.high) and not (self.low_open or self.high_open):
+            return f" from {self.low} to {self.high}"
+        low = "" if self.low is None else f" {'above' if self.low_open else 'of at least'} {self.low}"
+        high = "" if self.high is None else f" {'below' if self.high_open else 'of at most'} {self.high}"
         return low + (" and" if low and high else "") + high
 
 
@@ -171,7 +162,8 @@ def _setting(cls: type[Table], item: dataclasses.Field, hint: Any) -> Setting:
     if optional:
         (hint,) = (kind for kind in typing.get_args(hint) if kind is not types.NoneType)
     others = {label: preset[item.name] for label, preset in cls.presets.items() if item.name in preset}
-    return Setting(item.name, typing.get_origin(hint) or hint, optional, item.default, others, item.metadata["rule"])
+    known = {"name": item.name, "default": item.default, "others": others, "optional": optional}
+    return Setting(kind=typing.get_origin(hint) or hint, **known, **item.metadata)
 
 
 def resolve(cls: type[Table], given: Mapping[str, Any]) -> Any:
@@ -223,4 +215,4 @@ class Table:
 
     def identity(self) -> dict[str, Any]:
         """The values that decide what a run computes."""
-        return {row.name: getattr(self, row.name) for row in settings_of(type(self)) if row.rule.identity}
+        return {row.name: getattr(self, row.name) for row in settings_of(type(self)) if row.identity}

@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser(cls: type[Table], prog: str, description: str) -> Parser:
     """A parser that leaves every value as text, and absent what was not given."""
     columns = min(100, shutil.get_terminal_size().columns)
-    places = [f"{row.flag}{' ...' * (row.kind is tuple)}" for row in settings_of(cls) if row.rule.place]
+    places = [f"{row.flag}{' ...' * (row.kind is tuple)}" for row in settings_of(cls) if row.metavar]
     parser = Parser(
         prog=prog,
         usage=" ".join([prog, *places, "[--setting value ...]"]),
@@ -49,11 +49,11 @@ def make_parser(cls: type[Table], prog: str, description: str) -> Parser:
 
 
 def _add_flag(group: argparse._ArgumentGroup, row: Setting) -> None:
-    if row.rule.place:
+    if row.metavar:
         many = {"nargs": "+"} if row.kind is tuple else {}
         group.add_argument(row.name, metavar=row.flag, help=explained(row).replace("%", "%%"), **many)
         return
-    options: dict[str, Any] = {"action": "append" if row.kind is tuple else "store", "required": row.rule.required}
+    options: dict[str, Any] = {"action": "append" if row.kind is tuple else "store", "required": row.required}
     if row.kind is bool:  # `--use-lora`, `--use-lora False` and `--no-use-lora`, all as text
         options |= {"nargs": "?", "const": "true"}
         off = "--no-" + row.flag.removeprefix("--")
@@ -63,10 +63,10 @@ def _add_flag(group: argparse._ArgumentGroup, row: Setting) -> None:
 
 
 def _default(row: Setting) -> str:
-    if row.rule.required:
+    if row.required:
         return "[required]"
     others = other_defaults(row)
-    name = row.variable if row.rule.env else "Default"
+    name = row.variable if row.env else "Default"
     return f"[{name}={in_words(row.default)}{f'; {others}' if others else ''}]"
 
 
@@ -120,9 +120,9 @@ def subcommand(words: Sequence[str], commands: Collection[str], description: str
 
 
 def _unknown_flag(word: str, rows: Sequence[Setting]) -> str:
-    if not word.startswith("-") and any(row.rule.place for row in rows):
+    if not word.startswith("-") and any(row.metavar for row in rows):
         return f"{in_words(word) or repr('')} is one argument too many; --help tells what there may be"
     asked = word.partition("=")[0].removeprefix("--")
-    flags = {row.variable: row.flag for row in rows if not row.rule.place}
+    flags = {row.variable: row.flag for row in rows if not row.metavar}
     hint = suggestion(asked, flags, near_miss(asked, flags)) or "--help lists them all"
     return f"{in_words(word) or repr('')} is not a flag; {hint}"

@@ -21,7 +21,7 @@ def env_example(cls: type[Table]) -> str:
     ]
     for group, rows in groups(cls).items():
         lines += ["", f"# --- {group} ---"]
-        for row in (row for row in rows if row.rule.env):
+        for row in (row for row in rows if row.env):
             notes = textwrap.wrap(f"{explained(row)} Default: {_defaults(row)}.", 100)
             lines += ["", *(f"# {note}" for note in notes), f"# {row.variable}={in_words(row.default)}"]
     return "\n".join(lines) + "\n"
@@ -33,7 +33,7 @@ def readme_table(cls: type[Table]) -> str:
     for group, rows in groups(cls).items():
         lines.append(f"| **{group}** | | |")
         for row in rows:
-            name = row.variable if row.rule.env else row.flag
+            name = row.variable if row.env else row.flag
             what = explained(row).replace("|", "\\|")
             lines.append(f"| `{name}` | {_defaults(row)} | {what} |")
     return "\n".join(lines)
@@ -60,14 +60,14 @@ def groups(cls: type[Table]) -> dict[str, list[Setting]]:
     """The rows of a table under their headings."""
     groups: dict[str, list[Setting]] = {}
     for row in settings_of(cls):
-        groups.setdefault(row.rule.group, []).append(row)
+        groups.setdefault(row.group, []).append(row)
     return groups
 
 
 def explained(row: Setting) -> str:
     """The help and, for numbers and choices, what is allowed; for other text the help itself says it."""
-    listed = row.kind in (int, float) or row.rule.choices
-    return row.rule.help + (f" ({row.allowed})." if listed else ".")
+    listed = row.kind in (int, float) or row.choices
+    return row.help + (f" ({row.must_be})." if listed else ".")
 
 
 def _defaults(row: Setting) -> str:

@@ -48,7 +48,7 @@ def read_settings(
     Raises UsageError, one line, for anything misspelt or not allowed; SystemExit after printing --help.
     """
     flags = read_flags(cls, argv, prog, description)
-    rows = {row.variable: row for table in (*also, cls) for row in settings_of(table) if row.rule.env}
+    rows = {row.variable: row for table in (*also, cls) for row in settings_of(table) if row.env}
     dotenv = _read_dotenv(Path(dotenv_path), environ, rows)
     _check_names(rows, dotenv, DOTENV)
     _check_names(rows, [name for name in environ if name not in FOREIGN], ENVIRONMENT)
@@ -72,9 +72,9 @@ def describe(resolved: Resolved) -> list[str]:
 def _find(row: Setting, flags: dict, environ: Mapping[str, str], dotenv: Mapping[str, str]) -> tuple[Any, str] | None:
     """The text given for a setting and its source, from the first source that has one."""
     if row.name in flags:
-        return flags[row.name], "argument" if row.rule.place else f"flag {row.flag}"
+        return flags[row.name], "argument" if row.metavar else f"flag {row.flag}"
     for source, values in ((ENVIRONMENT, environ), (DOTENV, dotenv)):
-        if row.rule.env and row.variable in values:
+        if row.env and row.variable in values:
             return values[row.variable].strip(), source  # cmd's `set A=8 && python ...` gives "8 "
     return None
 
@@ -83,7 +83,7 @@ def _parsed(row: Setting, text: Any, source: str) -> Any:
     try:
         return row.parse(text)
     except ValueError:
-        raise UsageError(f"{_as_written(row, text, source)}: must be {row.allowed}") from None
+        raise UsageError(f"{_as_written(row, text, source)}: must be {row.must_be}") from None
 
 
 def _as_written(row: Setting, value: Any, source: str) -> str:
@@ -144,7 +144,7 @@ def _value(binding: Binding, known: Mapping[str, str], row: Setting | None, wher
     value = binding.value
     if row and re.search(r'=\s*"[^"]*\\', binding.original.string):
         raise UsageError(f"{where}: {row.variable} has a backslash in double quotes; write the value without quotes")
-    if row and row.rule.path:
+    if row and row.path:
         value = re.sub(r"\$([A-Za-z_]\w*)", r"${\1}", value)
     atoms = list(parse_variables(value))
     for atom in atoms:

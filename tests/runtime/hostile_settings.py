@@ -58,8 +58,8 @@ def distinct_rows() -> list[tuple[type[Table], Setting]]:
 
 def forms_of(row: Setting) -> Iterator[str]:
     """The ways in which this setting can be given."""
-    yield from ("word",) if row.rule.place else FLAG_FORMS
-    yield from VARIABLE_FORMS if row.rule.env else ()
+    yield from ("word",) if row.metavar else FLAG_FORMS
+    yield from VARIABLE_FORMS if row.env else ()
 
 
 def carried(form: str, text: str) -> str:
@@ -71,8 +71,8 @@ def carried(form: str, text: str) -> str:
 def give(table: type[Table], row: Setting, form: str, text: str) -> Given:
     """A command line, an environment and a .env that give one setting in one form, and whatever else is required."""
     others = [other for other in settings_of(table) if other is not row]
-    words = [text if other is row else "a" for other in settings_of(table) if other.rule.place]
-    words += [f"{other.flag}=a" for other in others if other.rule.required]
+    words = [text if other is row else "a" for other in settings_of(table) if other.metavar]
+    words += [f"{other.flag}=a" for other in others if other.required]
     if form == "--flag text":
         words += [row.flag, text]
     elif form in FLAG_FORMS:
@@ -149,15 +149,15 @@ def meaning(row: Setting, form: str, text: str) -> Any:
         }
         return words.get(text.lower(), REFUSED)
     if row.kind is str:
-        text = os.path.expanduser(text) if row.rule.path else text  # noqa: PTH111
-        right = text in row.rule.choices if row.rule.choices else re.fullmatch(row.rule.pattern, text)
+        text = os.path.expanduser(text) if row.path else text  # noqa: PTH111
+        right = text in row.choices if row.choices else re.fullmatch(row.pattern, text)
         return text if right else REFUSED
     return _number(row, text)
 
 
 def _texts(row: Setting, texts: tuple[str, ...]) -> Any:
-    free = row.rule.pattern == type(row.rule).pattern
-    return texts if free or all(re.fullmatch(row.rule.pattern, text) for text in texts) else REFUSED
+    free = row.pattern == type(row).pattern
+    return texts if free or all(re.fullmatch(row.pattern, text) for text in texts) else REFUSED
 
 
 def _number(row: Setting, text: str) -> Any:
@@ -174,10 +174,9 @@ def _number(row: Setting, text: str) -> Any:
 
 def in_bounds(row: Setting, value: float) -> bool:
     """Whether a number is within its setting's bounds."""
-    rule = row.rule
-    if rule.low is not None and (value < rule.low or (rule.low_open and value == rule.low)):
+    if row.low is not None and (value < row.low or (row.low_open and value == row.low)):
         return False
-    return rule.high is None or not (value > rule.high or (rule.high_open and value == rule.high))
+    return row.high is None or not (value > row.high or (row.high_open and value == row.high))
 
 
 def is_plain(row: Setting, form: str, text: str) -> bool:

@@ -56,7 +56,7 @@ def texts_for(row: Setting) -> st.SearchStrategy[str]:
 
 def at_bounds(row: Setting) -> list[str]:
     """Texts of the numbers at a setting's bounds and next to them, on both sides."""
-    bounds = [bound for bound in (row.rule.low, row.rule.high) if bound is not None]
+    bounds = [bound for bound in (row.low, row.high) if bound is not None]
     if row.kind is int:
         return [str(bound + step) for bound in bounds for step in (-1, 0, 1)]
     beside = [math.nextafter(bound, towards) for bound in bounds for towards in (-math.inf, bound, math.inf)]
@@ -85,5 +85,5 @@ def candidates(row: Setting) -> list[str]:
         return ["true", "0", "Yes", "oFF", "truee", "10"]
     if row.kind in (int, float):
         return [form for text in at_bounds(row) for form in forms_of_number(text)]
-    known = [*(row.rule.choices or ()), "a", "./a", "4,8", "all", "auto", "cuda:0", "q_proj, v_proj", "0.5,-1e2"]
+    known = [*(row.choices or ()), "a", "./a", "4,8", "all", "auto", "cuda:0", "q_proj, v_proj", "0.5,-1e2"]
     return [form for text in known for form in (text, text.upper(), f"{text} ", f"{text}x", f"{text},")]

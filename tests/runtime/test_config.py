@@ -83,8 +83,7 @@ def beside(row, bound, *, inside: bool, open_: bool, towards: int):
 
 @pytest.mark.parametrize("row", NUMBERS, ids=lambda row: row.name)
 def test_every_number_at_its_bounds(row):
-    rule = row.rule
-    for bound, open_, towards in ((rule.low, rule.low_open, 1), (rule.high, rule.high_open, -1)):
+    for bound, open_, towards in ((row.low, row.low_open, 1), (row.high, row.high_open, -1)):
         if bound is not None:
             inside = beside(row, bound, inside=True, open_=open_, towards=towards)
             assert row.parse(repr(inside)) == inside
@@ -93,16 +92,16 @@ def test_every_number_at_its_bounds(row):
 
 
 def test_every_number_has_a_lower_bound_and_shares_stay_below_one():
-    assert all(row.rule.low is not None for row in NUMBERS)
+    assert all(row.low is not None for row in NUMBERS)
     for name in ("DROPOUT", "LORA_DROPOUT", "BETA1", "BETA2"):
         assert refused(**{name: "1"}) == f"{name}=1 (from the environment): must be a number of at least 0 and below 1"
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.rule.choices], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [row for row in ROWS if row.choices], ids=lambda row: row.name)
 def test_choices(row):
-    for choice in row.rule.choices:
+    for choice in row.choices:
         assert row.parse(choice) == choice
-    assert refused(**{row.variable: "other"}).endswith("must be one of " + ", ".join(row.rule.choices))
+    assert refused(**{row.variable: "other"}).endswith("must be one of " + ", ".join(row.choices))
 
 
 @pytest.mark.parametrize(
@@ -287,7 +286,7 @@ def test_help_is_the_table(capsys):
     assert max(map(len, text.splitlines())) <= 100
     joined = " ".join(text.split())
     for row in ROWS:
-        assert f" {row.flag} " in joined and f"[{row.variable}=" in joined and row.rule.help in joined
+        assert f" {row.flag} " in joined and f"[{row.variable}=" in joined and row.help in joined
 
 
 def test_env_example_is_the_table():

@@ -18,7 +18,9 @@ HERE = {"group": "What", "env": False}
 class Words(Table):
     """A table with all of it."""
 
-    names: tuple[str, ...] = setting((), "Some names", place="NAME", pattern="[a-z]+", allowed="small letters", **HERE)
+    names: tuple[str, ...] = setting(
+        (), "Some names", metavar="NAME", pattern="[a-z]+", allowed="small letters", **HERE
+    )
     weights: str = setting("", "Numbers", **HERE)
     out: str = setting("", "A name", required=True, **HERE)
     low: float = setting(0.0, "A number", **HERE)

@@ -27,7 +27,7 @@ from runtime.settings.sources import Resolved, read_settings
 from runtime.settings.spelling import CALLED, plain, typing_errors
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIABLES = [row.variable for row in settings_of(Settings) if row.rule.env]
+VARIABLES = [row.variable for row in settings_of(Settings) if row.env]
 DISTINCTIVE = [name for name in VARIABLES if "_" in name]
 
 
@@ -98,14 +98,14 @@ def test_every_command_refuses_what_looks_like_a_variable_of_a_run(command, tmp_
 def needed(command: str) -> tuple[str, ...]:
     """The words that a command cannot do without."""
     rows = settings_of(TABLES[command])
-    return (*("a" for row in rows if row.rule.place), *(f"{row.flag}=a" for row in rows if row.rule.required))
+    return (*("a" for row in rows if row.metavar), *(f"{row.flag}=a" for row in rows if row.required))
 
 
 def misspelt_flags() -> Iterator[tuple[str, str, str]]:
     """Each command with misspelt forms of those of its flags that no command before it has."""
     for command, table in TABLES.items():
         names = [row.flag for row in settings_of(table)]
-        own = [row.flag for owner, row in distinct_rows() if owner is table and not row.rule.place]
+        own = [row.flag for owner, row in distinct_rows() if owner is table and not row.metavar]
         for typed, meant in typos([flag[2:] for flag in own if len(flag) > 7], string.ascii_lowercase):
             if f"--{typed}" not in names:
                 yield command, f"--{typed}", f"--{meant}"
@@ -158,7 +158,7 @@ def test_whatever_others_put_into_their_variables_is_left_alone(name, text, tmp_
 
 @pytest.mark.parametrize("command", TABLES)
 def test_a_flag_that_is_no_variable_leaves_variables_of_its_name_to_others(command, tmp_path):
-    others = {row.variable for row in settings_of(TABLES[command]) if not row.rule.env}
+    others = {row.variable for row in settings_of(TABLES[command]) if not row.env}
     others -= {*VARIABLES, *CALLED}
     plain = outcome(TABLES[command], Given(needed(command)), tmp_path)
     environ = tuple((name, text) for name, text in zip(sorted(others), HOSTILE, strict=False))

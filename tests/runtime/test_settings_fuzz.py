@@ -61,7 +61,7 @@ def check_refused(table, row, form, text, right, line) -> str:
     twice = row.kind is tuple and form == "--flag twice"
     named = told(row, form, (text, text) if twice else text)
     if right is REFUSED:
-        assert line == f"{named}: must be {row.allowed}"
+        assert line == f"{named}: must be {row.must_be}"
         return "refused"
     with pytest.raises(ContradictionError):
         resolve(table, {row.name: right})
@@ -114,7 +114,7 @@ def test_any_text_for_any_setting_from_any_source_is_right_settings_or_one_line(
 def test_dashes_and_words_are_no_numbers_nor_nothing(text, tmp_path):
     for table, row in distinct_rows():
         right = meaning(row, "--flag=text", text)
-        if not row.rule.place:
+        if not row.metavar:
             verdict = strike(table, row, "--flag=text", text, tmp_path)
             assert verdict == ("refused" if right is REFUSED else "taken"), row.name
 
@@ -124,7 +124,7 @@ def test_dashes_and_words_are_no_numbers_nor_nothing(text, tmp_path):
 
 def edges(row) -> Iterator[tuple[str, bool]]:
     """The numbers at each bound and next to it on both sides, as text, and whether they are allowed."""
-    for bound, is_open, inwards in ((row.rule.low, row.rule.low_open, 1), (row.rule.high, row.rule.high_open, -1)):
+    for bound, is_open, inwards in ((row.low, row.low_open, 1), (row.high, row.high_open, -1)):
         if bound is not None and row.kind is int:
             yield from ((str(bound - inwards), False), (str(bound), True), (str(bound + inwards), True))
             yield from ((f"{bound}.0", False), (f"{bound + inwards}e0", False))
@@ -173,7 +173,7 @@ def test_a_boolean_is_read_in_all_the_forms_that_people_write_and_in_no_other(tm
 def test_a_boolean_flag_needs_no_value_and_has_an_opposite(tmp_path):
     for table, row in distinct_rows():
         if row.kind is bool:
-            words = ["a" for other in settings_of(table) if other.rule.place]
+            words = ["a" for other in settings_of(table) if other.metavar]
             for flag, value in ((row.flag, True), (row.flag.replace("--", "--no-", 1), False)):
                 assert getattr(outcome(table, Given((*words, flag)), tmp_path).settings, row.name) is value
 

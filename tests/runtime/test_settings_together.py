@@ -69,7 +69,7 @@ def check_several(texts, folder) -> str:
     values = {name: meaning(BY_NAME[name], form, text) for name, (form, text) in won.items()}
     came_to = outcome(Settings, all_given(texts), folder)
     if bad := [name for name in values if values[name] is REFUSED]:
-        assert came_to in [f"{as_told(won, name, None)}: must be {BY_NAME[name].allowed}" for name in bad]
+        assert came_to in [f"{as_told(won, name, None)}: must be {BY_NAME[name].must_be}" for name in bad]
         return "refused"
     if isinstance(came_to, str):
         with pytest.raises(ContradictionError) as error:
