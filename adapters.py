@@ -16,27 +16,26 @@ python adapters.py COMMAND --help tells what each takes.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
-from jobs.adapting import forgetting, report
-from jobs.adapting import making as making
+from jobs.adapting import forgetting, making, plots, report
 from jobs.adapting.adapted import Adapted, Base, check_free, held_out, open_adapters, texts_of
 from jobs.adapting.checkup import Checkup
 from jobs.runs.family import orphaned_by, remove_runs
 from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import UsageError, UserError, run_command
+from runtime.pictures import save_picture, without_pictures
 from runtime.settings.config import FOLDER, NAME, NAMED, CommonSettings, from_command_line
 from runtime.settings.fields import setting
 from runtime.settings.flags import subcommand
-from runtime.start import command_line, install_line
-from runtime.storage import folders
+from runtime.start import command_line
 from runtime.storage.runs import all_runs, suggest
 
 WHAT = "What to do"
@@ -46,8 +45,6 @@ NUMBERS = {"pattern": rf"|{NUMBER}( *, *{NUMBER})*", "allowed": "numbers with co
 A_NAME = {"pattern": rf"|{NAME}", "allowed": f"a run's name, not a path: {NAMED}", **ONLY_HERE}
 A_PATH = {"pattern": rf"|{FOLDER}", "path": True, "allowed": "a path", **ONLY_HERE}
 A_TEXT = A_PATH | {"allowed": "the name of a corpus or a path"}
-
-PLOTS = "requirements-plots.txt"
 
 
 def numbers(text: str) -> list[float]:
@@ -59,22 +56,17 @@ def check_picture(out: str) -> None:
     """Raises UsageError where a picture was asked for that could not be drawn, or not be written there."""
     if out:
         check_free(Path(out))
-        if importlib.util.find_spec("matplotlib") is None:
-            raise UsageError(f"--out {out}: pictures need matplotlib; get it with: {install_line(PLOTS)}")
+        if needed := without_pictures():
+            raise UsageError(f"--out {out}: {needed}")
 
 
-def save_picture(folder: Path, name: str, out: str, draw: Callable[[], bytes]) -> None:
-    """Write a picture where it was asked to be, or under the next free name in the run's folder."""
+def picture(folder: Path, name: str, out: str, draw: Callable, *what: Any) -> None:
+    """Draw where it was asked to be, or under the next free name in the run's folder."""
     free = (folder / f"{name}{f'-{i}' if i > 1 else ''}.png" for i in range(1, 10**6))
     path = Path(out) if out else next(path for path in free if not path.exists())
-    try:
-        data = draw()
-    except ImportError:
-        say(f"No picture: matplotlib is not installed; get it with: {install_line(PLOTS)}")
-        return
     check_free(path)
-    folders.write_file(path, data)
-    print(f"Picture: {path}")
+    if save_picture(path, draw, *what):
+        print(f"Picture: {path}")
 
 
 def text_for(adapted: Adapted, dataset: str) -> str:
@@ -122,13 +114,8 @@ class Inspect(Command):
         (adapted,) = open_adapters(self.root, (self.name,))
         found = report.sizes(adapted)
         print(report.inspected(adapted, found))
-
-        def draw() -> bytes:
-            from jobs.adapting.plots import draw_sizes
-
-            return draw_sizes(found, f"What {self.name} changes in {adapted.base.run.name}")
-
-        save_picture(adapted.run.folder, "inspect", self.out, draw)
+        title = f"What {self.name} changes in {adapted.base.run.name}"
+        picture(adapted.run.folder, "inspect", self.out, plots.draw_sizes, found, title)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +144,8 @@ class Strength(Inspect):
         strengths, roles = numbers(self.strengths or "1"), forgetting.texts_to_measure(adapted, self.dataset)
         losses = forgetting.measure(adapted, list(roles), strengths, self.eval_iters, Path(self.data_dir), machine)
         print(forgetting.told(roles, strengths, losses))
-
-        def draw() -> bytes:
-            from jobs.adapting.plots import draw_strengths
-
-            return draw_strengths(strengths, losses, roles, f"{self.name}: what it gains and what the base forgets")
-
-        save_picture(adapted.run.folder, "strength", self.out, draw)
+        title = f"{self.name}: what it gains and what the base forgets"
+        picture(adapted.run.folder, "strength", self.out, plots.draw_strengths, strengths, losses, roles, title)
 
 
 @dataclass(frozen=True, kw_only=True)

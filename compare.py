@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
-from jobs.comparing.comparison import Method, base_windows, make_method, row, untouched
-from jobs.comparing.memory import peak_memory
+from jobs.comparing import plots
+from jobs.comparing.comparison import Method, compare, make_method, with_memory
 from jobs.comparing.report import over_seeds, table, verdict
 from jobs.comparing.sweep import sweep, sweep_table, sweep_verdict
 from jobs.runs.base import find_base
@@ -29,18 +29,26 @@ from lora.variants.registry import VARIANTS
 from runtime.console import say
 from runtime.device import Machine, machine_name, pick_machine
 from runtime.errors import UsageError, UserError, run_command
+from runtime.pictures import save_picture, without_pictures
 from runtime.settings.config import LORA, PRESETS, SHAPE, Settings, from_command_line
 from runtime.settings.fields import setting, settings_of
 from runtime.settings.sources import Resolved
-from runtime.start import command_line, install_line
+from runtime.start import command_line
 from runtime.storage import folders
 from runtime.storage.runs import Run, identity_of
-from runtime.training.metrics import Progress
-from runtime.training.steps import evaluate
 
 COMPARED = "What to compare"
 NUMBERS = r"[0-9]{1,4}( *, *[0-9]{1,4})*"
 SWEPT = {"group": COMPARED, "env": False, "pattern": NUMBERS, "allowed": "whole numbers separated by commas"}
+INSTEAD = {  # flags of training.py that a comparison would ignore: what to do instead
+    "use_lora": "it always compares both",
+    "lora_rank": "name the ranks with --ranks",
+    "run_name": "its folder is named after the base",
+    "fresh": "each comparison gets a folder of its own",
+    "patience": "all methods take all steps",
+    "save_interval": "it saves no checkpoints",
+    "keep_checkpoints": "it saves no checkpoints",
+}
 BEST = {"lora": {"learning_rate": 8e-3}}  # of the grid in benchmarks/README.md; all others' are their defaults
 PLAIN, *OTHERS = ({"lora_variant": name} for name in VARIANTS)
 KINDS = {"lora": PLAIN | {"lora_plus_ratio": 1.0}, "lora+": PLAIN} | {kind["lora_variant"]: kind for kind in OTHERS}
@@ -106,49 +114,6 @@ def make_methods(given: Resolved, seed: int, machine: Machine, base: Run) -> lis
     return [make_method(label, values | {"seed": seed}, machine, base) for label, values in kinds.items()]
 
 
-def take_steps(methods: list[Method]) -> None:
-    """All steps of all methods, a step each in turn, so that what disturbs the machine disturbs all alike."""
-    s = methods[0].job.settings
-    progress = Progress("compare", s.max_iters, 0)
-    for method in methods:
-        method.evaluate(0)
-    for step in range(s.max_iters):
-        for method in methods:
-            method.step(step)
-        done = step + 1
-        if done % s.eval_interval == 0 or done == s.max_iters:
-            losses = {method.label: f"{method.evaluate(done):.3f}" for method in methods}
-            progress.update(done, **losses)
-        progress.update(done)
-    progress.close()
-
-
-def compare(methods: list[Method], base: Run, machine: Machine) -> list[dict[str, Any]]:
-    """Run the comparison with one seed; one row of results a method, without peak memory."""
-    windows = base_windows(methods[0].job, base)
-    before = untouched(methods[0], windows)
-    take_steps(methods)
-    seconds = min(method.curve[-1][1] for method in methods)
-    return [row(method, seconds, (before, evaluate(method.job.model, windows, machine))) for method in methods]
-
-
-def with_memory(rows: list[dict[str, Any]], methods: list[Method], machine: Machine) -> list[dict[str, Any]]:
-    """The rows with the peak memory of each method, where it can be measured."""
-    say("Measuring memory, a fresh process for each method ...")
-    peaks = [None if machine.device.type == "mps" else peak_memory(method.job.settings) for method in methods]
-    return [row | {"peak_memory": peak} for row, peak in zip(rows, peaks, strict=True)]
-
-
-def save_picture(file: Path, draw: str, *what: Any) -> None:
-    """Draw with a function of `jobs.comparing.plots`, where matplotlib is installed."""
-    try:
-        from jobs.comparing import plots
-    except ImportError:
-        say(f"No picture: matplotlib is not installed; get it with: {install_line('requirements-plots.txt')}")
-    else:
-        folders.write_file(file, getattr(plots, draw)(*what))
-
-
 def save(given: Resolved, rows: list[dict[str, Any]], base: Run) -> Path:
     """results.json and, where matplotlib is installed, results.png, in a folder of their own."""
     root, name = Path(given.settings.checkpoints_dir), f"compare-{base.name}"
@@ -156,9 +121,9 @@ def save(given: Resolved, rows: list[dict[str, Any]], base: Run) -> Path:
     about = {"base": base.name, "settings": given.settings.as_dict(), "machine": machine_name()}
     about |= {"date": time.strftime("%Y-%m-%d"), "verdict": verdict(rows), "methods": rows}
     folders.write_file(folder / "results.json", (json.dumps(about, indent=1) + "\n").encode())
-    save_picture(folder / "results.png", "draw_comparison", rows, verdict(rows))
+    save_picture(folder / "results.png", plots.draw_comparison, rows, verdict(rows))
     if given.settings.variants:
-        save_picture(folder / "kinds.png", "draw_kinds", rows, verdict(rows))
+        save_picture(folder / "kinds.png", plots.draw_kinds, rows, verdict(rows))
     return folder
 
 
@@ -175,7 +140,7 @@ def run_sweep(options: Options, machine: Machine) -> None:
     cells = sweep(options, machine, widths, batches, ranks, folder / "cells.json")
     print(sweep_table(cells))
     print(sweep_verdict(cells))
-    save_picture(folder / "sweep.png", "draw_sweep", cells, sweep_verdict(cells))
+    save_picture(folder / "sweep.png", plots.draw_sweep, cells, sweep_verdict(cells))
     print(f"Files: {folder}")
 
 
@@ -195,11 +160,22 @@ def run_comparison(given: Resolved, machine: Machine) -> None:
     print(f"Files: {save(given, rows, base)}")
 
 
+def check_flags(given: Resolved) -> None:
+    """Raises UsageError for a flag that a comparison would ignore; in the environment it may be meant for others."""
+    for name, instead in INSTEAD.items():
+        if name == "lora_rank" and not given.settings.ranks:
+            continue
+        if given.sources.get(name.upper(), "").startswith("flag"):
+            raise UsageError(f"compare.py does not take --{name.replace('_', '-')}: {instead}")
+
+
 def main() -> None:
     """Run the command."""
     given = from_command_line(Options, __doc__)
+    check_flags(given)
     machine = pick_machine(given.settings.device, given.settings.dtype)
-    for note in machine.notes:
+    notes = (f"There will be no picture: {needed}" for needed in [without_pictures()] if needed)
+    for note in (*machine.notes, *notes):
         say(note)
     if given.settings.sweep:
         run_sweep(given.settings, machine)

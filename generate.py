@@ -32,46 +32,37 @@ from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
 from runtime.training.metrics import Progress
 
-WHAT, HOW = "What to continue", "How to sample"
+WHAT, HOW = ({"group": title, "env": False} for title in ("What to continue", "Sampling"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CommonSettings):
     """The flags of generate.py."""
 
-    run: str = setting("", "The run to sample from; empty takes the newest", group=WHAT, env=False)
+    run: str = setting("", "The run to sample from; empty takes the newest", path=True, **WHAT)
     adapter: tuple[str, ...] = setting(
-        (),
-        "A LoRA run's name, name=STRENGTH, or none; may be given several times; without it, the run's own",
-        group=WHAT,
-        env=False,
+        (), "A LoRA run's name, name=STRENGTH, or none; may be repeated; without it, the run's own", **WHAT
     )
-    prompt: tuple[str, ...] = setting(("\n",), "Text to continue; may be given several times", group=WHAT, env=False)
+    prompt: tuple[str, ...] = setting(("\n",), "Text to continue; may be repeated", **WHAT)
     prompts: str = setting(
         "",
         'A file of lines {"prompt": "...", "adapter": "..."}, of which the adapter may be left out; prints such lines',
-        group=WHAT,
-        env=False,
+        path=True,
+        **WHAT,
     )
-    num_samples: int = setting(1, "Continuations of each prompt", group=WHAT, low=1, high=10_000, env=False)
-    max_new_tokens: int = setting(500, "Tokens to add", group=WHAT, low=1, env=False)
+    num_samples: int = setting(1, "Continuations of each prompt", low=1, high=10_000, **WHAT)
+    max_new_tokens: int = setting(500, "Tokens to add", low=1, **WHAT)
     temperature: float = setting(
-        0.8, "Above 1 wilder, below 1 tamer, 0 as --greedy", group=HOW, low=0, high=100, env=False
+        0.8, "Logits are divided by this: lower is safer, higher more surprising, 0 as --greedy", low=0, high=100, **HOW
     )
-    top_k: int | None = setting(None, "Choose among this many likeliest tokens", group=HOW, low=1, env=False)
+    top_k: int | None = setting(None, "Choose among this many likeliest tokens", low=1, **HOW)
     top_p: float | None = setting(
-        None,
-        "Choose among the likeliest that reach this probability",
-        group=HOW,
-        low=0,
-        low_open=True,
-        high=1,
-        env=False,
+        None, "Choose among the likeliest tokens that reach this probability", low=0, low_open=True, high=1, **HOW
     )
     repetition_penalty: float = setting(
-        1.0, "Above 1, makes tokens in the window less likely", group=HOW, low=0, low_open=True, high=100, env=False
+        1.0, "Above 1, tokens that are in the window become less likely", low=0, low_open=True, high=100, **HOW
     )
-    greedy: bool = setting(False, "Always take the likeliest token", group=HOW, env=False)
+    greedy: bool = setting(False, "Always take the likeliest token", **HOW)
 
 
 class Patience:

@@ -27,7 +27,7 @@ from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import run_command
 from runtime.settings.config import SHAPE, Settings, from_command_line
-from runtime.settings.fields import in_words, settings_of
+from runtime.settings.fields import format_value, settings_of
 from runtime.settings.sources import Resolved, describe
 from runtime.start import command_line
 from runtime.storage.runs import Run, RunLock, claim, open_run
@@ -51,7 +51,6 @@ def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
     run.publish(result)
     print_result(job, run, result)
     print_samples(job, samples)
-    print_next(job, run)
 
 
 def train(given: Resolved) -> Run:
@@ -97,7 +96,9 @@ def say_why_another(run: Run, plain_name: str) -> None:
         return
     theirs, mine = other.metadata["settings"], run.metadata["settings"]
     rows = [row for row in settings_of(Settings) if row.identity and theirs.get(row.name) != mine[row.name]]
-    differing = ", ".join(f"{row.variable}={in_words(theirs.get(row.name))}" for row in rows) or "another text or base"
+    differing = (
+        ", ".join(f"{row.variable}={format_value(theirs.get(row.name))}" for row in rows) or "another text or base"
+    )
     say(f"{plain_name} was trained with {differing}, so this is another run, {run.name}, which begins anew")
     if other.kind != "lora" and other.finished and any(row.name == "max_iters" for row in rows):
         again = command_line("training.py", "--base", plain_name, "--dataset", mine["dataset"])
@@ -106,7 +107,7 @@ def say_why_another(run: Run, plain_name: str) -> None:
 
 def main() -> None:
     """Run the command."""
-    train(from_command_line(Settings, __doc__))
+    print_next(train(from_command_line(Settings, __doc__)))
 
 
 if __name__ == "__main__":

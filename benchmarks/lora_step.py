@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from benchmarks import peers
 from benchmarks.contest import SIZES, by_size, ratio, take_turns
-from lora.optim import after_steps, extra_losses, make_optimizer
+from jobs.comparing.timing import repeatable
 from runtime.device import Machine, pick_machine
 from runtime.errors import run_command
-from runtime.training.batch import Batch
-from runtime.training.steps import Schedule, Stepper
 
 # (contestant, against, what it says, goal by size)
 ROWS = (
@@ -55,11 +54,7 @@ def make_step(
     vocab, context = size[0], size[-1]
     torch.manual_seed(0)
     rows = torch.randint(vocab, (tokens // context, context + 1))
-    x, y = (t.contiguous().to(machine.device) for t in (rows[:, :-1], rows[:, 1:]))
-    optimizer = make_optimizer(model.to(machine.device), (0.9, 0.99), 0.1, lora_plus_ratio)
-    own = {"extra_losses": extra_losses(model), "after_steps": after_steps(model, 1_000)}
-    stepper = Stepper(model, optimizer, Schedule(1e-4, 1e-4, 0, 1), lambda step: Batch(x, y), machine, seed=0, **own)
-    return lambda: stepper.step(0)
+    return partial(repeatable(model, rows, machine, lora_plus_ratio).step, 0)
 
 
 def measure(size: str, tokens: int, rounds: int, device: str) -> list[dict]:

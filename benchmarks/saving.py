@@ -31,18 +31,17 @@ import torch
 from benchmarks import peers
 from benchmarks.contest import SIZES, close, parser, ratio, take_turns, tell
 from benchmarks.runs import RUNS
+from jobs.comparing.timing import repeatable
 from jobs.runs.job import Job, prepare
 from jobs.runs.loop import Training
-from lora.optim import make_optimizer
 from runtime.device import Machine, pick_machine
 from runtime.errors import run_command
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
 from runtime.storage.runs import Run, claim
-from runtime.training.batch import Batch
 from runtime.training.metrics import read_metrics
 from runtime.training.resume import State, to_files
-from runtime.training.steps import Schedule, Stepper
+from runtime.training.steps import Stepper
 
 ROWS = (  # (contestant, what it says, goal)
     ("save", "a save / plain files of these bytes", 2.0),
@@ -54,9 +53,7 @@ TINY = {"test_mode": True, "n_layer": 1, "n_embd": 32, "block_size": 16, "batch_
 
 def stepped(size: tuple[int, ...], lora: bool, machine: Machine) -> Stepper:
     """A stepper after one step, so that its optimizer has something to save."""
-    model, tokens = peers.ours(size, lora).to(machine.device), torch.zeros(1, size[-1], dtype=torch.long)
-    optimizer = make_optimizer(model, (0.9, 0.99), 0.1)
-    stepper = Stepper(model, optimizer, Schedule(1e-4, 1e-4, 0, 1), lambda step: Batch(tokens, tokens), machine, seed=0)
+    stepper = repeatable(peers.ours(size, lora), torch.zeros(1, size[-1] + 1, dtype=torch.long), machine)
     stepper.step(0)
     return stepper
 

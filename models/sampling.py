@@ -62,7 +62,8 @@ def stream(
     for a row that a stop token has ended; it ends when all rows have.
 
     seed: one for all rows together, or one a row, whose text is then what it would be alone with that seed. The model
-    is in evaluation mode while this runs. Raises ValueError for an empty prompt.
+    is in evaluation mode until this ends, and passes without gradients compute with the weights that it had at the
+    start; close it before training goes on. Raises ValueError for an empty prompt.
     """
     if not all(prompts):
         raise ValueError("a prompt needs at least one token")

@@ -1,21 +1,18 @@
-"""Pictures of adapters. This imports matplotlib, which is an extra."""
+"""Pictures of adapters."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from lora.combine import DeltaSize
+from runtime.pictures import new_figure
 
-
-def _png(figure: Figure) -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=150)
-    return data.getvalue()
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def _grid(sizes: dict[str, DeltaSize], of: str) -> tuple[list[str], list[str], np.ndarray]:
@@ -42,20 +39,19 @@ def _heat(axes: Axes, sizes: dict[str, DeltaSize], of: str, title: str, form: st
     axes.figure.colorbar(picture, ax=axes, shrink=0.8)
 
 
-def draw_sizes(sizes: dict[str, DeltaSize], title: str) -> bytes:
-    """How much of each weight an adapter changes, and in how many directions, as the bytes of a PNG."""
+def draw_sizes(sizes: dict[str, DeltaSize], title: str) -> Figure:
+    """How much of each weight an adapter changes, and in how many directions."""
     height = 2 + 0.35 * len(_grid(sizes, "norm")[0])
-    figure = Figure(figsize=(12, height), layout="constrained")
+    figure = new_figure(title, (12, height))
     left, right = figure.subplots(1, 2)
-    figure.suptitle(title, fontsize=11)
     _heat(left, sizes, "relative", "size of the change, as a share of the weight's", "{:.2f}")
     _heat(right, sizes, "effective_rank", "effective rank of the change", "{:.1f}")
-    return _png(figure)
+    return figure
 
 
-def draw_strengths(strengths: list[float], losses: dict[str, list[float]], roles: dict[str, str], title: str) -> bytes:
-    """Held-out loss on each text over the adapter's strength, as the bytes of a PNG."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+def draw_strengths(strengths: list[float], losses: dict[str, list[float]], roles: dict[str, str], title: str) -> Figure:
+    """Held-out loss on each text over the adapter's strength."""
+    figure = new_figure(title, (7, 4.5))
     axes = figure.subplots()
     for text, values in losses.items():
         order = sorted(range(len(strengths)), key=strengths.__getitem__)
@@ -63,7 +59,6 @@ def draw_strengths(strengths: list[float], losses: dict[str, list[float]], roles
         axes.plot([strengths[i] for i in order], [values[i] for i in order], "-o", ms=4, label=label)
     axes.set_xlabel("strength of the adapter: 0 is the base, 1 the adapter as it was trained")
     axes.set_ylabel("validation loss")
-    axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend()
-    return _png(figure)
+    return figure

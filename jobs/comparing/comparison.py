@@ -9,14 +9,17 @@ from typing import Any
 
 from data.text import tokens_of, validation_windows
 from jobs.adapting.adapted import load_text
+from jobs.comparing.memory import peak_memory
 from jobs.runs.job import Job, prepare
 from lora.attach import activate
+from runtime.console import say
 from runtime.device import Machine
 from runtime.errors import UserError
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
 from runtime.storage.runs import Run
 from runtime.training.batch import Batch
+from runtime.training.metrics import Progress
 from runtime.training.steps import Stepper, evaluate
 
 PHASES = ("forward", "backward", "optimizer")
@@ -123,3 +126,36 @@ def row(method: Method, equal_seconds: float, forgetting: tuple[float, float]) -
         "base_text_loss_after": forgetting[1],
         "curve": method.curve,
     }
+
+
+def take_steps(methods: list[Method]) -> None:
+    """All steps of all methods, a step each in turn, so that what disturbs the machine disturbs all alike."""
+    s = methods[0].job.settings
+    progress = Progress("compare", s.max_iters, 0)
+    for method in methods:
+        method.evaluate(0)
+    for step in range(s.max_iters):
+        for method in methods:
+            method.step(step)
+        done = step + 1
+        if done % s.eval_interval == 0 or done == s.max_iters:
+            losses = {method.label: f"{method.evaluate(done):.3f}" for method in methods}
+            progress.update(done, **losses)
+        progress.update(done)
+    progress.close()
+
+
+def compare(methods: list[Method], base: Run, machine: Machine) -> list[dict[str, Any]]:
+    """Run the comparison with one seed; one row of results a method, without peak memory."""
+    windows = base_windows(methods[0].job, base)
+    before = untouched(methods[0], windows)
+    take_steps(methods)
+    seconds = min(method.curve[-1][1] for method in methods)
+    return [row(method, seconds, (before, evaluate(method.job.model, windows, machine))) for method in methods]
+
+
+def with_memory(rows: list[dict[str, Any]], methods: list[Method], machine: Machine) -> list[dict[str, Any]]:
+    """The rows with the peak memory of each method, where it can be measured."""
+    say("Measuring memory, a fresh process for each method ...")
+    peaks = [None if machine.device.type == "mps" else peak_memory(method.job.settings) for method in methods]
+    return [row | {"peak_memory": peak} for row, peak in zip(rows, peaks, strict=True)]

@@ -1,23 +1,24 @@
-"""Pictures of results. matplotlib is imported here only: it is an extra."""
+"""Pictures of comparisons and sweeps."""
 
 from __future__ import annotations
 
-import io
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-from matplotlib import pyplot
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from runtime.pictures import new_figure
 
-matplotlib.use("Agg")  # pictures go to files, also where there is a screen
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 FULL = "#444444"
 
 
 def _colours(rows: list[dict[str, Any]]) -> list[Any]:
     """Grey for full fine-tuning, one hue from light to dark for the kinds of LoRA."""
-    shades = pyplot.get_cmap("viridis")
+    from matplotlib import colormaps
+
+    shades = colormaps["viridis"]
     kinds = max(1, len(rows) - 1)
     return [FULL, *(shades(0.15 + 0.7 * i / kinds) for i in range(len(rows) - 1))]
 
@@ -53,17 +54,10 @@ def _stacked_times(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.margins(y=0.15)
 
 
-def _png(figure: Figure) -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=150)
-    pyplot.close(figure)
-    return data.getvalue()
-
-
-def draw_comparison(rows: list[dict[str, Any]], title: str) -> bytes:
-    """Loss over steps and over seconds, step times and memory of each method, as the bytes of a PNG."""
-    figure, ((steps, seconds), (times, memory)) = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 110), fontsize=11)
+def draw_comparison(rows: list[dict[str, Any]], title: str) -> Figure:
+    """Loss over steps and over seconds, step times and memory of each method."""
+    figure = new_figure(textwrap.fill(title, 110), (11, 8))
+    (steps, seconds), (times, memory) = figure.subplots(2, 2)
     _curves(steps, rows, 0, "steps")
     steps.legend(fontsize=8)
     _curves(seconds, rows, 1, "seconds of training")
@@ -72,16 +66,16 @@ def draw_comparison(rows: list[dict[str, Any]], title: str) -> bytes:
         _bars(memory, rows, [row["peak_memory"] / 1e6 for row in rows], "peak memory, MB", "{:.0f}")
     else:
         _bars(memory, rows, [row["file_bytes"] / 1e6 for row in rows], "size of what is saved, MB", "{:.2f}")
-    return _png(figure)
+    return figure
 
 
-def draw_kinds(rows: list[dict[str, Any]], title: str) -> bytes:
+def draw_kinds(rows: list[dict[str, Any]], title: str) -> Figure:
     """What each kind of adapter comes to: its loss over what it trains, and its step beside full fine-tuning's.
 
     The bars of a loss are the range of its seeds, the dashed line is full fine-tuning's.
     """
-    figure, (losses, times) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 110), fontsize=11)
+    figure = new_figure(textwrap.fill(title, 110), (11, 4.6))
+    losses, times = figure.subplots(1, 2)
     for row, colour in zip(rows, _colours(rows), strict=True):
         middle, size = row["loss_at_equal_steps"], row["adapter"] or row["trainable"]
         reach = [[middle - min(row["losses"])], [max(row["losses"]) - middle]]
@@ -93,19 +87,19 @@ def draw_kinds(rows: list[dict[str, Any]], title: str) -> bytes:
     losses.grid(alpha=0.3)
     losses.legend(fontsize=8)
     _bars(times, rows, [row["step_over_full"].value for row in rows], "time of a step, full fine-tuning = 1", "{:.2f}")
-    return _png(figure)
+    return figure
 
 
-def draw_sweep(cells: list[dict[str, Any]], title: str) -> bytes:
-    """LoRA's part of a full step's time over width and rank, a panel for each batch, as the bytes of a PNG.
+def draw_sweep(cells: list[dict[str, Any]], title: str) -> Figure:
+    """LoRA's part of a full step's time over width and rank, a panel for each batch.
 
     Blue is where LoRA's step is the faster one, red where the full step is.
     """
     batches, ranks, widths = (sorted({cell[key] for cell in cells}) for key in ("batch", "rank", "width"))
     by = {(cell["batch"], cell["width"], cell["rank"]): cell["ratio"] for cell in cells}
     size = (2.2 + 0.75 * len(ranks) * len(batches) + 0.6 * len(batches), 1.9 + 0.55 * len(widths))
-    figure, panels = pyplot.subplots(1, len(batches), figsize=size, layout="constrained", sharey=True, squeeze=False)
-    figure.suptitle(textwrap.fill(title, int(11 * size[0])), fontsize=10)
+    figure = new_figure(textwrap.fill(title, int(10 * size[0])), size)
+    panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)
     for axes, batch in zip(panels[0], batches, strict=True):
         found = [[by[batch, width, rank] for rank in ranks] for width in widths]
         values = [[ratio.value for ratio in row] for row in found]
@@ -128,4 +122,4 @@ def draw_sweep(cells: list[dict[str, Any]], title: str) -> bytes:
         axes.set_xlabel("rank")
     panels[0][0].set_ylabel("width")
     figure.colorbar(image, ax=panels[0].tolist(), label="LoRA step / full step (?: too noisy to say)", extend="both")
-    return _png(figure)
+    return figure

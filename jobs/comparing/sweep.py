@@ -15,19 +15,17 @@ from typing import Any
 
 import torch
 
-from jobs.comparing.timing import Ratio, ratio, take_turns
+from jobs.comparing.timing import Ratio, ratio, repeatable, take_turns
 from jobs.runs.job import lora_config
 from lora.attach import attach
-from lora.optim import make_optimizer
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.config import ModelConfig
 from runtime.device import Machine
 from runtime.settings.config import Settings
 from runtime.storage import folders
 from runtime.storage.encoding import read_json
-from runtime.training.batch import Batch
 from runtime.training.metrics import Progress
-from runtime.training.steps import Schedule, Stepper
+from runtime.training.steps import Stepper
 
 VOCABULARY = 96  # of the character tokenizer
 ROUNDS, TEST_ROUNDS = 11, 5  # with 3, steps of one speed are said to differ in a quarter of all cells, with 5 in 6 %
@@ -41,10 +39,7 @@ def make_stepper(settings: Settings, machine: Machine, width: int, batch: int, r
     model = BigramLanguageModelLoRA.from_config(config, s.dropout, machine.device)
     if rank:
         attach(model, dataclasses.replace(lora_config(s), rank=rank))
-    tokens = torch.randint(VOCABULARY, (batch, T + 1))
-    optimizer = make_optimizer(model, (s.beta1, s.beta2), s.weight_decay, s.lora_plus_ratio)
-    still = Schedule(1e-4, 1e-4, 0, 1)
-    return Stepper(model, optimizer, still, lambda step: Batch(tokens[:, :-1], tokens[:, 1:]), machine, seed=s.seed)
+    return repeatable(model, torch.randint(VOCABULARY, (batch, T + 1)), machine, s.lora_plus_ratio)
 
 
 def measure(settings: Settings, machine: Machine, width: int, batch: int, ranks: Iterable[int]) -> list[dict[str, Any]]:

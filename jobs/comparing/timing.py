@@ -7,10 +7,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor, nn
 
+from lora.optim import after_steps, extra_losses, make_optimizer
 from runtime.device import Machine
+from runtime.training.batch import Batch
+from runtime.training.steps import Schedule, Stepper
 
 RESAMPLES, MOST = 1_000, 1_000  # of the bootstrap; and of the pairs, beyond which every k-th is enough
+
+
+def repeatable(model: nn.Module, tokens: Tensor, machine: Machine, lora_plus_ratio: float = 1.0) -> Stepper:
+    """Training steps that can be taken again and again: on the same tokens, (B, T + 1), at a small learning rate."""
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).to(machine.device)
+    model = model.to(machine.device)
+    optimizer = make_optimizer(model, (0.9, 0.99), 0.1, lora_plus_ratio)
+    own = {"extra_losses": extra_losses(model), "after_steps": after_steps(model, 1_000)}
+    return Stepper(model, optimizer, Schedule(1e-4, 1e-4, 0, 1), lambda step: batch, machine, seed=0, **own)
 
 
 class Ratio(NamedTuple):

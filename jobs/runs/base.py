@@ -160,8 +160,9 @@ def check_shape(given: Resolved, base: Base) -> None:
     wrong = [name for name in fixed if given.explicit(name) and getattr(given.settings, name) != has[name]]
     if wrong:
         named = ", ".join(f"{name.upper()}={getattr(given.settings, name)} (it has {has[name]})" for name in wrong)
+        out = "it" if len(wrong) == 1 else "them"
         raise UsageError(
-            f"the base {base.run.name} has another shape: {named}; leave these out, or choose another BASE"
+            f"the base {base.run.name} has another shape: {named}; leave {out} out, or choose another BASE"
         )
 
 

@@ -42,12 +42,12 @@ def print_ranks(job: Job) -> None:
         print(f"      {f'{block}: ' if block else ''}{', '.join(told)}")
 
 
-def print_next(job: Job, run: Run) -> None:
+def print_next(run: Run) -> None:
     """The command to try after this run."""
-    if job.kind == "base":
-        s = job.settings  # a base on another text is not the one that a LoRA run takes by itself
-        named = [] if s.dataset == Settings().dataset else ["--base", run.name]
-        line = command_line("training.py", "--use-lora", *named, *(["--test-mode"] if s.test_mode else []))
+    if run.kind == "base":
+        s = run.metadata["settings"]  # a base on another text is not the one that a LoRA run takes by itself
+        named = [] if s["dataset"] == Settings().dataset else ["--base", run.name]
+        line = command_line("training.py", "--use-lora", *named, *(["--test-mode"] if s["test_mode"] else []))
     else:
         line = command_line("generate.py", "--run", run.name)
     print(f"➡️  Next: {line}", flush=True)

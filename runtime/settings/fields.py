@@ -112,7 +112,7 @@ class Setting:
         if self.kind is tuple and isinstance(value, list):
             value = tuple(value)
         if type(value) is not self.kind or not self._within(value):
-            raise BadValueError(f"{self.variable}={in_words(value)}: must be {self.must_be}")
+            raise BadValueError(f"{self.variable}={format_value(value)}: must be {self.must_be}")
         return value
 
     def _within(self, value: Any) -> bool:
@@ -140,11 +140,11 @@ class Setting:
         return low + (" and" if low and high else "") + high
 
 
-def in_words(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as text that fits into one line of a message."""
     if value is None:
         return "none"
-    text = ", ".join(map(in_words, value)) if isinstance(value, tuple) else str(value)
+    text = ", ".join(map(format_value, value)) if isinstance(value, tuple) else str(value)
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -171,7 +171,7 @@ def resolve(cls: type[Table], given: Mapping[str, Any]) -> Any:
     rows = settings_of(cls)
     unknown = sorted(given.keys() - {row.name for row in rows})
     if unknown:
-        raise BadValueError(f"not settings: {', '.join(map(in_words, unknown))}")
+        raise BadValueError(f"not settings: {', '.join(map(format_value, unknown))}")
     values = {row.name: row.default for row in rows}
     active = cls.active(values | dict(given))
     for label, preset in cls.presets.items():

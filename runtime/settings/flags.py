@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from runtime.errors import UsageError
-from runtime.settings.fields import Setting, Table, in_words, settings_of
+from runtime.settings.fields import Setting, Table, format_value, settings_of
 from runtime.settings.listing import PRECEDENCE, explained, groups, other_defaults
 from runtime.settings.spelling import near_miss, suggestion
 
@@ -67,7 +67,7 @@ def _default(row: Setting) -> str:
         return "[required]"
     others = other_defaults(row)
     name = row.variable if row.env else "Default"
-    return f"[{name}={in_words(row.default)}{f'; {others}' if others else ''}]"
+    return f"[{name}={format_value(row.default)}{f'; {others}' if others else ''}]"
 
 
 def read_flags(cls: type[Table], argv: Sequence[str], prog: str, description: str) -> dict[str, Any]:
@@ -114,15 +114,15 @@ def subcommand(words: Sequence[str], commands: Collection[str], description: str
     if word not in commands:
         close = difflib.get_close_matches(word, commands, n=1)
         meant = f"did you mean {close[0]}? " if close else ""
-        asked = f"there is no command {in_words(word)!r}; {meant}" if word else "which command? "
+        asked = f"there is no command {format_value(word)!r}; {meant}" if word else "which command? "
         raise UsageError(f"{asked}There are: {', '.join(commands)}; --help tells of each")
     return word
 
 
 def _unknown_flag(word: str, rows: Sequence[Setting]) -> str:
     if not word.startswith("-") and any(row.metavar for row in rows):
-        return f"{in_words(word) or repr('')} is one argument too many; --help tells what there may be"
+        return f"{format_value(word) or repr('')} is one argument too many; --help tells what there may be"
     asked = word.partition("=")[0].removeprefix("--")
     flags = {row.variable: row.flag for row in rows if not row.metavar}
     hint = suggestion(asked, flags, near_miss(asked, flags)) or "--help lists them all"
-    return f"{in_words(word) or repr('')} is not a flag; {hint}"
+    return f"{format_value(word) or repr('')} is not a flag; {hint}"

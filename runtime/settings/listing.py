@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 
 from runtime.errors import UserError
-from runtime.settings.fields import Setting, Table, in_words, settings_of
+from runtime.settings.fields import Setting, Table, format_value, settings_of
 
 BEGIN, END = "<!-- settings -->", "<!-- /settings -->"
 PRECEDENCE = "a flag wins over an environment variable, that over a line in .env, and that over the default."
@@ -23,7 +23,7 @@ def env_example(cls: type[Table]) -> str:
         lines += ["", f"# --- {group} ---"]
         for row in (row for row in rows if row.env):
             notes = textwrap.wrap(f"{explained(row)} Default: {_defaults(row)}.", 100)
-            lines += ["", *(f"# {note}" for note in notes), f"# {row.variable}={in_words(row.default)}"]
+            lines += ["", *(f"# {note}" for note in notes), f"# {row.variable}={format_value(row.default)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -73,9 +73,9 @@ def explained(row: Setting) -> str:
 def _defaults(row: Setting) -> str:
     """The default and those of presets, as in `1500 (LoRA 500, TEST_MODE 60)`."""
     others = other_defaults(row)
-    return (in_words(row.default) or "empty") + (f" ({others})" if others else "")
+    return (format_value(row.default) or "empty") + (f" ({others})" if others else "")
 
 
 def other_defaults(row: Setting) -> str:
     """The defaults of presets, as in `LoRA 500, TEST_MODE 60`."""
-    return ", ".join(f"{label} {in_words(value)}" for label, value in row.others.items())
+    return ", ".join(f"{label} {format_value(value)}" for label, value in row.others.items())

@@ -14,7 +14,7 @@ from dotenv.variables import Variable, parse_variables
 
 from runtime.console import say
 from runtime.errors import UsageError
-from runtime.settings.fields import ContradictionError, Setting, Table, in_words, resolve, settings_of
+from runtime.settings.fields import ContradictionError, Setting, Table, format_value, resolve, settings_of
 from runtime.settings.flags import read_flags
 from runtime.settings.spelling import FOREIGN, is_ours, near_miss, suggestion
 
@@ -66,7 +66,7 @@ def read_settings(
 def describe(resolved: Resolved) -> list[str]:
     """A line for each setting that was given, as in `LORA_RANK=16 (environment)`."""
     values = resolved.settings.as_dict()
-    return [f"{name}={in_words(values[name.lower()])} ({source})" for name, source in resolved.sources.items()]
+    return [f"{name}={format_value(values[name.lower()])} ({source})" for name, source in resolved.sources.items()]
 
 
 def _find(row: Setting, flags: dict, environ: Mapping[str, str], dotenv: Mapping[str, str]) -> tuple[Any, str] | None:
@@ -89,9 +89,9 @@ def _parsed(row: Setting, text: Any, source: str) -> Any:
 def _as_written(row: Setting, value: Any, source: str) -> str:
     """A setting, its value and its source, as a message names them."""
     if source.startswith("flag"):
-        return f"{row.flag} {in_words(value) or repr('')} (flag)"
+        return f"{row.flag} {format_value(value) or repr('')} (flag)"
     origin = {ENVIRONMENT: "from the environment", DOTENV: "from .env"}.get(source, source)
-    return f"{row.variable}={in_words(value)} ({origin})"
+    return f"{row.variable}={format_value(value)} ({origin})"
 
 
 # --- .env -----------------------------------------------------------------------------------------------------------
@@ -108,9 +108,9 @@ def _read_dotenv(path: Path, environ: Mapping[str, str], rows: Mapping[str, Sett
             continue
         key = binding.key
         if binding.value is None:
-            raise UsageError(f"{where}: {in_words(key)} has no value; write {in_words(key)}=value")
+            raise UsageError(f"{where}: {format_value(key)} has no value; write {format_value(key)}=value")
         if key in values:
-            raise UsageError(f"{where}: {in_words(key)} was given before; keep one of the two lines")
+            raise UsageError(f"{where}: {format_value(key)} was given before; keep one of the two lines")
         values[key] = _value(binding, {**environ, **values}, rows.get(key), where)
     return values
 
@@ -149,7 +149,7 @@ def _value(binding: Binding, known: Mapping[str, str], row: Setting | None, wher
     atoms = list(parse_variables(value))
     for atom in atoms:
         if row and isinstance(atom, Variable) and atom.default is None and atom.name not in known:
-            raise UsageError(f"{where}: ${{{in_words(atom.name)}}} is not set")
+            raise UsageError(f"{where}: ${{{format_value(atom.name)}}} is not set")
     return "".join(atom.resolve(known) for atom in atoms)
 
 
@@ -166,7 +166,7 @@ def _check_names(rows: Mapping[str, Setting], names: Iterable[str], source: str)
     for name in (name for name in names if name not in rows):
         near = near_miss(name, distinctive)
         hint = suggestion(name, shown, near)
-        line = f"{in_words(name)} (in {'the ' * (source == ENVIRONMENT)}{source}) is not a setting"
+        line = f"{format_value(name)} (in {'the ' * (source == ENVIRONMENT)}{source}) is not a setting"
         if is_ours(name, near) or (hint and source == DOTENV):
             raise UsageError(f"{line}; {hint or '--help lists them all'}")
         if hint:

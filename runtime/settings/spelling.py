@@ -37,6 +37,7 @@ ALIASES = {
     "EVAL_INTERVAL": "EVAL_STEPS EVAL_EVERY",
     "SAVE_INTERVAL": "SAVE_STEPS SAVE_EVERY",
     "KEEP_CHECKPOINTS": "SAVE_TOTAL_LIMIT",
+    "MAX_NEW_TOKENS": "MAX_TOKENS NUM_TOKENS",
     "PATIENCE": "EARLY_STOPPING_PATIENCE",
 }
 CALLED = {alias: name for name, aliases in ALIASES.items() for alias in aliases.split()}

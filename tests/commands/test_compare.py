@@ -131,6 +131,14 @@ NOISY = [0.5, 1.4, 0.7, 1.6, 0.9, 0.4, 1.5, 1.1]
 
 
 @pytest.mark.parametrize(
+    "flag", ["--lora-rank=4", "--use-lora", "--run-name=a", "--fresh", "--patience=1", "--save-interval=1"]
+)
+def test_a_flag_that_a_comparison_would_ignore_is_refused(tmp_path, data_dir, flag):
+    done = run(tmp_path, data_dir, "compare.py", flag)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: compare.py does not take {flag.split('=')[0]}: ")
+
+
+@pytest.mark.parametrize(
     ("one", "verdict"),
     [([0.8 * s for s in STEADY], True), ([1.1 * s for s in STEADY], False), (NOISY, None), (STEADY, False)],
 )

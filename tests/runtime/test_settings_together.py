@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.settings.config import Settings
-from runtime.settings.fields import ContradictionError, in_words, resolve, settings_of
+from runtime.settings.fields import ContradictionError, format_value, resolve, settings_of
 from runtime.settings.sources import Resolved
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ def check_several(texts, folder) -> str:
 def check_written(s, folder) -> None:
     """Settings come back the same from saved settings, and from lines as they stand in .env.example."""
     assert Settings.from_dict(json.loads(json.dumps(s.as_dict()))) == s
-    written = {name.upper(): in_words(value) for name, value in s.as_dict().items()}
+    written = {name.upper(): format_value(value) for name, value in s.as_dict().items()}
     if all(MODEST.fullmatch(value) and len(value) < 80 for value in written.values() if value):
         lines = [f"{name}={value}\n" for name, value in written.items()]
         came_to = outcome(Settings, Given(dotenv="".join(lines)), folder)
