@@ -121,5 +121,5 @@ def draw_sweep(cells: list[dict[str, Any]], title: str) -> Figure:
         axes.set_yticks(range(len(widths)), widths)
         axes.set_xlabel("rank")
     panels[0][0].set_ylabel("width")
-    figure.colorbar(image, ax=panels[0].tolist(), label="LoRA step / full step (?: too noisy to say)", extend="both")
+    figure.colorbar(image, ax=panels[0].tolist(), label="LoRA step / full step\n(?: too noisy to say)", extend="both")
     return figure
