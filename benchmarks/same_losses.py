@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from runtime.errors import UserError, run_command
+from runtime.settings.config import EARLIER
 from runtime.storage.content import sha256
 from runtime.training.metrics import read_metrics
 
@@ -42,6 +43,7 @@ INEXACT = {"accumulation"}  # the parts of a step may be summed in another order
 def train(checkout: Path, folder: Path, names: list[str]) -> None:
     """Train these runs in `folder` with the code of a checkout. Raises UserError where one fails."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("LORA_", "USE_LORA", "BASE"))}
+    clean |= {name.upper(): value for name, value in EARLIER.items()}  # which an earlier revision ignores
     for name in names:
         flags = f"{ALL} {RUNS[name]} --run-name {name} --checkpoints-dir runs".split()
         command = [sys.executable, str(checkout / "training.py"), *flags]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora.attach import adaptable_layers
 from lora.variants.lora import LoRA
+from runtime.training.muon import Muon, MuonSettings
 
 
 def active_variants(model: nn.Module) -> dict[type[LoRA], list[LoRA]]:
@@ -23,27 +24,38 @@ def active_variants(model: nn.Module) -> dict[type[LoRA], list[LoRA]]:
 
 
 def make_optimizer(
-    model: nn.Module, betas: tuple[float, float], weight_decay: float, lora_plus_ratio: float = 1.0
+    model: nn.Module,
+    betas: tuple[float, float],
+    weight_decay: float,
+    lora_plus_ratio: float = 1.0,
+    muon: MuonSettings | None = None,
 ) -> torch.optim.Optimizer:
-    """Return fused AdamW over everything trainable, with weight decay on matrices only, as in nanoGPT.
+    """Return fused AdamW over everything trainable, with weight decay on matrices only, as in nanoGPT; with
+    `muon`, Muon over the model's `hidden_matrices()` and AdamW over the rest.
 
     An adapter's tensors and a full model's weights get the same groups. The caller sets their learning rate before each
-    step, times the group's `lr_scale`: `lora_plus_ratio` for a variant's `lora_plus_parameters` (B), else 1. Hayou et
-    al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv 2402.12354.
+    step, times the group's `lr_scale`: `muon.lr_ratio` for Muon's, `lora_plus_ratio` for a variant's
+    `lora_plus_parameters` (B), else 1. Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models",
+    arXiv 2402.12354.
     """
-    fast = {
-        p for modules in active_variants(model).values() for module in modules for p in module.lora_plus_parameters()
+    scales = {
+        p: lora_plus_ratio
+        for modules in active_variants(model).values()
+        for module in modules
+        for p in module.lora_plus_parameters()
     }
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    hidden = dict.fromkeys(model.hidden_matrices(), muon.lr_ratio) if muon else {}
+    scales |= hidden
+    groups: dict[tuple, list[nn.Parameter]] = {}
     for p in model.parameters():
         if p.requires_grad:
-            key = (lora_plus_ratio if p in fast else 1.0, weight_decay if p.dim() >= 2 else 0.0)
-            groups.setdefault(key, []).append(p)
-    return torch.optim.AdamW(
-        [{"params": ps, "lr_scale": scale, "weight_decay": decay} for (scale, decay), ps in groups.items()],
-        betas=betas,
-        fused=True,
-    )
+            decay = weight_decay if p.dim() >= 2 else 0.0
+            groups.setdefault((scales.get(p, 1.0), decay, p in hidden), []).append(p)
+    rows = [
+        {"params": ps, "lr_scale": scale, "weight_decay": decay} | ({"muon": True} if inside else {})
+        for (scale, decay, inside), ps in groups.items()
+    ]
+    return Muon(rows, betas, muon.dtype) if muon else torch.optim.AdamW(rows, betas=betas, fused=True)
 
 
 def extra_losses(model: nn.Module) -> list[Callable[[], Tensor]]:

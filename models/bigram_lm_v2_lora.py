@@ -181,6 +181,10 @@ class BigramLanguageModelLoRA(nn.Module):
             return logits_BTV, None
         return logits_BTV, mean_cross_entropy(logits_BTV, targets)
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The matrices between the embeddings and the head that train now, an adapter's among them."""
+        return [p for p in self.blocks.parameters() if p.dim() == 2 and p.requires_grad]
+
     def generate(self, idx: Tensor, max_new_tokens: int, seed: int | None = None, **options) -> Tensor:
         """Continue token ids (B, T) by sampling: (B, T + max_new_tokens), or fewer where stop tokens ended all rows.
 

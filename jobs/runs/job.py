@@ -27,11 +27,12 @@ from models.config import ModelConfig
 from runtime.console import say
 from runtime.device import Machine, check_compiler
 from runtime.errors import UserError
-from runtime.settings.config import Settings
+from runtime.settings.config import EARLIER, Settings
 from runtime.settings.fields import settings_of
 from runtime.settings.sources import Resolved
 from runtime.storage.folders import Files
 from runtime.storage.runs import Run, identity_of
+from runtime.training.muon import MuonSettings
 from runtime.training.steps import Schedule, Stepper, evaluate
 
 IN_CONFIG = ("rank", "alpha", "dropout", "targets", "variant", "bias", "train_embeddings", "target_rank")  # of LORA_*
@@ -72,10 +73,12 @@ class Job:
     def stepper(self) -> Stepper:
         """Fresh optimisation steps over this job's data."""
         s = self.settings
+        dtype = torch.bfloat16 if self.machine.dtype == torch.bfloat16 else torch.float32
+        muon = MuonSettings(s.muon_lr_ratio, dtype) if s.optimizer == "muon" else None
         return Stepper(
             self.model,
-            make_optimizer(self.model, (s.beta1, s.beta2), s.weight_decay, s.lora_plus_ratio),
-            Schedule(s.learning_rate, s.min_lr, s.warmup_iters, s.max_iters),
+            make_optimizer(self.model, (s.beta1, s.beta2), s.weight_decay, s.lora_plus_ratio, muon),
+            Schedule(s.learning_rate, s.min_lr, s.warmup_iters, s.max_iters, s.lr_decay),
             self.data.batch,
             self.machine,
             seed=s.seed,
@@ -143,7 +146,7 @@ def identity(about: dict) -> str:
     trained, or whose settings are no longer known, keeps the identity that it was given.
     """
     try:
-        settings, base = Settings.from_dict(about["settings"]), about["base"]
+        settings, base = Settings.from_dict(EARLIER | about["settings"]), about["base"]
         spelled = {"base", "dataset", "dtype", *unread_names(settings)}
         read = {name: value for name, value in settings.identity().items() if name not in spelled}
         if settings.use_lora:  # a preset is the modules that it stands for, in any order

@@ -42,6 +42,8 @@ NO_RESULT = {"identity": False}  # changes nothing in what a run computes
 PRESETS = {
     "from a base": {
         "dataset": "folio",
+        "optimizer": "adamw",
+        "lr_decay": "cosine",
         "max_iters": 500,
         "learning_rate": 2e-3,
         "warmup_iters": 20,
@@ -64,6 +66,11 @@ PRESETS = {
     "vera": {"lora_rank": 64, "learning_rate": 16e-3},
     "adalora": {"lora_rank": 12, "learning_rate": 8e-3},
 }
+
+EARLIER = {
+    "optimizer": "adamw",
+    "lr_decay": "cosine",
+}  # what runs were trained with whose run.json is older than the setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,17 +188,32 @@ class Settings(CommonSettings):
 
     batch_size: int = setting(16, "Sequences per batch", group=TRAINING, low=1, high=10**6)
     gradient_accumulation_steps: int = setting(1, "Batches per training step", group=TRAINING, low=1, high=10**6)
-    max_iters: int = setting(2400, "Training steps", group=TRAINING, **STEPS)
+    max_iters: int = setting(1800, "Training steps", group=TRAINING, **STEPS)
+    optimizer: str = setting(
+        "muon",
+        "Optimizer: AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest",
+        group=TRAINING,
+        choices=("adamw", "muon"),
+    )
     learning_rate: float = setting(5e-3, "Peak learning rate", group=TRAINING, **ABOVE_0)
-    min_lr: float = setting(0.0, "Learning rate at the end of the cosine schedule", group=TRAINING, low=0)
+    muon_lr_ratio: float = setting(
+        4.0, "How many times AdamW's learning rate Muon's is", group=TRAINING, high=1000, **ABOVE_0
+    )
+    lr_decay: str = setting(
+        "linear",
+        "How the learning rate falls after the warm-up",
+        group=TRAINING,
+        choices=("cosine", "linear"),
+    )
+    min_lr: float = setting(0.0, "Learning rate at the end", group=TRAINING, low=0)
     warmup_iters: int = setting(
-        100,
+        30,
         "Steps of linear learning-rate warm-up; the default is at most a fifth of MAX_ITERS",
         group=TRAINING,
         low=0,
         high=10**9,
     )
-    weight_decay: float = setting(0.1, "AdamW weight decay", group=TRAINING, low=0)
+    weight_decay: float = setting(0.1, "Weight decay of matrices", group=TRAINING, low=0)
     beta1: float = setting(0.9, "AdamW beta1", group=TRAINING, **A_PROBABILITY)
     beta2: float = setting(0.99, "AdamW beta2", group=TRAINING, **A_PROBABILITY)
     grad_clip: float = setting(1.0, "Gradient-clipping norm; 0 turns clipping off", group=TRAINING, low=0)
@@ -251,6 +273,8 @@ class Settings(CommonSettings):
             unread.add("vocab_size")
         if not self.compile:
             unread.add("compile")
+        if self.optimizer != "muon":
+            unread.add("muon_lr_ratio")
         return {name: value for name, value in super().identity().items() if name not in unread}
 
 

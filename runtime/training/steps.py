@@ -32,18 +32,21 @@ class NonFiniteError(UserError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of a step, counted from 0: linear warm-up, then a cosine down to `final`, as in nanoGPT."""
+    """The learning rate of a step, counted from 0: linear warm-up, then down to `final`, by a `cosine` as in nanoGPT or
+    in a straight line (`linear`)."""
 
     peak: float
     final: float
     warmup: int
     steps: int
+    decay: str = "cosine"
 
     def __call__(self, step: int) -> float:
         if step < self.warmup:
             return self.peak * (step + 1) / (self.warmup + 1)
         done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
-        return self.final + (self.peak - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+        left = 1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return self.final + (self.peak - self.final) * left
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -12,7 +12,7 @@ from command_line import run as run_process
 import generate
 import training
 from runtime.errors import run_command
-from runtime.settings.config import Settings
+from runtime.settings.config import EARLIER, Settings
 from runtime.settings.sources import Resolved
 from tests.tiny import TINY
 
@@ -38,8 +38,8 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("generate")
     (root / "text.txt").write_text(TEXT * 30, encoding="utf-8")
     (root / "t2.txt").write_text("Of Mans First Disobedience, and the Fruit\n" * 50)
-    train(root, "base", **TINY)
-    train(root, "other", seed=7, **TINY)
+    train(root, "base", **EARLIER, **TINY)
+    train(root, "other", seed=7, **EARLIER, **TINY)
     for name, base, seed in (("folio", "base", 1), ("milton", "base", 2), ("stranger", "other", 3)):
         adapt(root, name, base, seed)
     return root

@@ -172,7 +172,18 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("resume")
     for name, text in {**TEXTS, "both": STRANGE + FAMILIAR}.items():
         (root / f"{name}.txt").write_text(text)
-    train(FAST | TINY | {"max_iters": 100, "run_name": "base", "dataset": str(root / "both.txt")} | places(root))
+    train(
+        FAST
+        | TINY
+        | {
+            "max_iters": 100,
+            "optimizer": "adamw",
+            "lr_decay": "cosine",
+            "run_name": "base",
+            "dataset": str(root / "both.txt"),
+        }
+        | places(root)
+    )
     return root
 
 

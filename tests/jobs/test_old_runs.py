@@ -19,7 +19,10 @@ LOGITS = load_file(FIXTURES / "logits.safetensors")
 IDX = torch.arange(32).view(2, 16) * 7 % 90
 SETTINGS = "--dtype fp32 --batch-size 4 --max-iters 20 --warmup-iters 2 --eval-interval 10 --save-interval 10"
 STOPPED = {
-    "stopped-base": ("base", "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --dataset text.txt"),
+    "stopped-base": (
+        "base",
+        "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --dataset text.txt --optimizer adamw --lr-decay cosine",
+    ),
     "stopped-adalora": ("adalora", "--use-lora --base base --dataset other.txt --lora-rank 4 --lora-variant adalora"),
 }
 

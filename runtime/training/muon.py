@@ -1,0 +1,90 @@
+"""Muon: momentum whose every matrix is made orthogonal before it is applied; AdamW for what is no hidden matrix.
+
+Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", https://kellerjordan.github.io/posts/muon/
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+MOMENTUM = 0.95
+STEPS, COEFFICIENTS, EPSILON = 5, (3.4445, -4.7750, 2.0315), 1e-7  # of the Newton-Schulz iteration, as in torch
+
+
+class MuonSettings(NamedTuple):
+    """lr_ratio: how many times AdamW's learning rate Muon's is; dtype: of the matmuls that make a matrix orthogonal."""
+
+    lr_ratio: float
+    dtype: torch.dtype
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, fused, but for groups with `muon=True`, whose matrices get Muon's update as `torch.optim.Muon` makes it.
+
+    Matrices of one shape, or of its transpose, are made orthogonal in one batch: at 128 wide and 4 layers an update of
+    all takes 5.8 ms, and torch's, a matrix after the other, 10.3 ms (2 cores, AVX512_BF16). Like a fused optimizer's,
+    an update is skipped on the device where `found_inf` is not 0.
+    """
+
+    def __init__(self, groups: Iterable[dict], betas: tuple[float, float], dtype: torch.dtype) -> None:
+        """dtype: of the matmuls that make a matrix orthogonal."""
+        super().__init__([{"muon": False} | group for group in groups], betas=betas, fused=True)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update all parameters that have a gradient."""
+        groups = self.param_groups
+        try:
+            self.param_groups = [group for group in groups if not group["muon"]]
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["muon"]:
+                self._update(group)
+
+    def _update(self, group: dict) -> None:
+        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                by_shape.setdefault(tuple(sorted(p.shape)), []).append(p)
+        for parameters in by_shape.values():
+            # An update that must be skipped is one with gradients of 0 and a weight of 0, whatever the gradients are.
+            found_inf = getattr(self, "found_inf", None)
+            kept = parameters[0].new_ones(()) if found_inf is None else 1 - found_inf
+            momenta = [self._momentum(p, kept) for p in parameters]
+            decay = 1 - group["lr"] * group["weight_decay"] * kept
+            for p, update in zip(parameters, orthogonal(momenta, self.dtype), strict=True):
+                length = group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1]))
+                p.mul_(decay).addcmul_(update, kept, value=-length)
+
+    def _momentum(self, p: nn.Parameter, kept: Tensor) -> Tensor:
+        """Nesterov's momentum of a parameter, after its buffer took in the gradient."""
+        state = self.state[p]
+        if not state:
+            state |= {"step": torch.zeros_like(kept), "momentum_buffer": torch.zeros_like(p)}
+        state["step"] += kept  # which AdamW keeps of every parameter, and asks for when it is loaded
+        gradient = torch.where(kept.bool(), p.grad, 0.0)
+        return gradient.lerp_(state["momentum_buffer"].lerp_(gradient, (1 - MOMENTUM) * kept), MOMENTUM)
+
+
+def orthogonal(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Each matrix with its singular values brought near 1, with matmuls in a dtype; all are (m, n) or (n, m).
+
+    Five steps of a Newton-Schulz iteration whose slope at 0 is as steep as can be: the singular values end between 0.5
+    and 1.5, which is as good as 1 here.
+    """
+    a, b, c = COEFFICIENTS
+    tall = [matrix.shape[0] > matrix.shape[1] for matrix in matrices]
+    X = torch.stack([m.T if turned else m for m, turned in zip(matrices, tall, strict=True)]).to(dtype)
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=EPSILON)
+    for _ in range(STEPS):
+        gram = X @ X.transpose(1, 2)
+        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
+    return [x.T if turned else x for x, turned in zip(X.to(matrices[0].dtype).unbind(0), tall, strict=True)]
