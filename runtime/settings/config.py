@@ -45,7 +45,7 @@ PRESETS = {
         "optimizer": "adamw",
         "lr_decay": "cosine",
         "max_iters": 500,
-        "learning_rate": 2e-3,
+        "learning_rate": 1e-3,
         "warmup_iters": 20,
         "eval_interval": 100,
         "save_interval": 100,
