@@ -26,7 +26,7 @@ from runtime import report
 from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import run_command
-from runtime.settings.config import SHAPE, Settings, from_command_line
+from runtime.settings.config import EARLIER, SHAPE, Settings, from_command_line
 from runtime.settings.fields import format_value, settings_of
 from runtime.settings.sources import Resolved, describe
 from runtime.start import command_line
@@ -94,11 +94,10 @@ def say_why_another(run: Run, plain_name: str) -> None:
     other = open_run(run.folder.with_name(plain_name))
     if other is None or other.folder == run.folder:
         return
-    theirs, mine = other.metadata["settings"], run.metadata["settings"]
-    rows = [row for row in settings_of(Settings) if row.identity and theirs.get(row.name) != mine[row.name]]
-    differing = (
-        ", ".join(f"{row.variable}={format_value(theirs.get(row.name))}" for row in rows) or "another text or base"
-    )
+    theirs, mine = EARLIER | other.metadata["settings"], run.metadata["settings"]
+    rows = [row for row in settings_of(Settings) if row.identity and row.name in theirs]
+    rows = [row for row in rows if theirs[row.name] != mine[row.name]]
+    differing = ", ".join(f"{row.variable}={format_value(theirs[row.name])}" for row in rows) or "another text or base"
     say(f"{plain_name} was trained with {differing}, so this is another run, {run.name}, which begins anew")
     if other.kind != "lora" and other.finished and any(row.name == "max_iters" for row in rows):
         again = command_line("training.py", "--base", plain_name, "--dataset", mine["dataset"])

@@ -67,10 +67,8 @@ PRESETS = {
     "adalora": {"lora_rank": 12, "learning_rate": 8e-3},
 }
 
-EARLIER = {
-    "optimizer": "adamw",
-    "lr_decay": "cosine",
-}  # what runs were trained with whose run.json is older than the setting
+# What runs were trained with whose run.json is older than the setting.
+EARLIER = {"optimizer": "adamw", "lr_decay": "cosine"}
 
 
 @dataclass(frozen=True, kw_only=True)

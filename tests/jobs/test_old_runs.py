@@ -53,3 +53,14 @@ def test_a_stopped_run_goes_on_to_the_weights_of_one_that_was_not_stopped(name, 
     found, expected = (load_file(tmp_path / "runs" / one / product) for one in (name, whole))
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[key], expected[key], rtol=1e-3, atol=1e-4) for key in expected)
+
+
+def test_a_setting_that_an_old_run_does_not_record_is_told_as_what_it_was(tmp_path, data_dir):
+    shutil.copytree(RUNS / "base", tmp_path / "runs" / "base-text")
+    shutil.copy(FIXTURES / "text.txt", tmp_path)
+    where = ["--checkpoints-dir", "runs", "--data-dir", "cache", "--dataset", "text.txt"]
+    shape = STOPPED["stopped-base"][1].partition(" --dataset")[0]
+    done = run_command(tmp_path, data_dir, "training.py", *SETTINGS.split(), *shape.split(), *where)
+    assert done.returncode == 0, done.stderr
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("base-text was trained with ")]
+    assert "OPTIMIZER=adamw, LR_DECAY=cosine, so this is another run" in told and "MUON_LR_RATIO" not in told
