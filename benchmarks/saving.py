@@ -8,8 +8,8 @@ and a manifest too, renames, and removes the save before the last two.
 The share is reckoned, as a default run takes minutes: a training run with default settings and a save and an
 evaluation every 10 of its 60 steps tells, in medians, how long a step, a save, an evaluation and keeping the best
 weights take here. A default run's steps take that long MAX_ITERS times, all else as often as its intervals say, with
-the best weights kept at every evaluation, which is the most there can be. Its start and its end, where nothing is saved,
-are left out of the whole.
+the best weights kept at every evaluation, which is the most there can be. Its start and its end, where nothing is
+saved, are left out of the whole.
 """
 
 from __future__ import annotations
