@@ -90,13 +90,14 @@ def peft_on_ours(size: tuple[int, ...]) -> nn.Module:
     """PEFT's LoRA put on our own model in place of ours."""
     import peft
 
+    model = ours(size)
     config = peft.LoraConfig(
         r=8,
         lora_alpha=16,
-        target_modules=list(BigramLanguageModelLoRA.lora_presets["all"]),
-        modules_to_save=list(BigramLanguageModelLoRA.lora_embeddings),
+        target_modules=list(model.lora_presets["all"]),
+        modules_to_save=list(model.lora_embeddings),
     )
-    return peft.get_peft_model(ours(size), config)
+    return peft.get_peft_model(model, config)
 
 
 def loralib_on_ours(size: tuple[int, ...]) -> nn.Module:

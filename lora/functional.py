@@ -2,12 +2,15 @@
 
 `linear(x) + scale * dropout(x) @ A.T @ B.T`, written plainly, makes a step of a small model slower than training all of
 it: every linear passes over its output twice more, autograd keeps the (tokens, out) low-rank product, and narrow
-matrices are multiplied in the slow orientation. A step without dropout therefore computes with the effective weight,
-which costs a few percent of one matmul. How its gradient reaches A and B is left to `low_rank_gradients_pay`.
+matrices are multiplied in the slow orientation. There are two fast forms. `EffectiveLinear` computes with the effective
+weight, which costs a few percent of one matmul; how its gradient reaches A and B is left to `low_rank_gradients_pay`.
+`AddedLinear` adds the two products before either is rounded; it serves where there is no single weight that equals the
+formula (dropout), and where that weight, rounded, would lose small changes (`needs_adding`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,14 +39,25 @@ def dropout_mask(like: Tensor, p: float) -> tuple[Tensor, float]:
     return bits[:count].view(like.shape) >= dropped - 2**15, 2**16 / (2**16 - dropped)
 
 
+def dropped(x: Tensor, p: float) -> tuple[Tensor, Tensor | None, float]:
+    """Return dropout(x), the mask of what is kept and its scale; for p = 0, x itself, None and 1."""
+    if not p:
+        return x, None, 1.0
+    if x.device.type != "cpu":
+        y, mask = torch.native_dropout(x, p, True)
+        return y, mask, 1 / (1 - p)
+    mask, scale = dropout_mask(x, p)
+    return x * mask * scale, mask, scale
+
+
 def dropout(x: Tensor, p: float) -> Tensor:
     """Apply dropout as `F.dropout` does in training; for p = 0, return x itself."""
-    if not p:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, p)
-    mask, scale = dropout_mask(x, p)
-    return x * mask * scale
+    return dropped(x, p)[0]
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Return x in fp32 where it is in less, else x itself."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def row_norms(V: Tensor) -> Tensor:
@@ -72,11 +86,12 @@ class LowRankLinear(NamedTuple):
         return (self.magnitude / row_norms(V).to(self.magnitude.dtype))[:, None]
 
     def updated_weight(self) -> Tensor:
-        """Return V (out, in), in W's dtype; differentiable."""
-        return torch.addmm(self.W, self.B.to(self.W.dtype), self.A.to(self.W.dtype), alpha=self.scale)
+        """Return V (out, in), in W's dtype or fp32, whichever is more precise; differentiable."""
+        W = at_least_fp32(self.W)
+        return torch.addmm(W, self.B.to(W.dtype), self.A.to(W.dtype), alpha=self.scale)
 
     def effective_weight(self) -> Tensor:
-        """Return V with the magnitude applied, in W's dtype; differentiable."""
+        """Return V with the magnitude applied; differentiable."""
         V = self.updated_weight()
         row_scale = self.row_scale(V)
         return V if row_scale is None else V * row_scale.to(V.dtype)
@@ -157,31 +172,100 @@ def low_rank_gradients_pay(tokens: int, parts: Sequence[LowRankLinear]) -> bool:
     return tokens * (size - matmuls * max(16, rank) * around) > MIN_SAVED
 
 
-def lora_linear(x: Tensor, *parts: LowRankLinear) -> Tensor:
+def needs_adding(W: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether small changes of W would be lost in an effective weight, for matmuls in this dtype.
+
+    A weight with digits below the dtype's rounds either way, and the mean is right. One that is stored as coarsely
+    rounds back to itself: in bf16, 6 % of a change of 1e-4 of the weight arrives, and 53 % of one of 1e-3.
+    """
+    return W.dtype.itemsize < 4 and dtype.itemsize < 4
+
+
+def added_product(x: Tensor, low: Tensor, W: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W^T + low B^T + bias (tokens, out), all in one dtype, where the two products are summed before rounding.
+
+    The low-rank product is what the matmul with W accumulates on. The other way round, the rounded x W^T would take up
+    as little of a small low-rank product as a rounded weight does of a small change.
+    """
+    y = F.linear(low, B).addmm_(x, W.t())
+    return y if bias is None else y.add_(bias)
+
+
+class AddedLinear(torch.autograd.Function):
+    """Compute several linears with low-rank updates of one x (tokens, in), each output (tokens, out) in x's dtype.
+
+    Called with x, the dropout probability on the updates' input, and W, bias, A, B and scale of each linear in turn.
+    They share one dropout mask. The matmuls with the As are one, and nothing of W's size is made or kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x, p, *flat):
+        Ws, biases, As, Bs, scales = (flat[i::5] for i in range(5))
+        x_low, mask, keep_scale = dropped(x, p)
+        A_c = torch.cat([A.to(x.dtype) for A in As])
+        Bs_c = [(B * scale).to(x.dtype) for B, scale in zip(Bs, scales, strict=True)]
+        Ws_c = [W.to(x.dtype) for W in Ws]
+        low = x_low @ A_c.t()  # (tokens, rank): this way round it reads rows
+        lows = low.split([len(A) for A in As], 1)
+        ys = tuple(map(added_product, [x] * len(Ws), lows, Ws_c, Bs_c, biases))
+        trained = [x] if mask is not None and any(ctx.needs_input_grad[2::5]) else []
+        ctx.save_for_backward(x_low, low, A_c, mask, *Ws_c, *Bs_c, *trained)
+        ctx.keep_scale, ctx.ranks, ctx.scales = keep_scale, [len(A) for A in As], scales
+        ctx.dtypes = [(W.dtype, A.dtype) for W, A in zip(Ws, As, strict=True)]
+        return ys
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gs):
+        x_low, low, A_c, mask, *rest = ctx.saved_tensors
+        n, needs = len(gs), ctx.needs_input_grad
+        Ws_c, Bs_c, x = rest[:n], rest[n : 2 * n], rest[2 * n] if len(rest) > 2 * n else x_low
+        low_gs = torch.cat([g @ B_c for g, B_c in zip(gs, Bs_c, strict=True)], 1)  # (tokens, rank)
+        dx = None
+        if needs[0]:
+            dx = low_gs @ A_c
+            if mask is not None:
+                dx = dx.mul_(mask).mul_(ctx.keep_scale)
+            for g, W_c in zip(gs, Ws_c, strict=True):
+                dx.addmm_(g, W_c)
+        dAs = (low_gs.t() @ x_low).split(ctx.ranks) if any(needs[4::5]) else [None] * n
+        found = []
+        for i, (g, dA, low_i, scale) in enumerate(zip(gs, dAs, low.split(ctx.ranks, 1), ctx.scales, strict=True)):
+            need_W, need_bias, need_A, need_B, _ = needs[2 + 5 * i : 7 + 5 * i]
+            W_dtype, dtype = ctx.dtypes[i]
+            found += [(g.t() @ x).to(W_dtype) if need_W else None, g.sum(0) if need_bias else None]
+            found += [dA.to(dtype) if need_A else None]
+            found += [(low_i.t() @ g).t().to(dtype) * scale if need_B else None, None]
+        return dx, None, *found
+
+
+def _added(x: Tensor, parts: Sequence[LowRankLinear], p: float) -> list[Tensor]:
+    """Apply LoRA linears to x (tokens, in) by `AddedLinear`; a magnitude scales the outputs afterwards."""
+    biases = [None if part.bias is None else part.bias.to(x.dtype) for part in parts]
+    early = [bias if part.magnitude is None else None for part, bias in zip(parts, biases, strict=True)]
+    flat = [[part.W, bias, part.A, part.B, part.scale] for part, bias in zip(parts, early, strict=True)]
+    ys = list(AddedLinear.apply(x, p, *itertools.chain(*flat)))
+    for i, (part, bias) in enumerate(zip(parts, biases, strict=True)):
+        if part.magnitude is not None:
+            ys[i] = ys[i] * part.row_scale(part.updated_weight())[:, 0].to(x.dtype)
+            ys[i] = ys[i] if bias is None else ys[i] + bias
+    return ys
+
+
+def lora_linear(x: Tensor, parts: Sequence[LowRankLinear], p: float = 0.0) -> list[Tensor]:
     """Apply LoRA linears to one input. Differentiable in all but `scale`; a frozen W costs no gradient.
 
-    x: (..., in), in the compute dtype. Returns (..., sum of out) in x's dtype: the outputs, concatenated.
+    x: (..., in), in the compute dtype. p: dropout probability on the updates' input. Returns the output (..., out) of
+    each, in x's dtype.
     """
     with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here already
-        if low_rank_gradients_pay(x.numel() // x.shape[-1], parts):
+        tokens = x.reshape(-1, x.shape[-1])
+        if p or any(needs_adding(part.W, x.dtype) for part in parts):
+            return [y.view(*x.shape[:-1], -1) for y in _added(tokens, parts, p)]
+        if low_rank_gradients_pay(len(tokens), parts):
             whole = fuse(parts)
-            whole = whole._replace(bias=None if whole.bias is None else whole.bias.to(x.dtype))
-            y = EffectiveLinear.apply(x.reshape(-1, x.shape[-1]), *whole)
-            return y.view(*x.shape[:-1], len(whole.W))
-        bias, weights = cat_or_none([part.bias for part in parts]), [part.effective_weight() for part in parts]
-        return F.linear(x, cat_or_none(weights).to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def lora_linear_unfused(x: Tensor, part: LowRankLinear, p: float = 0.0) -> Tensor:
-    """Compute the papers' formula term by term, as dropout requires: x W^T + scale dropout(x) A^T B^T, each output
-    scaled where there is a magnitude, + bias. `p` is the dropout probability on the adapter's input."""
-    W, bias, A, B, scale, magnitude = part
-    with torch.autocast(x.device.type, enabled=False):
-        low = F.linear(dropout(x, p), A.to(x.dtype)).reshape(-1, len(A))
-        bias = None if bias is None else bias.to(x.dtype)
-        y = F.linear(x, W.to(x.dtype), bias if magnitude is None else None)
-        y = torch.addmm(y.view(-1, len(W)), low, (scale * B).to(x.dtype).t()).view(y.shape)
-        if magnitude is None:
-            return y
-        y = y * part.row_scale(part.updated_weight())[:, 0].to(x.dtype)
-        return y if bias is None else y + bias
+            y = EffectiveLinear.apply(tokens, *whole._replace(bias=None if whole.bias is None else whole.bias.to(x.dtype)))
+        else:
+            bias, weights = cat_or_none([part.bias for part in parts]), [part.effective_weight() for part in parts]
+            y = F.linear(tokens, cat_or_none(weights).to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return list(y.view(*x.shape[:-1], -1).split([len(part.W) for part in parts], -1))

@@ -8,16 +8,26 @@ own tensors never change through them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora.functional import cat_or_none, compute_dtype, lora_linear
+from lora.functional import (
+    LowRankLinear,
+    added_product,
+    at_least_fp32,
+    cat_or_none,
+    compute_dtype,
+    lora_linear,
+    needs_adding,
+)
 from lora.variants.lora import AdapterModule, LoRA
 from runtime.errors import UsageError
 
 MERGED, CACHED = "merged", "cached_weights"  # the context managers that lock a layer
+SMALL = 2**20  # values of weights up to which concatenating them for one matmul pays
 
 
 def weighted_sum(base: Tensor, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
@@ -97,8 +107,12 @@ class LoRALinear(Adaptable, nn.Linear):
         return next(iter(found)) if list(found.values()) == [1] else None
 
     def effective_weight(self) -> Tensor:
-        """Return the weight with the active adapters applied, in its own dtype."""
+        """Return the weight with the active adapters applied, in its own dtype or fp32, whichever is more precise;
+        without any, the weight itself."""
         W = self.dense_weight()
+        if not self.variants():
+            return W
+        W = at_least_fp32(W)
         with torch.autocast(W.device.type, enabled=False):  # below W's precision, small changes vanish
             return weighted_sum(W, [(module.effective_weight(W), s) for module, s in self.variants().items()])
 
@@ -117,17 +131,31 @@ class LoRALinear(Adaptable, nn.Linear):
     def base_tensors(self) -> dict[str, Tensor]:
         return super().base_tensors() | {"weight": self.dense_weight()}
 
+    def low_rank_sum(self) -> LowRankLinear | None:
+        """Return the weight and what all active adapters add to it; None where an adapter adds more than a low rank."""
+        variants = self.variants()
+        if any(variant.full_rank for variant in variants):
+            return None
+        parts = [(v.low_rank_linear(self.dense_weight(), None), s) for v, s in variants.items()]
+        A, B = torch.cat([part.A for part, _ in parts]), torch.cat([part.B * part.scale * s for part, s in parts], 1)
+        return LowRankLinear(self.dense_weight(), self.effective("bias"), A, B, 1.0)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out), in the compute dtype. Only a sole adapter at strength 1 applies dropout."""
         dtype = compute_dtype(x)
         if self.cache is not None and not torch.is_grad_enabled():
-            return F.linear(x.to(dtype), *_cached_tensors((self,), dtype))
-        if not self.active:
-            return F.linear(x, self.dense_weight(dtype), self.bias)
-        bias = self.effective("bias")
+            return _cached_product((self,), x.to(dtype))[0]
+        if not self.variants():
+            return F.linear(x, self.dense_weight(dtype), self.effective("bias"))
         if variant := self.sole_variant():
-            return variant(x.to(dtype), self.dense_weight(), bias)
-        return F.linear(x, self.effective_weight().to(dtype) if self.variants() else self.dense_weight(dtype), bias)
+            return variant(x.to(dtype), self.dense_weight(), self.effective("bias"))
+        if not needs_adding(self.dense_weight(), dtype):
+            return F.linear(x, self.effective_weight().to(dtype), self.effective("bias"))
+        if part := self.low_rank_sum():
+            return lora_linear(x.to(dtype), [part])[0]
+        with torch.autocast(x.device.type, enabled=False):  # slow, but nothing is lost
+            bias = self.effective("bias")
+            return F.linear(x.float(), self.effective_weight(), None if bias is None else bias.float()).to(dtype)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -136,37 +164,74 @@ def _is_plain(layer: nn.Module) -> bool:
     return type(layer) is LoRALinear and not any(hooks) and "forward" not in vars(layer)
 
 
-def _cached_tensors(layers: tuple[LoRALinear, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return the effective weights and biases of the layers, concatenated, from the first layer's cache."""
-    cache, key = layers[0].cache, (layers, tuple(layers[0].active.items()), dtype)
+class _Cached(NamedTuple):
+    """What `_cached_product` needs: a weight in the compute dtype, or one with a low-rank update to be added."""
+
+    W: Tensor
+    bias: Tensor | None
+    A: Tensor | None = None
+    B: Tensor | None = None
+
+
+def _cached_tensors(layer: LoRALinear, dtype: torch.dtype) -> _Cached:
+    """Return a layer's effective weight and bias in a dtype, or what they are made of where rounding would lose it."""
+    bias = layer.effective("bias")
+    bias = None if bias is None else bias.to(dtype)
+    W = layer.dense_weight()
+    if not layer.variants() or not needs_adding(W, dtype):
+        return _Cached(layer.effective_weight().to(dtype), bias)
+    if part := layer.low_rank_sum():
+        return _Cached(layer.dense_weight(dtype), bias, part.A.to(dtype), part.B.to(dtype))
+    return _Cached(layer.effective_weight(), None if bias is None else bias.float())
+
+
+def _cached_product(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
+    """Apply linears to one input (..., in) in the compute dtype, by what the first layer's cache holds of them.
+
+    Small weights are concatenated, so that one matmul serves them; a copy of large ones would take more memory than it
+    saves time.
+    """
+    cache, key = layers[0].cache, (layers, tuple(layers[0].active.items()), x.dtype)
     if key not in cache:
-        tensors = [layer.effective_tensors() for layer in layers]
-        weights, biases = ([t[name].to(dtype) for t in tensors if name in t] for name in ("weight", "bias"))
-        cache[key] = weights[0] if len(layers) == 1 else torch.cat(weights), torch.cat(biases) if biases else None
-    return cache[key]
+        found = [_cached_tensors(layer, x.dtype) for layer in layers]
+        small = sum(each.W.numel() for each in found) <= SMALL
+        if len(found) > 1 and small and all(each.A is None and each.W.dtype == x.dtype for each in found):
+            found = [_Cached(torch.cat([each.W for each in found]), cat_or_none([each.bias for each in found]))]
+        cache[key] = found
+    with torch.autocast(x.device.type, enabled=False):
+        ys = [_product(x, *each) for each in cache[key]]
+    return ys if len(ys) == len(layers) else list(ys[0].split([layer.out_features for layer in layers], -1))
 
 
-def fused_projection(layers: tuple[LoRALinear, ...], x: Tensor) -> Tensor:
-    """Apply linears of equal width to one input, as q, k and v: (..., in) -> (..., number of layers, out).
+def _product(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None) -> Tensor:
+    if A is not None:
+        tokens = x.reshape(-1, x.shape[-1])
+        return added_product(tokens, tokens @ A.t(), W, B, bias).view(*x.shape[:-1], -1)
+    return F.linear(x.to(W.dtype), W, bias).to(x.dtype)
+
+
+def fused_projection(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
+    """Apply linears to one input (..., in), as q, k and v: their outputs (..., out) each.
 
     One matmul computes all of them if they are plain `LoRALinear`s that take the same path. Otherwise each is called,
     so that no wrapper, hook or variant is bypassed.
     """
     dtype = compute_dtype(x)
-    if all(map(_is_plain, layers)):
+    if len(layers) > 1 and all(map(_is_plain, layers)):
         if layers[0].cache is not None and not torch.is_grad_enabled():
-            return F.linear(x.to(dtype), *_cached_tensors(layers, dtype)).unflatten(-1, (len(layers), -1))
+            return _cached_product(layers, x.to(dtype))
         biases = [layer.effective("bias") for layer in layers]
         if not any(layer.variants() for layer in layers):
+            if sum(layer.weight.numel() for layer in layers) > SMALL:
+                return [F.linear(x, layer.dense_weight(dtype), bias) for layer, bias in zip(layers, biases, strict=True)]
             weight = torch.cat([layer.dense_weight(dtype) for layer in layers])
-            return F.linear(x, weight, cat_or_none(biases)).unflatten(-1, (len(layers), -1))
+            return list(F.linear(x, weight, cat_or_none(biases)).split([layer.out_features for layer in layers], -1))
         variants = [layer.sole_variant() for layer in layers]
-        alike = len({type(v) for v in variants}) == 1 and None not in variants
-        if alike and torch.is_grad_enabled() and not any(v.dropout for v in variants):
+        if len({type(v) for v in variants}) == 1 and None not in variants and torch.is_grad_enabled():
             weights = [layer.dense_weight() for layer in layers]
             parts = [v.low_rank_linear(W, bias) for v, W, bias in zip(variants, weights, biases, strict=True)]
-            return lora_linear(x.to(dtype), *parts).unflatten(-1, (len(layers), -1))
-    return torch.stack([layer(x) for layer in layers], -2)
+            return lora_linear(x.to(dtype), parts, variants[0].dropout)
+    return [layer(x) for layer in layers]
 
 
 class LoRAEmbedding(Adaptable, nn.Embedding):
@@ -182,5 +247,7 @@ class LoRALayerNorm(Adaptable, nn.LayerNorm):
     """An `nn.LayerNorm` whose adapters may have their own trained bias (`LORA_BIAS=all`)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (..., dim); the shape stays."""
-        return F.layer_norm(x, self.normalized_shape, self.weight, self.effective("bias"), self.eps)
+        """Normalise x (..., dim) in its own dtype; the shape stays."""
+        bias = self.effective("bias")
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)

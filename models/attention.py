@@ -1,6 +1,6 @@
 """Causal attention over whole sequences, and which way to compute it where.
 
-Shapes: B batch, T positions, H heads, D head width, N = B H.
+Shapes: B batch, T positions, H heads, K heads of keys and values, D head width, N = B H.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ BLOCK = 128
 LONGEST_BY_BLOCKS = 1024
 
 
-def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, dropout: float) -> Tensor:
-    """Each position attends to itself and what is before it: (B, H, T, D), three times, to (B, H, T, D).
+def causal_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, dropout: float) -> Tensor:
+    """Each position attends to itself and what is before it: (B, H, T, D).
 
-    `dropout` is the probability on the attention weights.
+    H / K heads after one another share their keys and values. `dropout` is the probability on the attention weights.
     """
+    shared = q_BHTD.shape[1] // k_BKTD.shape[1]
+    k_BHTD, v_BHTD = (t if shared == 1 else t.repeat_interleave(shared, 1) for t in (k_BKTD, v_BKTD))
     if q_BHTD.device.type != "cpu" or q_BHTD.shape[2] > LONGEST_BY_BLOCKS:
         return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True)
     q, k, v = (t.flatten(0, 1).contiguous() for t in (q_BHTD, k_BHTD, v_BHTD))

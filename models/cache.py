@@ -12,38 +12,56 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+GROWTH = 256  # positions that a cache has room for at first, and by which it grows at least
+
+
 class LayerCache:
-    """Keys and values of one layer, (2, B, H, block_size, D); of each row the first `lengths` positions are filled.
+    """Keys and values of one layer, (2, B, K, room, D); of each row the first `lengths` positions are filled.
 
     On the CPU they are kept in fp32: with one query a row, torch's kernel takes 2 to 4 times as long in bf16.
     """
 
-    kv_2BHSD: Tensor | None = None
+    kv_2BKSD: Tensor | None = None
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
 
-    def store(self, kv_2BHTD: Tensor) -> bool:
+    def _make_room(self, kv_2BKTD: Tensor) -> None:
+        """Room for the width of the pass under way, at least half as much again as there was."""
+        _, B, K, _, D = kv_2BKTD.shape
+        there, before = self.kv_2BKSD, 0 if self.kv_2BKSD is None else self.kv_2BKSD.shape[3]
+        if before >= self.cache.width:
+            return
+        room = min(self.cache.block_size, max(self.cache.width, before + before // 2, GROWTH))
+        dtype = torch.float32 if kv_2BKTD.device.type == "cpu" else kv_2BKTD.dtype
+        self.kv_2BKSD = kv_2BKTD.new_zeros(2, B, K, room, D, dtype=dtype)
+        if there is not None:
+            self.kv_2BKSD[:, :, :, :before] = there
+
+    def store(self, k_BKTD: Tensor, v_BKTD: Tensor) -> bool:
         """Keep new keys and values; True where they are whole windows, which attend to nothing else."""
-        _, B, H, T, D = kv_2BHTD.shape
-        if self.kv_2BHSD is None:
-            dtype = torch.float32 if kv_2BHTD.device.type == "cpu" else kv_2BHTD.dtype
-            self.kv_2BHSD = kv_2BHTD.new_zeros(2, B, H, self.cache.block_size, D, dtype=dtype)
+        kv_2BKTD = torch.stack((k_BKTD, v_BKTD))
+        self._make_room(kv_2BKTD)
+        B, T = kv_2BKTD.shape[1], kv_2BKTD.shape[3]
         if self.cache.whole:
-            self.kv_2BHSD[:, :, :, :T] = kv_2BHTD
+            self.kv_2BKSD[:, :, :, :T] = kv_2BKTD
         elif self.cache.position is not None:
-            self.kv_2BHSD[:, :, :, self.cache.position] = kv_2BHTD[:, :, :, 0]
+            self.kv_2BKSD[:, :, :, self.cache.position] = kv_2BKTD[:, :, :, 0]
         else:
-            rows, at = torch.arange(B, device=kv_2BHTD.device), self.cache.positions_B1[:, 0]
-            self.kv_2BHSD[:, rows, :, at] = kv_2BHTD[:, :, :, 0].transpose(0, 1).to(self.kv_2BHSD.dtype)
+            rows, at = torch.arange(B, device=kv_2BKTD.device), self.cache.positions_B1[:, 0]
+            self.kv_2BKSD[:, rows, :, at] = kv_2BKTD[:, :, :, 0].transpose(0, 1).to(self.kv_2BKSD.dtype)
         return self.cache.whole
 
     def attend(self, q_BH1D: Tensor) -> Tensor:
-        """One new query a row, over all that the row holds, its own position included: (B, H, 1, D)."""
-        k, v = self.kv_2BHSD[:, :, :, : self.cache.width]
+        """One new query a row, over all that the row holds, its own position included: (B, H, 1, D).
+
+        Heads that share keys and values are taken as so many queries of one head.
+        """
+        k, v = self.kv_2BKSD[:, :, :, : self.cache.width]
+        q = q_BH1D.reshape(*k.shape[:2], -1, k.shape[-1]).to(k.dtype)
         with self.cache.no_casts:  # autocast would cast all keys and values anew for every token
-            y = F.scaled_dot_product_attention(q_BH1D.to(k.dtype), k, v, attn_mask=self.cache.seen_B11S)
-        return y.to(q_BH1D.dtype)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.cache.seen_B11S)
+        return y.reshape(q_BH1D.shape).to(q_BH1D.dtype)
 
 
 class KVCache:
@@ -67,7 +85,7 @@ class KVCache:
     @property
     def is_empty(self) -> bool:
         """Whether nothing has been read yet."""
-        return self.layers[0].kv_2BHSD is None
+        return self.layers[0].kv_2BKSD is None
 
     @property
     def width(self) -> int:
@@ -98,7 +116,7 @@ class KVCache:
     def replace(self, rows: list[int], other: KVCache) -> None:
         """Take the rows of another cache in place of these."""
         for layer, others in zip(self.layers, other.layers, strict=True):
-            layer.kv_2BHSD[:, rows] = others.kv_2BHSD
+            layer.kv_2BKSD[:, rows, :, : others.kv_2BKSD.shape[3]] = others.kv_2BKSD
         for row, length in zip(rows, other.lengths, strict=True):
             self.lengths[row] = length
 

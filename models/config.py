@@ -10,6 +10,10 @@ from runtime.errors import UserError
 
 CHOICES = {"norm": ("layer", "rms"), "positions": ("learned", "rotary"), "mlp": ("gelu", "gelu_tanh", "gated_silu")}
 OLD_NAMES = {"block_size": "max_positions"}  # in files of earlier versions
+ROPE_SCALINGS = {  # the numbers that each kind of `rope_scaling` has beside its `rope_type`
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,11 @@ class ModelConfig:
     n_kv_head: heads of keys and values, None for n_head. head_dim: width of a head, None for n_embd / n_head.
     n_inner: width inside the MLP, None for 4 n_embd. max_positions: the longest context. norm: `layer` or `rms`, with
     norm_eps.
-    positions: `learned` or `rotary`, with rope_theta and rope_scaling (Hugging Face's mapping). mlp: `gelu` (exact),
-    `gelu_tanh` or `gated_silu`. bias: whether linears and norms have biases; qkv_bias, output_bias (of attention),
-    mlp_bias and norm_bias, None as `bias` says. qk_norm: RMS norm of each head's queries and keys. tied_head: whether
-    the head's weight is the token embedding.
+    positions: `learned` or `rotary`, with rope_theta and rope_scaling (`rope_type` and its numbers, as Hugging Face's
+    config.json has them; None for none). mlp: `gelu` (exact), `gelu_tanh` or `gated_silu`. bias: whether linears and
+    norms have biases; qkv_bias, output_bias (of attention), mlp_bias, norm_bias and head_bias, None as `bias` says.
+    fused_qkv: queries, keys and values are one linear. qk_norm: RMS norm of each head's queries and keys. tied_head:
+    whether the head's weight is the token embedding.
 
     Raises ValueError for a value that makes no sense, by name.
     """
@@ -46,6 +51,8 @@ class ModelConfig:
     output_bias: bool | None = None
     mlp_bias: bool | None = None
     norm_bias: bool | None = None
+    head_bias: bool | None = None
+    fused_qkv: bool = False
     qk_norm: bool = False
     tied_head: bool = False
 
@@ -63,14 +70,44 @@ class ModelConfig:
             if getattr(self, name) % divisor:
                 of = "n_head" if name == "n_embd" else "n_kv_head"
                 raise ValueError(f"{name}={getattr(self, name)} is not a multiple of {of}={divisor}")
+        if self.positions == "rotary" and self.head_width % 2:
+            raise ValueError(f"head_dim={self.head_width}: rotary positions need an even number")
+        if self.tied_head and self.has_bias("head"):
+            raise ValueError("tied_head: a tied head has no bias, so head_bias must be False")
+        self._check_rope_scaling()
 
-    def check_implemented(self) -> None:
-        """Raises UserError that names the first part which the transformer does not have yet."""
-        plain = ModelConfig(self.vocab_size, self.n_embd, self.n_layer, self.n_head, max_positions=self.max_positions)
-        for field in fields(self):
-            value, only = getattr(self, field.name), getattr(plain, field.name)
-            if value != only and field.name != "bias":
-                raise UserError(f"{field.name}={value!r} is not implemented yet; only {only!r} is")
+    def _check_rope_scaling(self) -> None:
+        if self.rope_scaling is None:
+            return
+        kind = self.rope_scaling.get("rope_type")
+        if kind not in ROPE_SCALINGS:
+            raise ValueError(f"rope_scaling: rope_type={kind!r} must be one of {', '.join(ROPE_SCALINGS)}")
+        numbers = {name: value for name, value in self.rope_scaling.items() if name != "rope_type"}
+        if numbers.keys() != set(ROPE_SCALINGS[kind]):
+            raise ValueError(f"rope_scaling={dict(self.rope_scaling)!r}: {kind} has {', '.join(ROPE_SCALINGS[kind])}")
+        for name, value in numbers.items():
+            if type(value) not in (int, float) or not 0 < value < 2**53:
+                raise ValueError(f"rope_scaling: {name}={value!r} must be a number above 0")
+
+    @property
+    def kv_heads(self) -> int:
+        """How many heads keys and values have."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        """The width of a head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def inner_width(self) -> int:
+        """The width inside the MLP."""
+        return self.n_inner or 4 * self.n_embd
+
+    def has_bias(self, part: str) -> bool:
+        """Whether a part, one of qkv, output, mlp, norm and head, has biases."""
+        own = getattr(self, f"{part}_bias")
+        return self.bias if own is None else own
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from lora.attach import Strengths, using
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.transformer import Transformer
 from models.choosing import Sampling
 from models.sampling import stream
 
@@ -23,7 +23,7 @@ def grouped(adapters: Sequence[Strengths]) -> Iterator[tuple[Strengths, list[int
 
 
 def generate_per_row(
-    model: BigramLanguageModelLoRA,
+    model: Transformer,
     prompts: Sequence[Sequence[int]],
     adapters: Sequence[Strengths],
     max_new_tokens: int,

@@ -15,7 +15,7 @@ from lora.adapter import Adapter
 from lora.combine import Combined, combine
 from lora.merge import merge
 from models import files as model_files
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.transformer import Transformer
 from runtime.errors import UserError, join_problems
 from runtime.storage import folders
 from runtime.storage.runs import Run
@@ -25,7 +25,7 @@ TOLERANCE = 1e-4  # of the largest logit: sums in another order differ by less t
 
 
 @torch.no_grad()
-def _logits(model: BigramLanguageModelLoRA, windows: list[Batch]) -> torch.Tensor:
+def _logits(model: Transformer, windows: list[Batch]) -> torch.Tensor:
     """Logits on some held-out text in fp32, (windows, T, V)."""
     return torch.cat([model.eval()(window.tokens)[0].float() for window in windows])
 

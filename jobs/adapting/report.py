@@ -12,7 +12,8 @@ from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.combine import DeltaSize, all_targets, cosines, delta_size
 from lora.variants.registry import VARIANTS
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.config import ModelConfig
+from models.transformer import lora_presets
 from runtime import report
 from runtime.errors import UserError
 from runtime.start import command_line
@@ -37,7 +38,7 @@ def _row(run: Run, tokens: str, depth: int) -> tuple[str, ...]:
         files = run.read()
         if run.kind == "lora":
             adapter = adapter_files.from_files(files, str(run.artifact))
-            kind, targets = f"{adapter.config.variant} {ranks_in_words(adapter)}", targets_in_words(adapter)
+            kind, targets = f"{adapter.config.variant} {ranks_in_words(adapter)}", targets_in_words(adapter, run)
         steps = result.get("step") or max((step for step, _ in run.saved("step")), default="")
         loss = result.get("val_loss")
         bits = result.get("bits_per_character") or (loss / math.log(2) if loss and tokens == "char" else None)
@@ -49,10 +50,10 @@ def _row(run: Run, tokens: str, depth: int) -> tuple[str, ...]:
         return (name, run.kind, *empty, str(error))
 
 
-def targets_in_words(adapter: Adapter) -> str:
+def targets_in_words(adapter: Adapter, run: Run) -> str:
     """What an adapter changes: the name of a preset where it is one."""
     names = set(adapter.target_modules())
-    presets = BigramLanguageModelLoRA.lora_presets.items()
+    presets = lora_presets(ModelConfig.from_dict(run.metadata["config"])).items()
     return next((preset for preset, members in presets if set(members) == names), adapter.config.targets)
 
 

@@ -18,7 +18,7 @@ import torch
 from jobs.comparing.timing import Ratio, ratio, repeatable, take_turns
 from jobs.runs.job import lora_config
 from lora.attach import attach
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.transformer import Transformer
 from models.config import ModelConfig
 from runtime.device import Machine
 from runtime.settings.config import Settings
@@ -36,7 +36,7 @@ def make_stepper(settings: Settings, machine: Machine, width: int, batch: int, r
     s, T = settings, settings.block_size
     torch.manual_seed(s.seed)
     config = ModelConfig(VOCABULARY, width, s.n_layer, s.n_head, max_positions=T, bias=s.bias)
-    model = BigramLanguageModelLoRA.from_config(config, s.dropout, machine.device)
+    model = Transformer(config, s.dropout, machine.device)
     if rank:
         attach(model, dataclasses.replace(lora_config(s), rank=rank))
     return repeatable(model, torch.randint(VOCABULARY, (batch, T + 1)), machine, s.lora_plus_ratio)

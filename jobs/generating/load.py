@@ -7,13 +7,13 @@ from pathlib import Path
 from data.tokenizers import Tokenizer
 from jobs.generating.choice import choose
 from lora.attach import activate
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.transformer import Transformer
 from runtime.device import existing_device
 
 
 def load(
     name: str, checkpoints_dir: str | Path = "checkpoints", device: str = "cpu"
-) -> tuple[BigramLanguageModelLoRA, Tokenizer]:
+) -> tuple[Transformer, Tokenizer]:
     """The model and the tokenizer of a base, a fine-tuned run, or an adapter, which is then active on its base.
 
     name: of a run in `checkpoints_dir`, or its folder. device: as torch names it, or auto, which takes a GPU if there

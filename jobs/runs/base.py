@@ -12,7 +12,7 @@ from data.tokenizers import Tokenizer, load_tokenizer
 from lora.adapter import Adapter
 from lora.attach import base_tensors
 from models import files as model_files
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.transformer import Transformer
 from runtime.console import say
 from runtime.errors import UsageError, UserError
 from runtime.settings.config import SHAPE, Settings
@@ -23,7 +23,7 @@ from runtime.storage.tensors import fingerprint
 TOKENIZER = "tokenizer.json"
 
 
-def load_trained(run: Run, dropout: float = 0.0) -> tuple[BigramLanguageModelLoRA, Tokenizer]:
+def load_trained(run: Run, dropout: float = 0.0) -> tuple[Transformer, Tokenizer]:
     """The model and tokenizer of a base or a fully fine-tuned run. Raises UserError where files are corrupted."""
     files = run.read()
     if TOKENIZER not in files:
@@ -36,7 +36,7 @@ class Base:
     """An opened base: its run, the model as it was read, on the CPU and without adapters, tokenizer and fingerprint."""
 
     run: Run
-    model: BigramLanguageModelLoRA
+    model: Transformer
     tokenizer: Tokenizer
     sha256: str
 

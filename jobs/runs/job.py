@@ -22,7 +22,7 @@ from lora.config import LoRAConfig
 from lora.optim import after_steps, extra_losses, make_optimizer
 from lora.variants.registry import VARIANTS
 from models import files as model_files
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.transformer import Transformer, lora_presets
 from models.config import ModelConfig
 from runtime.console import say
 from runtime.device import Machine, check_compiler
@@ -49,7 +49,7 @@ class Job:
     base: Base | None
     data: Dataset
     tokenizer: Tokenizer
-    model: BigramLanguageModelLoRA
+    model: Transformer
 
     @property
     def kind(self) -> str:
@@ -150,7 +150,7 @@ def identity(about: dict) -> str:
         spelled = {"base", "dataset", "dtype", *unread_names(settings)}
         read = {name: value for name, value in settings.identity().items() if name not in spelled}
         if settings.use_lora:  # a preset is the modules that it stands for, in any order
-            presets, targets = BigramLanguageModelLoRA.lora_presets, settings.lora_targets
+            presets, targets = lora_presets(ModelConfig.from_dict(about["config"])), settings.lora_targets
             read["lora_targets"] = sorted(presets.get(targets) or {name.strip() for name in targets.split(",")})
         data = [about["dataset"]["sha256"], about["tokenizer_sha256"], base and base["sha256"]]
         if "window" in about:  # on windows that are shorter than the base's; without a base BLOCK_SIZE is read anyway
@@ -178,7 +178,7 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
         opened = Base.of(base, settings.dropout)
         model, tokenizer = opened.model, opened.tokenizer
         # A run's A matrices are drawn after what a fresh base draws, so that a seed gives the adapters it always gave.
-        BigramLanguageModelLoRA.from_config(model.config)
+        Transformer(model.config)
         check_shape(given, opened)
         settings = replace(settings, block_size=block_size_for(given, opened))
     else:
@@ -187,7 +187,7 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
         tokenizer = build_tokenizer(settings.tokenizer, known, settings.vocab_size)
         sizes = {name: getattr(settings, name) for name in ("n_embd", "n_layer", "n_head", "bias")}
         config = ModelConfig(tokenizer.vocab_size, max_positions=settings.block_size, **sizes)
-        model = BigramLanguageModelLoRA.from_config(config, settings.dropout)
+        model = Transformer(config, settings.dropout)
     if settings.use_lora:
         attach(model, lora_config(settings))
     s, step_size = settings, settings.batch_size * settings.gradient_accumulation_steps

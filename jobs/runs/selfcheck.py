@@ -18,7 +18,7 @@ from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.attach import adaptable_layers, base_tensors, using
 from lora.variants.lora import LoRA
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.transformer import Transformer
 from runtime.errors import UserError, join_problems
 from runtime.storage import folders
 from runtime.storage.runs import Run
@@ -64,7 +64,7 @@ def check_finite(job: Job) -> None:
             raise UserError(f"{name} has values that are not finite")
 
 
-def read_back(job: Job, run: Run) -> tuple[BigramLanguageModelLoRA, folders.Files, Adapter]:
+def read_back(job: Job, run: Run) -> tuple[Transformer, folders.Files, Adapter]:
     """The base, and the files and the adapter of the run's best weights, from disk.
 
     Raises UserError where the base in memory or on disk is another than the run began with, or the adapter is gone.
@@ -121,7 +121,7 @@ def check_saved(job: Job, adapter: Adapter, state: State) -> None:
             raise UserError(f"{name} on disk is not what was trained")
 
 
-def check_losses(job: Job, fresh: BigramLanguageModelLoRA, adapter: Adapter) -> None:
+def check_losses(job: Job, fresh: Transformer, adapter: Adapter) -> None:
     """Raises UserError where a fresh base, without and with the adapter from disk, computes something else than the
     run's own model with the same values in the adapter that it trained; these stay in it."""
     few = job.data.validation(FEW)

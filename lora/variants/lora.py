@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.config import LoRAConfig
-from lora.functional import LowRankLinear, lora_linear, lora_linear_unfused
+from lora.functional import LowRankLinear, lora_linear
 from runtime.storage.tensors import fingerprint
 
 
@@ -161,8 +161,7 @@ class LoRA(AdapterModule):
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x W'^T + bias the fast way, for x (..., in) in the compute dtype and a base weight W (out, in)."""
-        part = self.low_rank_linear(W, bias)
-        return lora_linear_unfused(x, part, self.dropout) if self.dropout else lora_linear(x, part)
+        return lora_linear(x, [self.low_rank_linear(W, bias)], self.dropout)[0]
 
     def lora_plus_parameters(self) -> list[nn.Parameter]:
         """Return the tensors that LoRA+ gives a higher learning rate: those that start at zero."""

@@ -21,7 +21,7 @@ from lora.adapter import Adapter
 from lora.attach import attach
 from lora.config import LoRAConfig
 from models import files as model_files
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.transformer import Transformer
 from models.config import ModelConfig
 from runtime.errors import UserError
 from runtime.storage import folders
@@ -49,9 +49,9 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
-def model() -> BigramLanguageModelLoRA:
+def model() -> Transformer:
     torch.manual_seed(0)
-    return BigramLanguageModelLoRA.from_config(CONFIG)
+    return Transformer(CONFIG)
 
 
 def base_files() -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from tiny_steps import stepper
 
 from data.tokenizers import build_tokenizer
 from models import files as model_files
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.transformer import Transformer
 from models.config import ModelConfig
 from runtime.storage import folders
 from runtime.storage.encoding import to_sealed_json
@@ -45,7 +45,7 @@ def product(seed: int) -> dict[str, bytes]:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer("char", "to be", 0)
     config = ModelConfig(tokenizer.vocab_size, n_embd=8, max_positions=8, n_head=1, n_layer=1, bias=False)
-    return model_files.to_files(BigramLanguageModelLoRA.from_config(config)) | {"tokenizer.json": tokenizer.dumps()}
+    return model_files.to_files(Transformer(config)) | {"tokenizer.json": tokenizer.dumps()}
 
 
 @pytest.fixture(scope="module")
