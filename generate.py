@@ -21,9 +21,9 @@ from data.tokenizers import Tokenizer, listed
 from jobs.generating.choice import Choice, choose, in_words, parse_adapters
 from jobs.generating.prompts import Request, read_requests
 from lora.attach import using
-from models.choosing import Sampling
-from models.per_row import generate_per_row
-from models.sampling import stream
+from models.generation.choosing import Sampling
+from models.generation.per_row import generate_per_row
+from models.generation.sampling import stream
 from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import UsageError, UserError, run_command

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.contest import SIZES, close, parser, ratio, take_turns, tell
-from models.sampling import Sampling, generate
+from models.generation.sampling import Sampling, generate
 from runtime.device import pick_machine
 from runtime.errors import run_command
 

@@ -43,20 +43,25 @@ def find_targets(model: nn.Module, targets: str) -> list[str]:
     Raises UsageError that names every target that matches nothing, and the names to choose from.
     """
     linears = [path for path, layer in adaptable_layers(model).items() if isinstance(layer, LoRALinear)]
-    presets = getattr(model, "lora_presets", {})
+    presets, aliases = getattr(model, "lora_presets", {}), getattr(model, "lora_aliases", {})
     if targets.startswith(REGEX):
         names, pattern = (targets,), targets.removeprefix(REGEX)
         matched = {targets: [path for path in linears if re.fullmatch(pattern, path)]}
     else:
         names = target_names(targets, presets)
-        matched = {name: [path for path in linears if f".{path}".endswith(f".{name}")] for name in names}
+        ends = {name: tuple(f".{own}" for own in aliases.get(name, (name,))) for name in names}
+        matched = {name: [path for path in linears if f".{path}".endswith(ends[name])] for name in names}
     if missing := [name for name in names if not matched[name]] or ([targets] if not names else []):
         known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in linears}))
         raise UsageError(
             f"lora_targets: {', '.join(map(repr, missing))} matches no linear of this model; "
             f"use {' or '.join(filter(None, [', '.join(presets), f'names from: {known}']))}"
         )
-    return [path for path in linears if any(path in paths for paths in matched.values())]
+    found = [path for path in linears if any(path in paths for paths in matched.values())]
+    for path, why in getattr(model, "lora_refused", {}).items():
+        if path in found:
+            raise UsageError(f"lora_targets: {path!r} cannot have an adapter in this model: {why}")
+    return found
 
 
 def new_modules(model: nn.Module, config: LoRAConfig) -> dict[str, AdapterModule]:

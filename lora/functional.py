@@ -261,11 +261,13 @@ def lora_linear(x: Tensor, parts: Sequence[LowRankLinear], p: float = 0.0) -> li
     with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here already
         tokens = x.reshape(-1, x.shape[-1])
         if p or any(needs_adding(part.W, x.dtype) for part in parts):
-            return [y.view(*x.shape[:-1], -1) for y in _added(tokens, parts, p)]
+            return [y.view(*x.shape[:-1], y.shape[-1]) for y in _added(tokens, parts, p)]
         if low_rank_gradients_pay(len(tokens), parts):
             whole = fuse(parts)
-            y = EffectiveLinear.apply(tokens, *whole._replace(bias=None if whole.bias is None else whole.bias.to(x.dtype)))
+            y = EffectiveLinear.apply(
+                tokens, *whole._replace(bias=None if whole.bias is None else whole.bias.to(x.dtype))
+            )
         else:
             bias, weights = cat_or_none([part.bias for part in parts]), [part.effective_weight() for part in parts]
             y = F.linear(tokens, cat_or_none(weights).to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return list(y.view(*x.shape[:-1], -1).split([len(part.W) for part in parts], -1))
+        return list(y.view(*x.shape[:-1], y.shape[-1]).split([len(part.W) for part in parts], -1))

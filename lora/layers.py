@@ -131,6 +131,11 @@ class LoRALinear(Adaptable, nn.Linear):
     def base_tensors(self) -> dict[str, Tensor]:
         return super().base_tensors() | {"weight": self.dense_weight()}
 
+    def bias_in(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the bias with the active adapters applied, in a dtype; None without one."""
+        bias = self.effective("bias")
+        return None if bias is None else bias.to(dtype)
+
     def low_rank_sum(self) -> LowRankLinear | None:
         """Return the weight and what all active adapters add to it; None where an adapter adds more than a low rank."""
         variants = self.variants()
@@ -146,16 +151,15 @@ class LoRALinear(Adaptable, nn.Linear):
         if self.cache is not None and not torch.is_grad_enabled():
             return _cached_product((self,), x.to(dtype))[0]
         if not self.variants():
-            return F.linear(x, self.dense_weight(dtype), self.effective("bias"))
+            return F.linear(x, self.dense_weight(dtype), self.bias_in(dtype))
         if variant := self.sole_variant():
             return variant(x.to(dtype), self.dense_weight(), self.effective("bias"))
         if not needs_adding(self.dense_weight(), dtype):
-            return F.linear(x, self.effective_weight().to(dtype), self.effective("bias"))
+            return F.linear(x, self.effective_weight().to(dtype), self.bias_in(dtype))
         if part := self.low_rank_sum():
             return lora_linear(x.to(dtype), [part])[0]
         with torch.autocast(x.device.type, enabled=False):  # slow, but nothing is lost
-            bias = self.effective("bias")
-            return F.linear(x.float(), self.effective_weight(), None if bias is None else bias.float()).to(dtype)
+            return F.linear(x.float(), self.effective_weight(), self.bias_in(torch.float32)).to(dtype)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -175,14 +179,12 @@ class _Cached(NamedTuple):
 
 def _cached_tensors(layer: LoRALinear, dtype: torch.dtype) -> _Cached:
     """Return a layer's effective weight and bias in a dtype, or what they are made of where rounding would lose it."""
-    bias = layer.effective("bias")
-    bias = None if bias is None else bias.to(dtype)
-    W = layer.dense_weight()
+    W, bias = layer.dense_weight(), layer.bias_in(dtype)
     if not layer.variants() or not needs_adding(W, dtype):
         return _Cached(layer.effective_weight().to(dtype), bias)
     if part := layer.low_rank_sum():
         return _Cached(layer.dense_weight(dtype), bias, part.A.to(dtype), part.B.to(dtype))
-    return _Cached(layer.effective_weight(), None if bias is None else bias.float())
+    return _Cached(layer.effective_weight(), layer.bias_in(torch.float32))
 
 
 def _cached_product(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
@@ -206,7 +208,7 @@ def _cached_product(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
 def _product(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None) -> Tensor:
     if A is not None:
         tokens = x.reshape(-1, x.shape[-1])
-        return added_product(tokens, tokens @ A.t(), W, B, bias).view(*x.shape[:-1], -1)
+        return added_product(tokens, tokens @ A.t(), W, B, bias).view(*x.shape[:-1], len(W))
     return F.linear(x.to(W.dtype), W, bias).to(x.dtype)
 
 
@@ -220,10 +222,12 @@ def fused_projection(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
     if len(layers) > 1 and all(map(_is_plain, layers)):
         if layers[0].cache is not None and not torch.is_grad_enabled():
             return _cached_product(layers, x.to(dtype))
-        biases = [layer.effective("bias") for layer in layers]
+        biases = [layer.bias_in(dtype) for layer in layers]
         if not any(layer.variants() for layer in layers):
             if sum(layer.weight.numel() for layer in layers) > SMALL:
-                return [F.linear(x, layer.dense_weight(dtype), bias) for layer, bias in zip(layers, biases, strict=True)]
+                return [
+                    F.linear(x, layer.dense_weight(dtype), bias) for layer, bias in zip(layers, biases, strict=True)
+                ]
             weight = torch.cat([layer.dense_weight(dtype) for layer in layers])
             return list(F.linear(x, weight, cat_or_none(biases)).split([layer.out_features for layer in layers], -1))
         variants = [layer.sole_variant() for layer in layers]
@@ -248,6 +252,5 @@ class LoRALayerNorm(Adaptable, nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., dim) in its own dtype; the shape stays."""
-        bias = self.effective("bias")
-        bias = None if bias is None else bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+        weight, bias = (None if t is None else t.to(x.dtype) for t in (self.weight, self.effective("bias")))
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)

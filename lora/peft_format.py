@@ -7,12 +7,14 @@ fingerprints of base, tokenizer and data set in its metadata, and `README.md` is
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from lora.adapter import SHARED, Adapter
+from lora.adapter import COPIES, SHARED, Adapter
 from lora.attach import REGEX
 from lora.card import CARD, card
 from lora.config import LoRAConfig
@@ -34,6 +36,22 @@ UNSUPPORTED += ("arrow_config", "kasa_config", "monteclora_config")
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+class Names(Protocol):
+    """What the modules of a pretrained model are called elsewhere."""
+
+    def theirs(self, path: str) -> str:
+        """Their name of the module at our path. Raises KeyError where they have none."""
+
+    def ours(self, path: str) -> str:
+        """Our path of their module. Raises KeyError where we have none."""
+
+    def aliases(self) -> Mapping[str, tuple[str, ...]]:
+        """The last one or two parts of their names, where they are not ours, and what of ours they stand for."""
+
+    def is_transposed(self, path: str) -> bool:
+        """Whether they store the weight of the linear at our path as (in, out)."""
+
+
 def _peft_key(path: str, name: str, targeted: bool, names: Mapping[str, str]) -> str:
     """Return PEFT's name of a tensor. The bias of a targeted linear is that of the layer inside PEFT's wrapper."""
     if name in names:
@@ -41,7 +59,7 @@ def _peft_key(path: str, name: str, targeted: bool, names: Mapping[str, str]) ->
     return f"{PREFIX}{path}.base_layer.{name}" if targeted else f"{PREFIX}{path}.{name}"
 
 
-def _our_key(key: str, names: Mapping[str, str]) -> tuple[str, str]:
+def _split_key(key: str, names: Mapping[str, str]) -> tuple[str, str]:
     """Return module path and tensor name for PEFT's name of a tensor, with or without an adapter's name in it."""
     key = key.removeprefix(PREFIX)
     for name, theirs in names.items():
@@ -57,24 +75,61 @@ def whole_modules(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
     return [path for path, group in tensors.items() if "weight" in group]
 
 
+def _their_targets(adapter: Adapter, names: Names) -> list[str]:
+    """Return the names by which PEFT finds the adapted linears of a pretrained model, and no others."""
+    paths, aliases, found = adapter.targets(), names.aliases(), {}
+    adapted = {path.rpartition(".")[2] for path in paths}
+    for name in adapter.target_modules():
+        for path in (path for path in paths if f".{path}".endswith(f".{name}")):
+            theirs = names.theirs(path)
+            last = theirs.rpartition(".")[2]
+            if name == path:
+                found[theirs] = None
+            elif "." in name or not {alias.rpartition(".")[2] for alias in aliases.get(last, ())} <= adapted:
+                found[".".join(theirs.split(".")[-2:])] = None
+            else:
+                found[last] = None
+    return list(found)
+
+
+def _renamed(adapter: Adapter, names: Names) -> Adapter:
+    """Return the adapter with the names that its modules have in the pretrained model."""
+    config, paths = adapter.config, adapter.targets()
+    patterns = {
+        "rank_pattern": {names.theirs(path): r for path in paths if (r := config.rank_at(path)) != config.rank},
+        "alpha_pattern": {names.theirs(path): a for path in paths if (a := config.alpha_at(path)) != config.alpha},
+    }
+    config = replace(config, targets=",".join(_their_targets(adapter, names)), **patterns)
+    return replace(
+        adapter, config=config, tensors={names.theirs(path): group for path, group in adapter.tensors.items()}
+    )
+
+
 def to_files(
-    adapter: Adapter, notes: Mapping[str, str] | None = None, shared: nn.Module | None = None
+    adapter: Adapter,
+    notes: Mapping[str, str] | None = None,
+    shared: nn.Module | None = None,
+    names: Names | None = None,
 ) -> folders.Files:
     """Return the files of an adapter folder, by name.
 
     notes: more rows of its card. shared: from `Adapter.make_shared`, to store too, for readers that cannot make it.
+    names: of the modules of a pretrained base, for which PEFT then reads the folder.
     """
+    transposed = names is not None and any(map(names.is_transposed, adapter.targets()))
+    about = card(adapter, notes or {})
+    adapter = _renamed(adapter, names) if names else adapter
     config, variant = adapter.config, VARIANTS[adapter.config.variant]
     regex, targets = config.targets.startswith(REGEX), set(adapter.targets())
     peft_config = {
         "peft_type": variant.peft_type,
-        "task_type": None,
-        "base_model_name_or_path": adapter.metadata.get("base"),
+        "task_type": "CAUSAL_LM" if names else None,
+        "base_model_name_or_path": adapter.metadata.get("base_path", adapter.metadata.get("base")),
         **{theirs: getattr(config, ours) for ours, theirs in variant.peft_fields.items()},
         "target_modules": config.targets.removeprefix(REGEX) if regex else adapter.target_modules(),
         "bias": config.bias,
         "modules_to_save": whole_modules(adapter.tensors) or None,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,
         "inference_mode": True,
         **variant.peft_flags,
         **variant.special_fields_to_peft(config, adapter.targets()),
@@ -88,7 +143,7 @@ def to_files(
     if shared is not None:
         tensors |= {variant.peft_shared[name]: tensor for name, tensor in shared.named_buffers()}
     packed = pack(tensors, {"format": "pt"} | adapter.metadata)
-    return {CONFIG: to_json(peft_config), TENSORS: packed, CARD: card(adapter, notes or {})}
+    return {CONFIG: to_json(peft_config), TENSORS: packed, CARD: about}
 
 
 def _find_variant(peft_config: dict, where: str) -> str:
@@ -168,15 +223,31 @@ def _read_config(peft_config: dict, name: str, copied: list[str], where: str) ->
 def _by_module(flat: Mapping[str, Tensor], variant: type[LoRA], where: str) -> dict[str, dict[str, Tensor]]:
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in flat.items():
-        path, name = _our_key(key, variant.peft_names)
+        path, name = _split_key(key, variant.peft_names)
         if name in tensors.setdefault(path, {}):
             raise UserError(f"{where}/{TENSORS} holds several adapters: {key} is there under another name too")
         tensors[path][name] = tensor
     return tensors
 
 
-def from_files(files: folders.Files, where: str) -> Adapter:
-    """Read an adapter from its files; `where` names them in messages.
+def _ours(config: LoRAConfig, tensors: dict[str, dict[str, Tensor]], names: Names) -> tuple[LoRAConfig, dict]:
+    """Return a config and tensors by module path, both in a pretrained model's names, in ours."""
+    paths = {their: names.ours(their) for their in tensors}
+    adapted = [their for their, group in tensors.items() if not group.keys() <= set(COPIES)]
+    fields = {
+        "rank_pattern": {paths[t]: r for t in adapted if (r := config.rank_at(t)) != config.rank},
+        "alpha_pattern": {paths[t]: a for t in adapted if (a := config.alpha_at(t)) != config.alpha},
+    }
+    if config.targets.startswith(REGEX) or re.search(r"\.[0-9]+\.", config.targets):
+        fields["targets"] = ",".join(paths[their] for their in adapted)
+    return replace(config, **fields), {paths[their]: group for their, group in tensors.items()}
+
+
+def from_files(
+    files: folders.Files, where: str, names_for: Callable[[Iterable[str]], Names | None] = lambda paths: None
+) -> Adapter:
+    """Read an adapter from its files; `where` names them in messages. names_for(paths) returns the names of the
+    pretrained model that has modules of these names; None where they are ours.
 
     Raises UserError for a file that is missing or corrupted, and names every setting that cannot be read.
     """
@@ -189,7 +260,12 @@ def from_files(files: folders.Files, where: str) -> Adapter:
     flat = dict(packed)
     shared = {name: flat.pop(key) for name, key in variant.peft_shared.items() if key in flat}
     tensors = _by_module(flat, variant, where)
+    names = names_for(tensors)
+    if names and all(names.is_transposed(names.ours(path)) for path in tensors if path.rpartition(".")[2] != "lm_head"):
+        peft_config["fan_in_fan_out"] = False  # which changes how the base lies, and not what A and B mean
     config = _read_config(peft_config, name, whole_modules(tensors), f"{where}/{CONFIG}")
+    if names:
+        config, tensors = _ours(config, tensors, names)
     metadata = {key: value for key, value in packed.metadata.items() if key != "format"}
     if shared:  # the stored tensors count, whatever the metadata says of them
         metadata[SHARED] = fingerprint(shared)
@@ -205,7 +281,7 @@ def save_adapter(folder: Path, adapter: Adapter) -> None:
     folders.commit_folder(folder, to_files(adapter))
 
 
-def load_adapter(folder: Path) -> Adapter:
+def load_adapter(folder: Path, names_for: Callable[[Iterable[str]], Names | None] = lambda paths: None) -> Adapter:
     """Read an adapter folder. Ours is verified against its manifest; PEFT's has none.
 
     Raises UserError where something is missing, corrupted or cannot be read.
@@ -216,4 +292,4 @@ def load_adapter(folder: Path) -> Adapter:
         else:
             paths = (folder / CONFIG, folder / TENSORS)
             files = {path.name: folders.read_content(path) for path in paths if path.is_file()}
-    return from_files(files, str(folder))
+    return from_files(files, str(folder), names_for)

@@ -6,7 +6,8 @@ A family is a table of names that reads both ways and a function from its config
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,9 @@ LLAMA_NAMES = {
     "norm": "model.norm",
     "lm_head": "lm_head",
 }
-BUFFERS = re.compile(r"(.*\.)?(h\.\d+\.attn\.(masked_)?bias|rotary_emb\.inv_freq)")  # stored by some, and computed with by none
+BUFFERS = re.compile(
+    r"(.*\.)?(h\.\d+\.attn\.(masked_)?bias|rotary_emb\.inv_freq)"
+)  # stored by some, and computed with by none
 
 UNSUPPORTED = (  # fields that change what a model computes, and that nothing here implements
     "attn_logit_softcapping", "final_logit_softcapping", "num_experts", "num_local_experts", "n_routed_experts",
@@ -73,6 +76,17 @@ class Family:
             return _renamed(path, names)
         except KeyError:
             return _renamed(f"{prefix}.{path}", names)
+
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """Names of linears as people know them from this family, where they are not ours, and what they stand for."""
+        found: dict[str, tuple[str, ...]] = {}
+        for our, their in self.names.items():
+            parts, ours = their.split("."), our.split(".")
+            for length in (1, 2):
+                name, own = ".".join(parts[-length:]), ".".join(ours[-2:] if length > 1 else ours[-1:])
+                if "#" in our and parts[-1] != ours[-1]:
+                    found[name] = (*found.get(name, ()), own)
+        return found
 
     def is_transposed(self, path: str) -> bool:
         """Whether they store the weight of the linear at our path as (in, out)."""
@@ -117,7 +131,9 @@ def _rope(values: Values) -> tuple[float, dict[str, Any] | None]:
     """rope_theta and rope_scaling as `ModelConfig` has them, from either form of a config.json."""
     new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     nested = [name for name, value in (new | old).items() if isinstance(value, dict)]
-    _refuse([_problem("rope_parameters", nested, "are rope parameters by layer, which is not supported")] * bool(nested))
+    _refuse(
+        [_problem("rope_parameters", nested, "are rope parameters by layer, which is not supported")] * bool(nested)
+    )
     if old and new and (differing := [name for name in old if name in new and new[name] != old[name]]):
         raise ValueError(f"rope_parameters and rope_scaling differ in {', '.join(differing)}")
     rope = new | old
@@ -230,3 +246,13 @@ def config_of(family: Family, values: Values, where: str) -> ModelConfig:
         return family.config(values)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def family_with(paths: Iterable[str]) -> Family | None:
+    """The family whose modules have all of these names; None where there is none, as for ours."""
+    paths = list(paths)
+    for family in FAMILIES.values():
+        with suppress(KeyError):
+            if paths and all(map(family.ours, paths)):
+                return family
+    return None

@@ -5,6 +5,7 @@ Both are ours or a family's (`models/families.py`); `config.json` tells which.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,18 +20,24 @@ from runtime.errors import UserError, join_problems
 from runtime.storage.encoding import read_json, to_json
 from runtime.storage.folders import CorruptedError, Files
 from runtime.storage.tensors import NAMES as DTYPE_NAMES
-from runtime.storage.tensors import TensorFile, differences, pack
+from runtime.storage.tensors import TensorFile, differences, fingerprint, pack
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # which file has which tensor, where there are several
+KEPT = (CONFIG, "generation_config.json")  # what a model that is made from a pretrained one has of its files
 HEAD, EMBEDDING = "lm_head.weight", "token_embedding.weight"
 
 
 def read_values(files: Files, where: str) -> dict[str, Any]:
     """What config.json says. Raises UserError where it or the weights are missing."""
-    if CONFIG not in files or not {WEIGHTS, INDEX} & files.keys():
+    if CONFIG not in files or not {WEIGHTS, INDEX} & set(files):
         raise UserError(f"{where} holds no model: {CONFIG} and {WEIGHTS} are needed")
     return read_json(files[CONFIG], f"{where}/{CONFIG}")
+
+
+def family_in(files: Files, where: str) -> Family | None:
+    """The family in whose format these files are; None for ours."""
+    return family_of(read_values(files, where), f"{where}/{CONFIG}")
 
 
 def config_from(files: Files, where: str) -> ModelConfig:
@@ -140,9 +147,8 @@ def to_files(model: Transformer, like: Files | None = None) -> Files:
     values = read_json(like[CONFIG], CONFIG) if like else {}
     if not (family := family_of(values, CONFIG) if values else None):
         return {CONFIG: to_json(model.config.as_dict()), WEIGHTS: pack(tensors)}
-    (dtype,) = {tensor.dtype for tensor in tensors.values()}
     values = {name: value for name, value in values.items() if name not in ("dtype", "torch_dtype")}
-    values["torch_dtype"] = str(dtype).removeprefix("torch.")
+    values["torch_dtype"] = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     return {**like, CONFIG: to_json(values), WEIGHTS: pack(_their_tensors(tensors, family), {"format": "pt"})}
 
 
@@ -170,7 +176,14 @@ def load_weights(model: Transformer, files: Files, where: str) -> None:
 
 def stored_tensors(files: Files, where: str, config: ModelConfig) -> StoredTensors:
     """The tensors that these files hold, by our names."""
-    return StoredTensors(files, where, family_of(read_values(files, where), f"{where}/{CONFIG}"), config.tied_head)
+    return StoredTensors(files, where, family_in(files, where), config.tied_head)
+
+
+def stored_fingerprint(files: Files, where: str) -> str:
+    """The fingerprint of the base that these files hold, read one tensor at a time."""
+    config = config_from(files, where)
+    tensors = stored_tensors(files, where, config)
+    return fingerprint(ChainMap({HEAD: tensors[EMBEDDING]} if config.tied_head else {}, tensors))
 
 
 def _check_size(config: ModelConfig, tensors: StoredTensors, where: str) -> None:
@@ -198,7 +211,9 @@ def _check_fit(model: Transformer, tensors: StoredTensors, where: str) -> None:
             raise UserError(f"{where}: {stored(name)} is stored as {DTYPE_NAMES[tensor.dtype]}, which is not supported")
 
 
-def from_files(files: Files, where: str, dropout: float = 0.0, dtype: torch.dtype | None = torch.float32) -> Transformer:
+def from_files(
+    files: Files, where: str, dropout: float = 0.0, dtype: torch.dtype | None = torch.float32
+) -> Transformer:
     """The model that these files hold, on the CPU, with no adapter, in a dtype, or None for the files' own."""
     config = config_from(files, where)
     tensors = stored_tensors(files, where, config)

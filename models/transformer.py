@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from lora.attach import adapter_parameters
 from lora.functional import at_least_fp32, compute_dtype, dropout
 from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, fused_projection
-from models import sampling
 from models.attention import causal_attention
-from models.cache import KVCache, LayerCache
 from models.config import ModelConfig
+from models.generation import sampling
+from models.generation.cache import KVCache, LayerCache
 from models.rotary import Rotary, rotate
 from runtime.device import existing_device
 from runtime.training.batch import mean_cross_entropy
@@ -182,7 +182,7 @@ class Transformer(nn.Module):
         self.tie_head()
 
     def tie_head(self) -> None:
-        """Make the head's weight the token embedding where the config says so; needed again after weights are replaced."""
+        """Make the head's weight the token embedding where the config says so, also after weights were replaced."""
         if self.config.tied_head:
             self.lm_head.weight = self.token_embedding.weight
 
@@ -231,6 +231,13 @@ class Transformer(nn.Module):
         return lora_presets(self.config)
 
     @property
+    def lora_refused(self) -> dict[str, str]:
+        """The linears that no adapter may have, and why."""
+        if not self.config.tied_head:
+            return {}
+        return {"lm_head": "its weight is the token embedding too, which an adapter of the head alone would not fit"}
+
+    @property
     def lora_embeddings(self) -> tuple[str, ...]:
         """The embeddings that `lora_train_embeddings` trains copies of."""
         return ("token_embedding",) if self.rotary else ("token_embedding", "position_embedding")
@@ -244,7 +251,8 @@ class Transformer(nn.Module):
 
         A row that ended before the others is filled up with stop tokens.
 
-        options: the fields of `models.sampling.Sampling`. Without a seed, one is drawn from torch's generator.
+        options: the fields of `models.generation.choosing.Sampling`. Without a seed, one is drawn from torch's
+        generator.
         """
         seed = int(torch.randint(2**31, ())) if seed is None else seed
         how = sampling.Sampling(**options)

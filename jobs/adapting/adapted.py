@@ -13,6 +13,7 @@ from jobs.runs.base import Base, base_of, reference
 from jobs.runs.job import IN_CONFIG, TEST_CHARACTERS, run_metadata
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
+from models.families import family_with
 from runtime.errors import UsageError, UserError, join_problems
 from runtime.storage import folders
 from runtime.storage.encoding import to_sealed_json
@@ -46,7 +47,7 @@ def find_adapter(root: Path, name: str) -> Run:
 
 def read_adapter(run: Run) -> Adapter:
     """A LoRA run's adapter, its files verified."""
-    return adapter_files.from_files(run.read(), str(run.artifact if run.finished else run.folder))
+    return adapter_files.from_files(run.read(), str(run.artifact if run.finished else run.folder), family_with)
 
 
 def open_adapters(root: Path, names: tuple[str, ...]) -> list[Adapted]:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data.tokenizers import load_tokenizer
-from jobs.runs.base import TOKENIZER, Base, base_of
+from jobs.runs.base import TOKENIZER, Base, base_of, tokenizer_in
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.variants.registry import VARIANTS
 from models import files as model_files
+from models.families import family_with
 from runtime.errors import UserError
 from runtime.settings.config import NAME
 from runtime.storage import folders
@@ -90,7 +90,7 @@ class Checkup:
     def adapter(self, folder: Path, base_name: str, run: Run | None = None) -> None:
         """An adapter's files, and how they fit the base that is named, or that they name."""
         files = self.files(folder)
-        adapter = self.attempt(lambda: adapter_files.from_files(files, str(folder)))
+        adapter = self.attempt(lambda: adapter_files.from_files(files, str(folder), family_with))
         if adapter is None:
             return
         base_name = base_name or (run.metadata["base"]["run"] if run else adapter.metadata.get("base", ""))
@@ -111,7 +111,7 @@ class Checkup:
         files = self.files(folder)
         model = self.attempt(lambda: model_files.from_files(files, str(folder)))
         if TOKENIZER in files:
-            tokenizer = self.attempt(lambda: load_tokenizer(files[TOKENIZER]))
+            tokenizer = self.attempt(lambda: tokenizer_in(files, str(folder)))
             if model and tokenizer and tokenizer.vocab_size != model.config.vocab_size:
                 sizes = f"{tokenizer.vocab_size} tokens, and its model {model.config.vocab_size}"
                 self.problems.append(f"{folder}: its tokenizer has {sizes}")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from data.corpora import CORPORA
 from jobs.adapting.adapted import Adapted, Base, check_free, metadata_of_made, publish, texts_of
-from jobs.runs.job import TOKENIZER
+from jobs.runs.job import to_adapter_files, to_model_files
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.combine import Combined, combine
 from lora.merge import merge
 from models import files as model_files
+from models.families import family_with
 from models.transformer import Transformer
 from runtime.errors import UserError, join_problems
 from runtime.storage import folders
@@ -43,7 +43,7 @@ def merge_run(adapted: Adapted, folder: Path, windows: list[Batch]) -> tuple[Run
     adapter.attach_to(model, base_sha256=base.sha256)
     expected = _logits(model, windows)
     merge(model)
-    files = model_files.to_files(model) | {TOKENIZER: base.tokenizer.dumps()}
+    files = to_model_files(model, base.tokenizer, base)
     difference = 0.0
 
     def verify(run: Run) -> None:
@@ -73,8 +73,7 @@ def combine_runs(parts: list[Adapted], weights: list[float], method: str, rank: 
     notes = {"combined": f"{told}, by {method}", "trained on": ", ".join(texts) or "not known"}
     if method == "svd":
         notes["relative error of svd"] = f"{made.error:.3g}"
-    metadata = made.adapter.metadata | {"base": base.run.name, "base_sha256": base.sha256}
-    files = adapter_files.to_files(replace(made.adapter, metadata=metadata), notes)
+    files = to_adapter_files(made.adapter, base, notes)
     publish(folder, metadata_of_made(folder.parent, "lora", base, made.adapter, texts, origin), files, {})
     return made
 
@@ -86,14 +85,12 @@ def import_folder(source: Path, base: Base, folder: Path) -> Adapter:
     not understood or does not fit.
     """
     check_free(folder)
-    adapter = adapter_files.load_adapter(source)
+    adapter = adapter_files.load_adapter(source, family_with)
     if problems := base.problems(adapter):
         raise UserError(f"{source} does not fit {base.run.name}: {join_problems(problems)}")
-    fingerprints = {"base": base.run.name, "base_sha256": base.sha256}
-    adapter = replace(adapter, metadata=adapter.metadata | fingerprints | {"tokenizer_sha256": base.tokenizer.sha256})
     texts = [text for text in (adapter.metadata.get("dataset"),) if text in CORPORA]
     origin = {"how": "import", "sha256": adapter.sha256}
-    files = adapter_files.to_files(adapter, {"imported": "from an adapter folder"})
+    files = to_adapter_files(adapter, base, {"imported": "from an adapter folder"})
     publish(folder, metadata_of_made(folder.parent, "lora", base, adapter, texts, origin), files, {})
     return adapter
 
@@ -103,6 +100,6 @@ def export_folder(adapted: Adapted, target: Path) -> None:
     check_free(target)
     files, shared = adapted.run.read(), adapted.adapter.make_shared(adapted.base.tensors)
     if shared is not None:  # made of a seed here; elsewhere that might give others
-        whole = adapter_files.to_files(adapted.adapter, shared=shared)
+        whole = to_adapter_files(adapted.adapter, adapted.base, {}, shared)
         files |= {name: whole[name] for name in (adapter_files.CONFIG, adapter_files.TENSORS)}
     folders.commit_folder(target, files)

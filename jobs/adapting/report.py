@@ -13,6 +13,7 @@ from lora.adapter import Adapter
 from lora.combine import DeltaSize, all_targets, cosines, delta_size
 from lora.variants.registry import VARIANTS
 from models.config import ModelConfig
+from models.families import family_with
 from models.transformer import lora_presets
 from runtime import report
 from runtime.errors import UserError
@@ -37,7 +38,7 @@ def _row(run: Run, tokens: str, depth: int) -> tuple[str, ...]:
         result, kind, targets = run.result, run.kind, ""
         files = run.read()
         if run.kind == "lora":
-            adapter = adapter_files.from_files(files, str(run.artifact))
+            adapter = adapter_files.from_files(files, str(run.artifact), family_with)
             kind, targets = f"{adapter.config.variant} {ranks_in_words(adapter)}", targets_in_words(adapter, run)
         steps = result.get("step") or max((step for step, _ in run.saved("step")), default="")
         loss = result.get("val_loss")

@@ -18,8 +18,8 @@ import torch
 from jobs.comparing.timing import Ratio, ratio, repeatable, take_turns
 from jobs.runs.job import lora_config
 from lora.attach import attach
-from models.transformer import Transformer
 from models.config import ModelConfig
+from models.transformer import Transformer
 from runtime.device import Machine
 from runtime.settings.config import Settings
 from runtime.storage import folders

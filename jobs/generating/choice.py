@@ -10,10 +10,11 @@ from pathlib import Path
 from jobs.adapting.adapted import base_name, open_adapters
 from jobs.runs.base import Base, base_of
 from lora.attach import Strengths
+from models.pretrained import find_source
 from runtime.errors import UsageError, UserError
 from runtime.settings.fields import DECIMAL
 from runtime.start import command_line
-from runtime.storage.runs import Run, all_runs, find_run
+from runtime.storage.runs import Run, all_runs
 
 NONE = "none"
 
@@ -67,7 +68,7 @@ def choose(root: Path, run_name: str, wanted: Strengths | None, others: Iterable
 
     Raises UsageError for a name that there is not, UserError for adapters of another base, and for corrupted files.
     """
-    others, run = list(others), find_run(root, run_name) if run_name else None
+    others, run = list(others), find_source(root, run_name) if run_name else None
     if run is None and not wanted and not others:
         run = _newest(root)
     if wanted is None:

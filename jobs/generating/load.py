@@ -11,9 +11,7 @@ from models.transformer import Transformer
 from runtime.device import existing_device
 
 
-def load(
-    name: str, checkpoints_dir: str | Path = "checkpoints", device: str = "cpu"
-) -> tuple[Transformer, Tokenizer]:
+def load(name: str, checkpoints_dir: str | Path = "checkpoints", device: str = "cpu") -> tuple[Transformer, Tokenizer]:
     """The model and the tokenizer of a base, a fine-tuned run, or an adapter, which is then active on its base.
 
     name: of a run in `checkpoints_dir`, or its folder. device: as torch names it, or auto, which takes a GPU if there

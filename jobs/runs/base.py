@@ -8,51 +8,75 @@ from pathlib import Path
 
 from torch import Tensor
 
+from data.pretrained_tokenizer import is_pretrained, pretrained_tokenizer, sidecar
 from data.tokenizers import Tokenizer, load_tokenizer
 from lora.adapter import Adapter
 from lora.attach import base_tensors
 from models import files as model_files
+from models.families import Family
+from models.pretrained import Pretrained, find_source, open_pretrained
 from models.transformer import Transformer
 from runtime.console import say
 from runtime.errors import UsageError, UserError
 from runtime.settings.config import SHAPE, Settings
 from runtime.settings.sources import Resolved
-from runtime.storage.runs import Run, all_runs, find_run, open_run
+from runtime.storage.folders import Files
+from runtime.storage.runs import Run, all_runs, open_run
 from runtime.storage.tensors import fingerprint
 
 TOKENIZER = "tokenizer.json"
 
 
+def tokenizer_in(files: Files, where: str) -> Tokenizer:
+    """The tokenizer among a model's files, ours or a pretrained one. Raises UserError where there is none."""
+    if TOKENIZER in files and not is_pretrained(bytes(files[TOKENIZER])):
+        return load_tokenizer(bytes(files[TOKENIZER]))
+    if model_files.family_in(files, where):
+        return pretrained_tokenizer(files, where)
+    raise UserError(f"{where}: {TOKENIZER} is missing")
+
+
 def load_trained(run: Run, dropout: float = 0.0) -> tuple[Transformer, Tokenizer]:
     """The model and tokenizer of a base or a fully fine-tuned run. Raises UserError where files are corrupted."""
-    files = run.read()
-    if TOKENIZER not in files:
-        raise UserError(f"{run.artifact}: {TOKENIZER} is missing")
-    return model_files.from_files(files, str(run.artifact), dropout), load_tokenizer(files[TOKENIZER])
+    files, where = run.read(), str(run.artifact)
+    return model_files.from_files(files, where, dropout), tokenizer_in(files, where)
 
 
 @dataclass(frozen=True)
 class Base:
-    """An opened base: its run, the model as it was read, on the CPU and without adapters, tokenizer and fingerprint."""
+    """An opened base: its run, the model as it was read, on the CPU and without adapters, tokenizer and fingerprint.
+
+    family: the pretrained family whose format it is in, or None. kept: its files but for the weights, which what is
+    made from it carries along; empty for a format of ours.
+    """
 
     run: Run
     model: Transformer
     tokenizer: Tokenizer
     sha256: str
+    family: Family | None
+    kept: Files
 
     @classmethod
     def open(cls, root: Path, name: str) -> Base:
         """The base of that name. Raises UsageError where there is none, UserError where it is corrupted."""
-        return cls.of(find_run(root, name))
+        return cls.of(find_source(root, name))
 
     @classmethod
     def of(cls, run: Run, dropout: float = 0.0) -> Base:
-        """A run as a base. Raises UsageError where it is an adapter, UserError where it is corrupted."""
+        """A run as a base, its weights in the dtype in which they are stored.
+
+        Raises UsageError where it is an adapter, UserError where it is corrupted.
+        """
         if run.kind == "lora":
             named = run.metadata["base"]["run"]
             raise UsageError(f"{run.name} is a LoRA run; name the base it was trained on: {named}")
-        model, tokenizer = load_trained(run, dropout)
-        return cls(run, model, tokenizer, fingerprint(base_tensors(model)))
+        files, where = run.read(), str(run.artifact)
+        family = model_files.family_in(files, where)
+        model, tokenizer = model_files.from_files(files, where, dropout, None), tokenizer_in(files, where)
+        kept = {name: files[name] for name in model_files.KEPT if name in files} | sidecar(files) if family else {}
+        model.lora_aliases = family.aliases() if family else {}
+        return cls(run, model, tokenizer, fingerprint(base_tensors(model)), family, kept)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -69,9 +93,20 @@ class Base:
 def reference(base: Base, root: Path) -> dict[str, str]:
     """What the `run.json` of a run in `root` says of its base: enough to find it again, also where it is elsewhere."""
     folder = base.run.folder.resolve()
-    return {"run": base.run.name, "sha256": base.sha256} | (
-        {} if folder.parent == root.resolve() else {"path": str(folder)}
-    )
+    said = {"run": base.run.name, "sha256": base.sha256}
+    if hub := base.run.metadata.get("hub"):
+        return said | {"hub": hub}
+    return said | ({} if folder.parent == root.resolve() else {"path": str(folder)})
+
+
+def _unchanged(base: Base, run: Run) -> Base:
+    """The base from the hub. Raises UserError where the hub has other weights by now."""
+    if (trained_on := run.metadata["base"].get("sha256", base.sha256)) != base.sha256:
+        raise UserError(
+            f"{run.name}: it was trained on {base.run.metadata['hub']} with weights {trained_on[:12]}, "
+            f"and those on the hub are {base.sha256[:12]} now"
+        )
+    return base
 
 
 def base_of(root: Path, run: Run) -> Base:
@@ -80,13 +115,16 @@ def base_of(root: Path, run: Run) -> Base:
     Where it is not under its name, stderr tells where it is. Raises UserError where it is nowhere.
     """
     said, opened, error = run.metadata["base"], None, None
+    if "hub" in said:
+        return _unchanged(Base.of(find_source(root, said["hub"])), run)
     places = [root / said["run"], run.folder.parent / said["run"], *([Path(said["path"])] if "path" in said else [])]
     named = len(places)
     for folder in {run.folder.parent: None, root: None}:
         places += [other.folder for other in all_runs(folder, warn=False) if other.kind != "lora" and other.finished]
     for i, folder in enumerate(places):
         try:
-            base = Base.of(there) if folder not in places[:i] and (there := open_run(folder)) else None
+            there = None if folder in places[:i] else open_run(folder) or open_pretrained(folder)
+            base = Base.of(there) if there else None
         except UserError as problem:
             error = error or problem
             continue
@@ -113,7 +151,7 @@ def find_base(settings: Settings, given: Collection[str] = ()) -> Run | None:
     """
     root = Path(settings.checkpoints_dir)
     if settings.base:
-        run = find_run(root, settings.base)
+        run = find_source(root, settings.base)
         check_base(run, settings)
         return run
     bases = [run for run in all_runs(root) if run.kind == "base" and run.finished and not run.aside]
@@ -173,7 +211,7 @@ def block_size_for(given: Resolved, base: Base) -> int:
     """
     longest, asked = base.model.config.max_positions, given.settings.block_size
     if not given.explicit("block_size"):
-        return longest
+        return min(longest, asked) if isinstance(base.run, Pretrained) else longest
     if asked > longest:
         name = base.run.name
         raise UsageError(f"BLOCK_SIZE={asked}: the base {name} takes at most {longest} tokens; lower it to that")

@@ -8,14 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.tokenizers import load_tokenizer
-from jobs.runs.job import TOKENIZER
-from models.files import WEIGHTS
+from jobs.runs.base import TOKENIZER, tokenizer_in
+from models.files import stored_fingerprint
 from runtime.errors import UserError
 from runtime.storage import folders
 from runtime.storage.content import sha256
 from runtime.storage.runs import Run, RunLock, open_run
-from runtime.storage.tensors import TensorFile, fingerprint
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ class Family:
             with suppress(UserError, KeyError):
                 if run.kind != "lora":
                     files = run.read()
-                    bases.setdefault(fingerprint(TensorFile(files[WEIGHTS], str(run.artifact))), []).append(run.name)
-                    tokenizers[sha256(files[TOKENIZER])] = load_tokenizer(files[TOKENIZER]).kind
+                    bases.setdefault(stored_fingerprint(files, str(run.artifact)), []).append(run.name)
+                    tokenizers[sha256(files[TOKENIZER])] = tokenizer_in(files, str(run.artifact)).kind
         return cls(runs, bases, tokenizers)
 
     def base_of(self, run: Run) -> str | None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import platform
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from data.corpora import load_corpus
 from data.dataset import Dataset
+from data.pretrained_tokenizer import sidecar
 from data.text import TextData
 from data.tokenizers import Tokenizer, build_tokenizer
 from jobs.runs.base import TOKENIZER, Base, block_size_for, check_shape, reference
@@ -22,8 +25,9 @@ from lora.config import LoRAConfig
 from lora.optim import after_steps, extra_losses, make_optimizer
 from lora.variants.registry import VARIANTS
 from models import files as model_files
-from models.transformer import Transformer, lora_presets
 from models.config import ModelConfig
+from models.families import family_with
+from models.transformer import Transformer, lora_presets
 from runtime.console import say
 from runtime.device import Machine, check_compiler
 from runtime.errors import UserError
@@ -111,21 +115,35 @@ class Job:
         notes: what an adapter's card tells beside what is known here, such as `steps` and `validation_loss`.
         """
         if self.kind != "lora":
-            return model_files.to_files(self.model) | {TOKENIZER: self.tokenizer.dumps()}
-        metadata = {"base": self.base.run.name, "base_sha256": self.base.sha256, "dataset": self.data.name}
-        metadata |= {"dataset_sha256": self.data.sha256, "tokenizer_sha256": self.tokenizer.sha256}
+            return to_model_files(self.model, self.tokenizer, self.base)
+        metadata = {"dataset": self.data.name, "dataset_sha256": self.data.sha256}
         versions = f"python {platform.python_version()}, torch {torch.__version__}"
         known = {"command": command_of(self.settings, self.base.run), "versions": versions}
-        return adapter_files.to_files(Adapter.from_model(self.model, **metadata), notes | known)
+        return to_adapter_files(Adapter.from_model(self.model, **metadata), self.base, notes | known)
 
     def load_artifact(self, files: Files, where: str) -> None:
         """Load a saved artifact into the model, which does not train any more."""
         if self.kind == "lora":
             detach(self.model, "default")
-            adapter_files.from_files(files, where).attach_to(self.model, base_sha256=self.base.sha256)
+            adapter = adapter_files.from_files(files, where, family_with)
+            adapter.attach_to(self.model, base_sha256=self.base.sha256)
         else:
             model_files.load_weights(self.model, files, where)
         self.model.requires_grad_(False)
+
+
+def to_adapter_files(adapter: Adapter, base: Base, notes: Mapping[str, str], shared: nn.Module | None = None) -> Files:
+    """An adapter of a base as files, with its fingerprint; beside it what a pretrained base makes tokens with."""
+    about = {"base": base.run.name, "base_sha256": base.sha256, "tokenizer_sha256": base.tokenizer.sha256}
+    if base.family:
+        about["base_path"] = base.run.metadata.get("hub") or str(base.run.artifact.resolve())
+    adapter = replace(adapter, metadata=adapter.metadata | about)
+    return adapter_files.to_files(adapter, notes, shared, base.family) | sidecar(base.kept)
+
+
+def to_model_files(model: Transformer, tokenizer: Tokenizer, base: Base | None) -> Files:
+    """A model with its tokenizer, in the format of the base that it was made from."""
+    return model_files.to_files(model, base.kept if base else None) | {TOKENIZER: tokenizer.dumps()}
 
 
 def run_metadata(
@@ -177,9 +195,12 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
     if base:
         opened = Base.of(base, settings.dropout)
         model, tokenizer = opened.model, opened.tokenizer
-        # A run's A matrices are drawn after what a fresh base draws, so that a seed gives the adapters it always gave.
-        Transformer(model.config)
         check_shape(given, opened)
+        if not opened.family:
+            # A run's A matrices are drawn after what a fresh base draws, so that a seed gives what it always gave.
+            Transformer(model.config)
+        if not settings.use_lora:
+            model.float()
         settings = replace(settings, block_size=block_size_for(given, opened))
     else:
         opened = None

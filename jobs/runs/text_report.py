@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.corpora import distinct_words, load_corpus, words
 from jobs.runs.job import Job
-from models.sampling import Sampling, generate
+from models.generation.sampling import Sampling, generate
 from runtime import report
 from runtime.console import say
 from runtime.errors import UserError

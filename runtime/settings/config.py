@@ -24,7 +24,7 @@ SAVING = "Evaluation and saving"
 # A run's name is a folder's: no separators, nothing hidden, none of the names that Windows keeps for devices.
 NAME = r"(?!(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$))[A-Za-z0-9_]([A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?"
 FOLDER = r"(?=.*\S)[^\x00-\x1f\x7f\ud800-\udfff]+"
-MODULES = r"[A-Za-z_][\w.]*( *, *[A-Za-z_][\w.]*)*"
+MODULES = r"[A-Za-z_][\w.-]*( *, *[A-Za-z_][\w.-]*)*"
 NAMED = "a name that any system takes for a folder (letters, digits, '_', '-', and '.' inside; at most 100)"
 SHAPE = ("tokenizer", "vocab_size", "n_layer", "n_head", "n_embd", "block_size", "bias")
 WARMUP_SHARE = 5  # the default warm-up never takes more than a fifth of a run that was asked to be short
@@ -65,6 +65,30 @@ PRESETS = {
     "rslora": {"learning_rate": 2e-3},
     "vera": {"lora_rank": 64, "learning_rate": 16e-3},
     "adalora": {"lora_rank": 12, "learning_rate": 8e-3},
+    "a pretrained base": {
+        "block_size": 1024,
+        "batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 2e-4,
+        "weight_decay": 0.01,
+        "max_iters": 200,
+        "eval_interval": 50,
+        "eval_iters": 8,
+        "save_interval": 50,
+        "lora_rank": 16,
+        "lora_alpha": 32.0,
+        "lora_dropout": 0.05,
+        "lora_targets": "all-linear",
+        "lora_plus_ratio": 1.0,
+        "lora_train_embeddings": False,
+    },
+    "TEST_MODE on a pretrained base": {
+        "block_size": 64,
+        "max_iters": 10,
+        "eval_interval": 5,
+        "save_interval": 5,
+        "eval_iters": 2,
+    },
 }
 
 # What runs were trained with whose run.json is older than the setting.
@@ -157,10 +181,11 @@ class Settings(CommonSettings):
     lora_dropout: float = setting(0.0, "Dropout probability of the adapters' inputs", group=LORA, **A_PROBABILITY)
     lora_targets: str = setting(
         "all",
-        "Linear layers that get an adapter: minimal, standard, all, or module names separated by commas",
+        "Linear layers that get an adapter: minimal, standard, all-linear, all (the head too), or module names separated by "
+        "commas",
         group=LORA,
         pattern=MODULES,
-        allowed="minimal, standard, all, or module names separated by commas",
+        allowed="minimal, standard, all-linear, all, or module names separated by commas",
     )
     lora_variant: str = setting(
         "lora",
@@ -249,6 +274,8 @@ class Settings(CommonSettings):
         lora, test = values["use_lora"], values["test_mode"]
         holds = {"from a base": lora or values["base"], "LoRA": lora, "TEST_MODE": test}
         holds |= {"TEST_MODE with LoRA": test and lora, values["lora_variant"]: lora}
+        pretrained = bool(values["base"]) and is_pretrained(Path(values["checkpoints_dir"]), values["base"])
+        holds |= {"a pretrained base": pretrained, "TEST_MODE on a pretrained base": pretrained and test}
         return {label for label, active in holds.items() if active}
 
     @classmethod
@@ -274,6 +301,15 @@ class Settings(CommonSettings):
         if self.optimizer != "muon":
             unread.add("muon_lr_ratio")
         return {name: value for name, value in super().identity().items() if name not in unread}
+
+
+def is_pretrained(root: Path, base: str) -> bool:
+    """Whether BASE names a model that was trained elsewhere, or a run that came of one, rather than a run of ours."""
+    runs = [folder for folder in (root / base, Path(base)) if (folder / "run.json").is_file()]
+    if not runs:
+        return True
+    path = runs[0] / "model" / "config.json"
+    return path.is_file() and b'"model_type"' in path.read_bytes()
 
 
 def from_command_line(cls: type[Table], description: str, command: str = "") -> Resolved:

@@ -19,7 +19,6 @@ from lora.card import CARD
 from lora.config import LoRAConfig
 from lora.peft_format import CONFIG, TENSORS, from_files, load_adapter, save_adapter, to_files
 from lora.variants.registry import VARIANTS
-from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from runtime.errors import UsageError, UserError
 from runtime.storage.folders import CorruptedError
 from runtime.storage.tensors import fingerprint
@@ -72,7 +71,7 @@ def test_the_file_holds_only_the_trained_tensors(config: LoRAConfig) -> None:
     assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in trained(model).values())
     assert len(stored) == len(trained(model))
     names = json.loads(to_files(of(model))[CONFIG])["target_modules"]
-    assert names == list(target_names(config.targets, BigramLanguageModelLoRA.lora_presets))
+    assert names == list(target_names(config.targets, model.lora_presets))
     assert all(names)
     assert all(key.startswith("base_model.model.") and "default" not in key for key in stored)
 

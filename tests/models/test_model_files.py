@@ -12,6 +12,7 @@ from lora.attach import attach
 from lora.config import LoRAConfig
 from models.config import ModelConfig
 from models.files import CONFIG, WEIGHTS, config_from, from_files, load_weights, to_files
+from models.transformer import Transformer
 from runtime.errors import UserError
 from runtime.storage.folders import CorruptedError
 from runtime.storage.tensors import pack, unpack
@@ -63,7 +64,7 @@ def test_all_that_does_not_fit_is_told_together_and_nothing_is_changed() -> None
 def test_a_long_list_of_problems_says_that_it_is_cut() -> None:
     model = tiny()
     with pytest.raises(UserError) as error:
-        load_weights(model, {WEIGHTS: pack({"extra": torch.zeros(1)})}, "here")
+        load_weights(model, to_files(model) | {WEIGHTS: pack({"extra": torch.zeros(1)})}, "here")
     assert str(error.value).count(" is missing") == 8
     assert str(error.value).endswith(f"; and {len(model.state_dict()) + 1 - 8} more")
 
@@ -96,19 +97,20 @@ def test_a_config_of_another_version() -> None:
 
 OPTIONS = [
     {"norm": "rms"}, {"positions": "rotary"}, {"mlp": "gated_silu"}, {"n_kv_head": 1}, {"head_dim": 8}, {"n_inner": 8},
-    {"norm_eps": 1e-6}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"qkv_bias": True}, {"qk_norm": True},
-    {"tied_head": True},
+    {"norm_eps": 1e-6}, {"positions": "rotary", "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"qkv_bias": True}, {"qk_norm": True}, {"tied_head": True}, {"mlp": "gelu_tanh"}, {"fused_qkv": True},
+    {"bias": True, "head_bias": False},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
-def test_what_a_config_can_say_and_the_transformer_cannot_do_yet_is_refused_by_name(option: dict) -> None:
-    files = to_files(tiny())
-    values = json.loads(files[CONFIG]) | option
-    (name,) = option
-    assert ModelConfig.from_dict(ModelConfig.from_dict(values).as_dict()) == ModelConfig.from_dict(values)
-    with pytest.raises(UserError, match=f"^{name}=.* is not implemented yet; only "):
-        from_files(files | {CONFIG: json.dumps(values).encode()}, "here")
+def test_a_model_with_any_option_is_saved_and_read(option: dict) -> None:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig.from_dict({"vocab_size": 50, "n_embd": 32, "max_positions": 16} | option))
+    again = from_files(to_files(model), "here")
+    assert again.config == model.config == ModelConfig.from_dict(model.config.as_dict())
+    idx = torch.arange(24).reshape(2, 12) * 7 % 50
+    assert torch.equal(again(idx)[0], model(idx)[0])
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff", b'{"n_embd": 50}'])

@@ -16,9 +16,9 @@ from lora.attach import activate, active_adapters, attach
 from lora.config import LoRAConfig
 from models import per_row, sampling
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
-from models.choosing import Sampling, choose
-from models.per_row import generate_per_row
-from models.sampling import generate, stream, window_start
+from models.generation.choosing import Sampling, choose
+from models.generation.per_row import generate_per_row
+from models.generation.sampling import generate, stream, window_start
 from runtime.errors import UsageError
 from tests.tiny import tiny as tiny_base
 

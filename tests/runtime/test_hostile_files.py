@@ -21,8 +21,8 @@ from lora.adapter import Adapter
 from lora.attach import attach
 from lora.config import LoRAConfig
 from models import files as model_files
-from models.transformer import Transformer
 from models.config import ModelConfig
+from models.transformer import Transformer
 from runtime.errors import UserError
 from runtime.storage import folders
 from runtime.storage.encoding import to_sealed_json

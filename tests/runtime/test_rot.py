@@ -15,8 +15,8 @@ from tiny_steps import stepper
 
 from data.tokenizers import build_tokenizer
 from models import files as model_files
-from models.transformer import Transformer
 from models.config import ModelConfig
+from models.transformer import Transformer
 from runtime.storage import folders
 from runtime.storage.encoding import to_sealed_json
 from runtime.storage.folders import CorruptedError

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lora.merge import cached_weights
-from models.cache import KVCache
-from models.choosing import Sampling, choose
+from models.generation.cache import KVCache
+from models.generation.choosing import Sampling, choose
 
 NARROW = 256  # see `_matmul_dtype`
 

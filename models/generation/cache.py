@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
 GROWTH = 256  # positions that a cache has room for at first, and by which it grows at least
 
 

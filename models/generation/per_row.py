@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from lora.attach import Strengths, using
+from models.generation.choosing import Sampling
+from models.generation.sampling import stream
 from models.transformer import Transformer
-from models.choosing import Sampling
-from models.sampling import stream
 
 AT_ONCE = 64  # rows, so that the cache of a long list of prompts fits into memory
 

@@ -1,0 +1,82 @@
+"""A base that was trained elsewhere: a Hugging Face folder, or a name on their hub, in the place of a run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from models.files import CONFIG, INDEX, WEIGHTS
+from models.hub import LEGACY, fetch
+from runtime.errors import UserError
+from runtime.storage import folders
+from runtime.storage.encoding import read_json
+from runtime.storage.runs import Run, find_run, open_run
+
+HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "tf_model.h5")
+SMALL_FILES = r".*\.(json|jinja|txt|model)"
+
+
+class Pretrained(Run):
+    """A pretrained model's folder as a base: it is finished, and nothing is known of what it was trained on.
+
+    hub: its name on the hub, or empty.
+    """
+
+    def __init__(self, folder: Path, hub: str = "") -> None:
+        settings: dict[str, Any] = {"dataset": "", "test_mode": False}
+        super().__init__(folder, {"kind": "base", "settings": settings, "identity": "", "hub": hub})
+
+    @property
+    def name(self) -> str:
+        """What it is called on the hub or else its folder, without what stands before the last slash."""
+        return (self.metadata["hub"] or self.folder.resolve().name).rpartition("/")[2]
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder
+
+    @property
+    def finished(self) -> bool:
+        return True
+
+    def read(self) -> folders.Files:
+        """Its files: config, weights and what belongs to its tokenizer. Raises UserError where no weights are there."""
+        with folders.plain_errors(self.folder, "read"):
+            there = sorted(path for path in self.folder.iterdir() if path.is_file())
+            names = {path.name for path in there}
+            if not names & {WEIGHTS, INDEX}:
+                pickles = [name for name in PICKLES if name in names]
+                why = f"only {pickles[0]}, a pickle, which is never read here" if pickles else f"no {WEIGHTS}"
+                raise UserError(f"{self.folder} has {why}; save the model with transformers: save_pretrained(folder)")
+            return {path.name: folders.read_content(path) for path in there if self._is_read(path.name, names)}
+
+    def _is_read(self, name: str, names: set[str]) -> bool:
+        """Whether a file belongs to the model: small ones, and the weights, of which a folder may have two forms."""
+        if name.endswith(".safetensors"):
+            return name == WEIGHTS if WEIGHTS in names else bool(re.fullmatch(r"model-\d+-of-\d+\.safetensors", name))
+        return bool(re.fullmatch(SMALL_FILES, name)) and not (name == INDEX and WEIGHTS in names)
+
+
+def open_pretrained(folder: Path) -> Pretrained | None:
+    """A Hugging Face folder as a base; None where there is none. Raises CorruptedError for a torn config.json."""
+    path = folder / CONFIG
+    if not path.is_file() or (folder / "run.json").exists():
+        return None
+    with folders.plain_errors(path, "read"):
+        values = read_json(path.read_bytes(), str(path))
+    return Pretrained(folder) if "model_type" in values or "architectures" in values else None
+
+
+def find_source(root: Path, name: str) -> Run:
+    """The run of that name or path, else the Hugging Face folder there, else the model of that name on the hub.
+
+    Raises UsageError where there is none of these, UserError where the hub cannot give it.
+    """
+    for folder in (root / name, Path(name)):
+        if run := open_run(folder) or open_pretrained(folder):
+            return run
+    if name in LEGACY or (re.fullmatch(HUB_NAME, name) and not Path(name).exists()):
+        return Pretrained(fetch(name), name)
+    return find_run(root, name)
