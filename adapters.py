@@ -161,9 +161,16 @@ class Merge(Command):
         (adapted,) = open_adapters(self.root, (self.name,))
         text = text_for(adapted, self.dataset)
         windows = held_out(text, adapted.base, Path(self.data_dir), 1)
-        run, difference = making.merge_run(adapted, self.root / self.out, windows)
+        run, errors = making.merge_run(adapted, self.root / self.out, windows)
         print(f"{run.artifact}: {adapted.base.run.name} with {self.name} merged into it")
-        told = f"{difference:.1e} of the largest (up to {making.TOLERANCE:g} is rounding)"
+        off = max(errors.read_back, errors.rounding)
+        if off > making.TOLERANCE:
+            dtype = str(adapted.base.model.token_embedding.weight.dtype).removeprefix("torch.")
+            told = (
+                f"{off:.1e} of the largest, which is what rounding the weights to {dtype} costs, as its base has them"
+            )
+        else:
+            told = f"{off:.1e} of the largest (up to {making.TOLERANCE:g} is rounding)"
         print(f"Verified on held-out text of {Path(text).name}: its logits differ from base and adapter by {told}")
         print(f"➡️  Next: {command_line('generate.py', '--run', run.name)}")
 

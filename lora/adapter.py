@@ -104,8 +104,13 @@ class Adapter:
 
     def new_modules(self, model: nn.Module) -> dict[str, AdapterModule]:
         """Create its modules on a model, with fresh tensors. Raises UsageError as `lora.attach.new_modules` does."""
+        config, layers = self.config, adaptable_layers(model).values()
+        if not any(name == "bias" for _, name, _ in self.trained_copies()) and not any(
+            getattr(layer, "bias", None) is not None for layer in layers
+        ):
+            config = replace(config, bias="none")  # PEFT takes bias=all for a model without biases too
         with torch.random.fork_rng(devices=[]):  # the fresh tensors are drawn only to be overwritten
-            return new_modules(model, self.config)
+            return new_modules(model, config)
 
     def problems(self, model: nn.Module, base_sha256: str = "") -> list[str]:
         """Return a message for each mismatch with the model, targets that match nothing included."""

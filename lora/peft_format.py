@@ -79,7 +79,7 @@ def _their_targets(adapter: Adapter, names: Names) -> list[str]:
     """Return the names by which PEFT finds the adapted linears of a pretrained model, and no others."""
     paths, aliases, found = adapter.targets(), names.aliases(), {}
     adapted = {path.rpartition(".")[2] for path in paths}
-    for name in adapter.target_modules():
+    for name in paths if adapter.config.targets.startswith(REGEX) else adapter.target_modules():
         for path in (path for path in paths if f".{path}".endswith(f".{name}")):
             theirs = names.theirs(path)
             last = theirs.rpartition(".")[2]
@@ -261,7 +261,7 @@ def from_files(
     shared = {name: flat.pop(key) for name, key in variant.peft_shared.items() if key in flat}
     tensors = _by_module(flat, variant, where)
     names = names_for(tensors)
-    if names and all(names.is_transposed(names.ours(path)) for path in tensors if path.rpartition(".")[2] != "lm_head"):
+    if names and any(names.is_transposed(names.ours(path)) for path in tensors):
         peft_config["fan_in_fan_out"] = False  # which changes how the base lies, and not what A and B mean
     config = _read_config(peft_config, name, whole_modules(tensors), f"{where}/{CONFIG}")
     if names:

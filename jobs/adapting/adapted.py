@@ -20,6 +20,8 @@ from runtime.storage.encoding import to_sealed_json
 from runtime.storage.runs import ARTIFACTS, Run, all_runs, open_run, suggest
 from runtime.training.batch import Batch
 
+LONGEST = 1024  # tokens in a window of text that is measured on, where the base would take more
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -86,11 +88,12 @@ def load_text(name: str, run: Run, data_dir: Path) -> Corpus:
 
 
 def held_out(name: str, base: Base, data_dir: Path, batches: int) -> list[Batch]:
-    """At most so many batches of 16 windows of a text's held-out part."""
+    """At most so many batches of 16 windows of a text's held-out part; fewer windows a batch where they are long."""
     tokens = tokens_of(load_text(name, base.run, data_dir).validation, base.tokenizer, data_dir)
     if len(tokens) < 2:
         raise UserError(f"the held-out part of {name} has {len(tokens)} tokens, and nothing can be measured on it")
-    return validation_windows(tokens, min(base.model.config.max_positions, len(tokens) - 1), 16, batches)
+    length = min(base.model.config.max_positions, LONGEST, len(tokens) - 1)
+    return validation_windows(tokens, length, 16 if length <= 256 else max(1, 2048 // length), batches)
 
 
 # --- new runs -----------------------------------------------------------------------------------------------------

@@ -181,8 +181,8 @@ class Settings(CommonSettings):
     lora_dropout: float = setting(0.0, "Dropout probability of the adapters' inputs", group=LORA, **A_PROBABILITY)
     lora_targets: str = setting(
         "all",
-        "Linear layers that get an adapter: minimal, standard, all-linear, all (the head too), or module names separated by "
-        "commas",
+        "Linear layers that get an adapter: minimal, standard, all-linear, all (with the head), or module names separated "
+        "by commas",
         group=LORA,
         pattern=MODULES,
         allowed="minimal, standard, all-linear, all, or module names separated by commas",
