@@ -8,7 +8,6 @@ from runtime.console import say
 from runtime.errors import UserError
 from runtime.extras import needs_package
 
-LEGACY = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # names without an owner
 WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges.txt"]
 UNWANTED = ["*/*", "onnx*", "openvino*", "*.onnx"]  # other forms of the same weights
 

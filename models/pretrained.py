@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from models.files import CONFIG, INDEX, WEIGHTS
-from models.hub import LEGACY, fetch
+from models.hub import fetch
 from runtime.errors import UserError
+from runtime.settings.config import is_hub_name
 from runtime.storage import folders
 from runtime.storage.encoding import read_json
 from runtime.storage.runs import Run, find_run, open_run
 
-HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "tf_model.h5")
 SMALL_FILES = r".*\.(json|jinja|txt|model)"
 
@@ -77,6 +77,6 @@ def find_source(root: Path, name: str) -> Run:
     for folder in (root / name, Path(name)):
         if run := open_run(folder) or open_pretrained(folder):
             return run
-    if name in LEGACY or (re.fullmatch(HUB_NAME, name) and not Path(name).exists()):
+    if is_hub_name(name) and not Path(name).exists():
         return Pretrained(fetch(name), name)
     return find_run(root, name)

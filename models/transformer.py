@@ -7,8 +7,9 @@ Shapes: B batch, T positions, C embedding width, H heads, K heads of keys and va
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +157,11 @@ def lora_presets(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         "all": inside if config.tied_head else (*inside, "lm_head"),
         "all-linear": inside,
     }
+
+
+def presets_of_run(about: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The same for the model of a run, from what its run.json says, which in some of earlier versions has no config."""
+    return lora_presets(ModelConfig.from_dict(about.get("config") or {"vocab_size": 1}))
 
 
 class Transformer(nn.Module):

@@ -12,9 +12,8 @@ from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.combine import DeltaSize, all_targets, cosines, delta_size
 from lora.variants.registry import VARIANTS
-from models.config import ModelConfig
 from models.families import family_with
-from models.transformer import lora_presets
+from models.transformer import presets_of_run
 from runtime import report
 from runtime.errors import UserError
 from runtime.start import command_line
@@ -54,7 +53,7 @@ def _row(run: Run, tokens: str, depth: int) -> tuple[str, ...]:
 def targets_in_words(adapter: Adapter, run: Run) -> str:
     """What an adapter changes: the name of a preset where it is one."""
     names = set(adapter.target_modules())
-    presets = lora_presets(ModelConfig.from_dict(run.metadata["config"])).items()
+    presets = presets_of_run(run.metadata).items()
     return next((preset for preset, members in presets if set(members) == names), adapter.config.targets)
 
 

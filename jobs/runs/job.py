@@ -27,7 +27,7 @@ from lora.variants.registry import VARIANTS
 from models import files as model_files
 from models.config import ModelConfig
 from models.families import family_with
-from models.transformer import Transformer, lora_presets
+from models.transformer import Transformer, presets_of_run
 from runtime.console import say
 from runtime.device import Machine, check_compiler
 from runtime.errors import UserError
@@ -168,7 +168,7 @@ def identity(about: dict) -> str:
         spelled = {"base", "dataset", "dtype", *unread_names(settings)}
         read = {name: value for name, value in settings.identity().items() if name not in spelled}
         if settings.use_lora:  # a preset is the modules that it stands for, in any order
-            presets, targets = lora_presets(ModelConfig.from_dict(about["config"])), settings.lora_targets
+            presets, targets = presets_of_run(about), settings.lora_targets
             read["lora_targets"] = sorted(presets.get(targets) or {name.strip() for name in targets.split(",")})
         data = [about["dataset"]["sha256"], about["tokenizer_sha256"], base and base["sha256"]]
         if "window" in about:  # on windows that are shorter than the base's; without a base BLOCK_SIZE is read anyway

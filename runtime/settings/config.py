@@ -8,6 +8,7 @@ python -m runtime.settings.config    writes .env.example and the README's settin
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ SAVING = "Evaluation and saving"
 NAME = r"(?!(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$))[A-Za-z0-9_]([A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?"
 FOLDER = r"(?=.*\S)[^\x00-\x1f\x7f\ud800-\udfff]+"
 MODULES = r"[A-Za-z_][\w.-]*( *, *[A-Za-z_][\w.-]*)*"
+HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+HUB_LEGACY = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # names without an owner
 NAMED = "a name that any system takes for a folder (letters, digits, '_', '-', and '.' inside; at most 100)"
 SHAPE = ("tokenizer", "vocab_size", "n_layer", "n_head", "n_embd", "block_size", "bias")
 WARMUP_SHARE = 5  # the default warm-up never takes more than a fifth of a run that was asked to be short
@@ -181,7 +184,7 @@ class Settings(CommonSettings):
     lora_dropout: float = setting(0.0, "Dropout probability of the adapters' inputs", group=LORA, **A_PROBABILITY)
     lora_targets: str = setting(
         "all",
-        "Linear layers that get an adapter: minimal, standard, all-linear, all (with the head), or module names separated "
+        "Linear layers that get an adapter: minimal, standard, all-linear, all (with the head), or names separated "
         "by commas",
         group=LORA,
         pattern=MODULES,
@@ -274,7 +277,8 @@ class Settings(CommonSettings):
         lora, test = values["use_lora"], values["test_mode"]
         holds = {"from a base": lora or values["base"], "LoRA": lora, "TEST_MODE": test}
         holds |= {"TEST_MODE with LoRA": test and lora, values["lora_variant"]: lora}
-        pretrained = bool(values["base"]) and is_pretrained(Path(values["checkpoints_dir"]), values["base"])
+        places = values["checkpoints_dir"], values["base"]
+        pretrained = all(isinstance(place, str) for place in places) and bool(values["base"]) and is_pretrained(*places)
         holds |= {"a pretrained base": pretrained, "TEST_MODE on a pretrained base": pretrained and test}
         return {label for label, active in holds.items() if active}
 
@@ -303,11 +307,18 @@ class Settings(CommonSettings):
         return {name: value for name, value in super().identity().items() if name not in unread}
 
 
-def is_pretrained(root: Path, base: str) -> bool:
+def is_hub_name(name: str) -> bool:
+    """Whether a model on the Hugging Face hub may be called so."""
+    return name in HUB_LEGACY or re.fullmatch(HUB_NAME, name) is not None
+
+
+def is_pretrained(root: str, base: str) -> bool:
     """Whether BASE names a model that was trained elsewhere, or a run that came of one, rather than a run of ours."""
-    runs = [folder for folder in (root / base, Path(base)) if (folder / "run.json").is_file()]
+    places = Path(root) / base, Path(base)
+    runs = [folder for folder in places if (folder / "run.json").is_file()]
     if not runs:
-        return True
+        there = any((folder / "config.json").is_file() for folder in places)
+        return there or (is_hub_name(base) and not Path(base).exists())
     path = runs[0] / "model" / "config.json"
     return path.is_file() and b'"model_type"' in path.read_bytes()
 

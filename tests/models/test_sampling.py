@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from lora.attach import activate, active_adapters, attach
 from lora.config import LoRAConfig
-from models import per_row, sampling
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from models.generation import per_row, sampling
 from models.generation.choosing import Sampling, choose
 from models.generation.per_row import generate_per_row
 from models.generation.sampling import generate, stream, window_start

@@ -315,8 +315,9 @@ def test_the_readme_table_shows_all_defaults_and_one_row_a_setting():
     assert all(line.replace("\\|", "").count("|") == 4 for line in lines)
     assert sum(line.startswith("| `") for line in lines) == len(ROWS)
     row = next(row for row in ROWS if row.name == "max_iters")
-    base, test, both = (row.others[label] for label in ("from a base", "TEST_MODE", "TEST_MODE with LoRA"))
-    shown = f"{row.default} (from a base {base}, TEST_MODE {test}, TEST_MODE with LoRA {both})"
+    others = ", ".join(f"{label} {value}" for label, value in row.others.items())
+    assert {"from a base", "TEST_MODE", "TEST_MODE with LoRA", "a pretrained base"} <= row.others.keys()
+    shown = f"{row.default} ({others})"
     assert f"| `MAX_ITERS` | {shown} |" in readme_table(Settings)
 
 
