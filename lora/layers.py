@@ -168,6 +168,24 @@ def _is_plain(layer: nn.Module) -> bool:
     return type(layer) is LoRALinear and not any(hooks) and "forward" not in vars(layer)
 
 
+def lay_together(*layers: LoRALinear) -> None:
+    """Move the weights of linears of one input into one piece of memory, so that one matmul serves them uncopied."""
+    whole = torch.cat([layer.weight.detach() for layer in layers])
+    for layer, weight in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):
+        layer.weight.data = weight
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return tensors (n, m) as one, uncopied, where they lie one after the other in memory; else None."""
+    first, place = tensors[0], tensors[0].storage_offset()
+    for t in tensors:
+        here = t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and t.storage_offset() == place
+        if not (here and t.is_contiguous() and t.dtype == first.dtype):
+            return None
+        place += t.numel()
+    return first.detach().as_strided((sum(map(len, tensors)), first.shape[1]), first.stride())
+
+
 class _Cached(NamedTuple):
     """What `_cached_product` needs: a weight in the compute dtype, or one with a low-rank update to be added."""
 
@@ -175,6 +193,19 @@ class _Cached(NamedTuple):
     bias: Tensor | None
     A: Tensor | None = None
     B: Tensor | None = None
+
+
+def _joined_cache(found: list[_Cached]) -> list[_Cached]:
+    """Return the tensors of several linears as those of one, where that costs no copy of large weights."""
+    Ws, biases, As, Bs = zip(*found, strict=True)
+    if len(found) == 1 or len({W.dtype for W in Ws}) > 1 or len({A is None for A in As}) > 1:
+        return found
+    W = joined(Ws)
+    if W is None and sum(W.numel() for W in Ws) > SMALL:
+        return found
+    W = torch.cat(Ws) if W is None else W
+    low = (None, None) if As[0] is None else (torch.cat(As), torch.block_diag(*Bs))
+    return [_Cached(W, cat_or_none(biases), *low)]
 
 
 def _cached_tensors(layer: LoRALinear, dtype: torch.dtype) -> _Cached:
@@ -190,18 +221,13 @@ def _cached_tensors(layer: LoRALinear, dtype: torch.dtype) -> _Cached:
 def _cached_product(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
     """Apply linears to one input (..., in) in the compute dtype, by what the first layer's cache holds of them.
 
-    Small weights are concatenated, so that one matmul serves them; a copy of large ones would take more memory than it
-    saves time.
+    One matmul serves weights that lie together or are small; a copy of large ones would take more memory than it saves
+    time.
     """
     cache, key = layers[0].cache, (layers, tuple(layers[0].active.items()), x.dtype)
     if key not in cache:
-        found = [_cached_tensors(layer, x.dtype) for layer in layers]
-        small = sum(each.W.numel() for each in found) <= SMALL
-        if len(found) > 1 and small and all(each.A is None and each.W.dtype == x.dtype for each in found):
-            found = [_Cached(torch.cat([each.W for each in found]), cat_or_none([each.bias for each in found]))]
-        cache[key] = found
-    with torch.autocast(x.device.type, enabled=False):
-        ys = [_product(x, *each) for each in cache[key]]
+        cache[key] = _joined_cache([_cached_tensors(layer, x.dtype) for layer in layers])
+    ys = [_product(x, *each) for each in cache[key]]
     return ys if len(ys) == len(layers) else list(ys[0].split([layer.out_features for layer in layers], -1))
 
 
@@ -209,7 +235,10 @@ def _product(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor | None, B: Ten
     if A is not None:
         tokens = x.reshape(-1, x.shape[-1])
         return added_product(tokens, tokens @ A.t(), W, B, bias).view(*x.shape[:-1], len(W))
-    return F.linear(x.to(W.dtype), W, bias).to(x.dtype)
+    if W.dtype == x.dtype:  # which is the dtype that autocast would choose
+        return F.linear(x, W, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(W.dtype), W, bias).to(x.dtype)
 
 
 def fused_projection(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
@@ -218,10 +247,12 @@ def fused_projection(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
     One matmul computes all of them if they are plain `LoRALinear`s that take the same path. Otherwise each is called,
     so that no wrapper, hook or variant is bypassed.
     """
-    dtype = compute_dtype(x)
+    dtype, cache = compute_dtype(x), layers[0].cache
+    if cache is not None and not torch.is_grad_enabled():
+        if layers not in cache:
+            cache[layers] = all(map(_is_plain, layers))
+        return _cached_product(layers, x.to(dtype)) if cache[layers] else [layer(x) for layer in layers]
     if len(layers) > 1 and all(map(_is_plain, layers)):
-        if layers[0].cache is not None and not torch.is_grad_enabled():
-            return _cached_product(layers, x.to(dtype))
         biases = [layer.bias_in(dtype) for layer in layers]
         if not any(layer.variants() for layer in layers):
             if sum(layer.weight.numel() for layer in layers) > SMALL:

@@ -225,4 +225,5 @@ def from_files(
         tensor = tensors[name]
         setattr(model.get_submodule(path), leaf, torch.nn.Parameter(tensor if dtype is None else tensor.to(dtype)))
     model.tie_head()
+    model.lay_together()
     return model

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lora.attach import adapter_parameters
 from lora.functional import at_least_fp32, compute_dtype, dropout
-from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, fused_projection
+from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, fused_projection, lay_together
 from models.attention import causal_attention
 from models.config import ModelConfig
 from models.generation import sampling
@@ -72,7 +72,8 @@ class Attention(nn.Module):
         if hasattr(self, "q_norm"):
             q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
         if cos_sin:
-            q_BTHD, k_BTKD = rotate(q_BTHD, *cos_sin), rotate(k_BTKD, *cos_sin)
+            both = rotate(torch.cat((q_BTHD, k_BTKD), 2), *cos_sin)
+            q_BTHD, k_BTKD = both.split((q_BTHD.shape[2], k_BTKD.shape[2]), 2)
         q_BHTD, k_BKTD, v_BKTD = (t.transpose(1, 2) for t in (q_BTHD, k_BTKD, v_BTKD))
         if cache is None or cache.store(k_BKTD, v_BKTD):
             y_BHTD = causal_attention(q_BHTD, k_BKTD, v_BKTD, self.dropout if self.training else 0.0)
@@ -191,6 +192,15 @@ class Transformer(nn.Module):
         """Make the head's weight the token embedding where the config says so, also after weights were replaced."""
         if self.config.tied_head:
             self.lm_head.weight = self.token_embedding.weight
+
+    def lay_together(self) -> None:
+        """Put weights of the same input together in memory, for generation: see `lora.layers.lay_together`."""
+        for block in self.blocks:
+            attention, mlp = block.attention, block.mlp
+            if not self.config.fused_qkv:
+                lay_together(attention.q_proj, attention.k_proj, attention.v_proj)
+            if self.config.mlp == "gated_silu":
+                lay_together(mlp.gate_proj, mlp.up_proj)
 
     @torch.no_grad()
     def init_weights(self) -> None:
