@@ -247,7 +247,7 @@ def fused_projection(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
     One matmul computes all of them if they are plain `LoRALinear`s that take the same path. Otherwise each is called,
     so that no wrapper, hook or variant is bypassed.
     """
-    dtype, cache = compute_dtype(x), layers[0].cache
+    dtype, cache = compute_dtype(x), getattr(layers[0], "cache", None)  # a wrapper has none
     if cache is not None and not torch.is_grad_enabled():
         if layers not in cache:
             cache[layers] = all(map(_is_plain, layers))
