@@ -168,13 +168,6 @@ def _is_plain(layer: nn.Module) -> bool:
     return type(layer) is LoRALinear and not any(hooks) and "forward" not in vars(layer)
 
 
-def lay_together(*layers: LoRALinear) -> None:
-    """Move the weights of linears of one input into one piece of memory, so that one matmul serves them uncopied."""
-    whole = torch.cat([layer.weight.detach() for layer in layers])
-    for layer, weight in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):
-        layer.weight.data = weight
-
-
 def joined(tensors: Sequence[Tensor]) -> Tensor | None:
     """Return tensors (n, m) as one, uncopied, where they lie one after the other in memory; else None."""
     first, place = tensors[0], tensors[0].storage_offset()
@@ -271,6 +264,10 @@ def fused_projection(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
 
 class LoRAEmbedding(Adaptable, nn.Embedding):
     """An `nn.Embedding` whose adapters have their own trained copy of it."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # where there is nothing to draw, and torch imports 800 modules to draw it
+            super().reset_parameters()
 
     def forward(self, idx: Tensor) -> Tensor:
         """Map token ids of any shape to (*shape, embedding_dim)."""

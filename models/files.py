@@ -121,6 +121,14 @@ class StoredTensors(Mapping[str, Tensor]):
         tensor = file[stored]
         return tensor.t().contiguous() if self._is_transposed(name, tensor) else tensor
 
+    def read_into(self, name: str, tensor: Tensor) -> None:
+        """Read a tensor into another of its shape, in any dtype, without holding it twice where that can be."""
+        file, stored = self._places[name]
+        if tensor.dtype == self.described[name].dtype and not self._is_transposed(name, tensor):
+            file.read_into(stored, tensor)
+        else:
+            tensor.copy_(self[name])
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.described)
 
@@ -220,10 +228,17 @@ def from_files(
     _check_size(config, tensors, where)
     model = Transformer(config, dropout, "meta")  # nothing is drawn that would be overwritten
     _check_fit(model, tensors, where)
-    for name, _ in list(model.named_parameters()):
-        path, _, leaf = name.rpartition(".")
-        tensor = tensors[name]
-        setattr(model.get_submodule(path), leaf, torch.nn.Parameter(tensor if dtype is None else tensor.to(dtype)))
+    for names in model.weights_of_one_input():
+        described = [tensors.described[name] for name in names]
+        dtypes = {dtype or tensor.dtype for tensor in described}
+        if len(dtypes) == 1:  # together in memory, so that one matmul serves them uncopied
+            whole = torch.empty(sum(map(len, described)), *described[0].shape[1:], dtype=dtypes.pop())
+            parts = whole.split([len(tensor) for tensor in described])
+        else:
+            parts = [torch.empty(tensor.shape, dtype=dtype or tensor.dtype) for tensor in described]
+        for name, part in zip(names, parts, strict=True):
+            tensors.read_into(name, part)
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, torch.nn.Parameter(part))
     model.tie_head()
-    model.lay_together()
     return model

@@ -6,6 +6,7 @@ Shapes: B batch, T positions, C embedding width, H heads, K heads of keys and va
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from lora.attach import adapter_parameters
 from lora.functional import at_least_fp32, compute_dtype, dropout
-from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, fused_projection, lay_together
+from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, fused_projection
 from models.attention import causal_attention
 from models.config import ModelConfig
 from models.generation import sampling
@@ -193,18 +194,20 @@ class Transformer(nn.Module):
         if self.config.tied_head:
             self.lm_head.weight = self.token_embedding.weight
 
-    def lay_together(self) -> None:
-        """Put weights of the same input together in memory, for generation: see `lora.layers.lay_together`."""
-        for block in self.blocks:
-            attention, mlp = block.attention, block.mlp
-            if not self.config.fused_qkv:
-                lay_together(attention.q_proj, attention.k_proj, attention.v_proj)
-            if self.config.mlp == "gated_silu":
-                lay_together(mlp.gate_proj, mlp.up_proj)
+    def weights_of_one_input(self) -> list[list[str]]:
+        """The names of all parameters, those together whose linears have one input, as q, k and v have."""
+        names, groups = dict(self.named_parameters()), []
+        for i in range(self.config.n_layer):
+            groups += [[f"blocks.{i}.attention.{name}_proj.weight" for name in "qkv"]]
+            groups += [[f"blocks.{i}.mlp.{name}_proj.weight" for name in ("gate", "up")]]
+        groups = [group for group in groups if names.keys() >= set(group)]
+        return groups + [[name] for name in names.keys() - set(itertools.chain(*groups))]
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Normal weights of deviation 0.02, as in GPT-2; what writes into the stream shrinks with the depth."""
+        if self.token_embedding.weight.is_meta:
+            return
         for path, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 last = path.endswith(("o_proj", "down_proj"))

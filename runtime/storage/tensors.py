@@ -98,9 +98,13 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = torch.empty_like(self.described[name], device="cpu")
+        self.read_into(name, tensor)
+        return tensor
+
+    def read_into(self, name: str, tensor: Tensor) -> None:
+        """Read a tensor into another of its shape and dtype, which is contiguous and on the CPU."""
         with plain_errors(Path(self.name), "read"):
             self.file.read_into(bytes_of(tensor), self._starts[name])
-        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.described)
