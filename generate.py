@@ -6,20 +6,24 @@ python generate.py --run lora-folio-r8 --adapter none     the same base without 
 python generate.py --adapter lora-folio-r8=0.5            half of what the adapter adds
 python generate.py --adapter lora-folio-r8 --adapter lora-milton-r8       the sum of what both add
 python generate.py --prompts prompts.jsonl                lines {"prompt": "O Romeo", "adapter": "lora-folio-r8"}
+python generate.py --run HuggingFaceTB/SmolLM2-135M-Instruct --chat       talk to a model that has a chat template
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
+from data.chat import encode_chat, template_of
 from data.tokenizers import Tokenizer, listed
+from jobs.generating.chatting import chat
 from jobs.generating.choice import Choice, choose, in_words, parse_adapters
 from jobs.generating.prompts import Request, read_requests
+from jobs.generating.stopping import StopAt, cut
 from lora.attach import using
 from models.generation.choosing import Sampling
 from models.generation.per_row import generate_per_row
@@ -50,6 +54,9 @@ class Options(CommonSettings):
         path=True,
         **WHAT,
     )
+    chat: bool = setting(False, "Talk to the model, which needs a chat template; a line is a message", **WHAT)
+    system: str = setting("", "The system prompt of --chat", **WHAT)
+    stop: tuple[str, ...] = setting((), "A text that ends what is generated; may be repeated", **WHAT)
     num_samples: int = setting(1, "Continuations of each prompt", low=1, high=10_000, **WHAT)
     max_new_tokens: int = setting(500, "Tokens to add", low=1, **WHAT)
     temperature: float = setting(
@@ -83,6 +90,12 @@ class Patience:
 
 def encode(tokenizer: Tokenizer, request: Request) -> list[int]:
     """A prompt as token ids, at least one. Raises UserError for characters that the tokenizer does not know."""
+    if request.messages:
+        try:
+            template_of(tokenizer)
+            return encode_chat(tokenizer, request.messages)
+        except UserError as error:
+            raise UserError(f"{request.where}: {error}") from None
     if unknown := tokenizer.unknown(request.prompt):
         where = f"{request.where}: " if request.where else ""
         known = "".join(token.decode() for token in tokenizer.tokens if not token.isascii())
@@ -94,13 +107,23 @@ def encode(tokenizer: Tokenizer, request: Request) -> list[int]:
     return tokenizer.encode(request.prompt or "\n")
 
 
-def print_streaming(tokenizer: Tokenizer, prompt: str, tokens: Sequence[Sequence[int]]) -> None:
-    """Print one continuation as it is made."""
-    decoder = tokenizer.stream()
-    print(prompt, end="", flush=True)
+def print_streaming(tokenizer: Tokenizer, tokens: Generator[list[int | None]], stops: Sequence[str]) -> str:
+    """Print one continuation as it is made; returns it."""
+    decoder, until, told = tokenizer.stream(), StopAt(stops), ""
+
+    def tell(text: str) -> None:
+        nonlocal told
+        told += text
+        print(text, end="", flush=True)
+
     for (token,) in tokens:
-        print(decoder.feed(token), end="", flush=True)
-    print(decoder.flush())
+        tell(until.feed(decoder.feed(token)))
+        if until.ended:
+            break
+    tokens.close()
+    tell("" if until.ended else until.feed(decoder.flush()) + until.flush())
+    print()
+    return told
 
 
 def print_batch(requests: Sequence[Request], texts: Sequence[str]) -> None:
@@ -112,7 +135,8 @@ def print_lines(choice: Choice, requests: Sequence[Request], texts: Sequence[str
     """Print several continuations as JSON lines."""
     for request, text in zip(requests, texts, strict=True):
         adapter = in_words(choice.default if request.adapters is None else request.adapters)
-        print(json.dumps({"prompt": request.prompt, "adapter": adapter, "text": text}, ensure_ascii=False))
+        asked = {"messages": request.messages} if request.messages else {"prompt": request.prompt}
+        print(json.dumps(asked | {"adapter": adapter, "text": text}, ensure_ascii=False))
 
 
 def what_to_continue(given: Resolved) -> list[Request]:
@@ -120,6 +144,10 @@ def what_to_continue(given: Resolved) -> list[Request]:
     options = given.settings
     if options.prompts and given.explicit("prompt"):
         raise UsageError("--prompt and --prompts are both given; put all prompts into the file")
+    if options.chat and (options.prompts or given.explicit("prompt") or given.explicit("num_samples")):
+        raise UsageError("--chat takes its messages from the terminal, and goes with no prompts and no --num-samples")
+    if options.system and not options.chat:
+        raise UsageError("--system is the system prompt of a chat, and goes with --chat")
     found = read_requests(Path(options.prompts)) if options.prompts else [Request(text) for text in options.prompt]
     return [request for request in found for _ in range(options.num_samples)]
 
@@ -135,7 +163,7 @@ def main() -> None:
     model, tokenizer = choice.base.model.requires_grad_(False).to(machine.device), choice.base.tokenizer
     adapters = f" with {in_words(choice.default)}" if choice.default else ""
     say(f"From {choice.base.run.name}{adapters}, on {machine}, seed {options.seed}")
-    prompts = [encode(tokenizer, request) for request in requests]
+    prompts = [] if options.chat else [encode(tokenizer, request) for request in requests]
     chosen = (options.temperature, options.top_k, options.top_p, options.repetition_penalty, options.greedy)
     how = Sampling(*chosen, tokenizer.stop_ids)
     # Samples of a prompt differ in their seed, and no text depends on what is beside it.
@@ -143,12 +171,21 @@ def main() -> None:
     seeds = [options.seed + i % options.num_samples for i in range(len(requests))]
     with machine.autocast():
         if len(requests) == 1 and not options.prompts:
+
+            def answer(prompt: list[int]) -> str:
+                tokens = stream(model, [prompt], options.max_new_tokens, how, seeds)
+                return print_streaming(tokenizer, tokens, options.stop)
+
             with using(model, rows[0]):
-                tokens = stream(model, prompts, options.max_new_tokens, how, seeds)
-                print_streaming(tokenizer, requests[0].prompt, tokens)
+                if options.chat:
+                    room = model.config.max_positions - min(options.max_new_tokens, model.config.max_positions // 2)
+                    chat(tokenizer, options.system, room, answer)
+                else:
+                    print(requests[0].prompt, end="", flush=True)
+                    answer(prompts[0])
             return
         found = generate_per_row(model, prompts, rows, options.max_new_tokens, how, seeds, Patience())
-    texts = [tokenizer.decode(tokens) for tokens in found]
+    texts = [cut(tokenizer.decode(tokens), options.stop) for tokens in found]
     if options.prompts:
         print_lines(choice, requests, texts)
     else:

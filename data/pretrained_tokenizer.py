@@ -43,6 +43,7 @@ class PretrainedTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id, self.eos_id = (self._id(name) for name in ("bos_token", "eos_token"))
         self.stop_ids = _stop_ids(settings.get("eos_token_id"), self.eos_id)
+        self.template: str | list | None = settings.get("chat_template")  # text, or a list of named ones
 
     def _id(self, name: str) -> int | None:
         """The id of a special token that tokenizer_config.json names."""
@@ -130,6 +131,8 @@ def pretrained_tokenizer(files: Mapping[str, bytes | Content], where: str) -> Pr
     for name in ("config.json", GENERATION):
         eos = _settings(files, name, where).get("eos_token_id")
         settings |= {} if eos is None else {"eos_token_id": eos}
+    if TEMPLATE in files:
+        settings["chat_template"] = bytes(files[TEMPLATE]).decode(errors="replace")
     try:
         return PretrainedTokenizer(bytes(files[FILE]), settings)
     except CorruptedError as error:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.chat import ROLES, Message
 from jobs.generating.choice import parse_adapters
 from lora.attach import Strengths
 from runtime.errors import UserError
 from runtime.storage.folders import plain_errors
 
-KEYS = {"prompt", "adapter"}
+KEYS = ("prompt", "messages", "adapter")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A text to continue, and the adapters for it; None leaves them to the command line. where: for messages."""
+    """A text to continue, or a chat to answer, and the adapters for it; None leaves them to the command line.
+
+    where: for messages of ours.
+    """
 
     prompt: str
     adapters: Strengths | None = None
     where: str = ""
+    messages: tuple[Message, ...] = ()
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -37,22 +42,43 @@ def _read_line(line: bytes, where: str) -> Request:
         raise UserError(f"{where}: no JSON in UTF-8: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f'{where}: must be an object like {{"prompt": "O Romeo", "adapter": "lora-folio-r8"}}')
-    if unknown := sorted(value.keys() - KEYS):
-        raise UserError(f"{where}: {', '.join(map(repr, unknown))} is not a key here; there are prompt and adapter")
-    if not isinstance(value.get("prompt"), str):
+    if unknown := sorted(value.keys() - set(KEYS)):
+        raise UserError(f"{where}: {', '.join(map(repr, unknown))} is not a key here; there are {', '.join(KEYS)}")
+    if "messages" in value:
+        if "prompt" in value:
+            raise UserError(f"{where}: prompt and messages are both there; a line has one of them")
+        request = Request("", None, where, _messages(value["messages"], where))
+    elif isinstance(value.get("prompt"), str):
+        request = Request(value["prompt"], None, where)
+    else:
         raise UserError(f"{where}: {'prompt must be text' if 'prompt' in value else 'prompt is missing'}")
     if "adapter" not in value:
-        return Request(value["prompt"], None, where)
+        return request
     if not isinstance(value["adapter"], str):
         raise UserError(f"{where}: adapter must be text, a name or none")
     try:
-        return Request(value["prompt"], parse_adapters([value["adapter"]]), where)
+        return replace(request, adapters=parse_adapters([value["adapter"]]))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
+def _messages(value: Any, where: str) -> tuple[Message, ...]:
+    """The messages of a chat. Raises UserError for what is none."""
+    good = isinstance(value, list) and all(
+        isinstance(message, dict)
+        and message.keys() == {"role", "content"}
+        and message["role"] in ROLES
+        and isinstance(message["content"], str)
+        for message in value
+    )
+    if not good or not value:
+        raise UserError(f'{where}: messages must be a list of {{"role": "{" or ".join(ROLES)}", "content": "..."}}')
+    return tuple(value)
+
+
 def read_requests(path: Path) -> list[Request]:
-    """The prompts of a file of JSON lines: {"prompt": text, "adapter": a LoRA run's name or none, optional}.
+    """The prompts of a file of JSON lines: {"prompt": text, "adapter": a LoRA run's name or none, optional}, or with
+    `messages`, a chat, in place of the prompt.
 
     Only a newline ends a line: within JSON's strings other signs may stand that `str.splitlines` splits at. Empty
     lines are passed over. Raises UserError that names the line for anything else.
