@@ -61,6 +61,7 @@ class Options(Settings):
     presets: ClassVar = PRESETS | {
         "TEST_MODE": PRESETS["TEST_MODE"] | {"ranks": "8", "widths": "64,128", "batches": "4,16"},
         "--variants": {"ranks": "", "seeds": 3},
+        "a pretrained base": PRESETS["a pretrained base"] | {"ranks": "16"},
     }
 
     ranks: str = setting(

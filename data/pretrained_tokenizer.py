@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -141,11 +140,3 @@ def pretrained_tokenizer(files: Mapping[str, bytes | Content], where: str) -> Pr
 
 def _settings(files: Mapping[str, bytes | Content], name: str, where: str) -> dict[str, Any]:
     return read_json(files[name], f"{where}/{name}") if name in files else {}
-
-
-def is_pretrained(data: bytes) -> bool:
-    """Whether a tokenizer.json is one of the tokenizers library."""
-    try:
-        return "model" in json.loads(data)
-    except (ValueError, TypeError, RecursionError):
-        return False

@@ -83,10 +83,13 @@ def make_method(label: str, given: dict[str, Any], machine: Machine, base: Run) 
 
 
 def base_windows(job: Job, base: Run) -> list[Batch]:
-    """Held-out text of the base's own corpus, on which forgetting is measured, in windows as long as the job's.
+    """Held-out text of the base's own corpus, on which forgetting is measured, in windows as long as the job's; none
+    where nobody knows what the base was trained on, as with a pretrained one.
 
     Raises UserError where that text is gone.
     """
+    if not base.metadata["settings"]["dataset"]:
+        return []
     data_dir, limits = Path(job.settings.data_dir), (job.settings.batch_size, job.settings.eval_iters)
     try:
         text = load_text(base.metadata["settings"]["dataset"], base, data_dir).validation
@@ -106,7 +109,7 @@ def untouched(method: Method, windows: list[Batch]) -> float:
     return loss
 
 
-def row(method: Method, equal_seconds: float, forgetting: tuple[float, float]) -> dict[str, Any]:
+def row(method: Method, equal_seconds: float, forgetting: tuple[float | None, float | None]) -> dict[str, Any]:
     """What one seed shows of a method."""
     info = method.job.model.get_parameter_info()
     return {
@@ -148,10 +151,11 @@ def take_steps(methods: list[Method]) -> None:
 def compare(methods: list[Method], base: Run, machine: Machine) -> list[dict[str, Any]]:
     """Run the comparison with one seed; one row of results a method, without peak memory."""
     windows = base_windows(methods[0].job, base)
-    before = untouched(methods[0], windows)
+    before = untouched(methods[0], windows) if windows else None
     take_steps(methods)
     seconds = min(method.curve[-1][1] for method in methods)
-    return [row(method, seconds, (before, evaluate(method.job.model, windows, machine))) for method in methods]
+    after = [evaluate(method.job.model, windows, machine) if windows else None for method in methods]
+    return [row(method, seconds, (before, loss)) for method, loss in zip(methods, after, strict=True)]
 
 
 def with_memory(rows: list[dict[str, Any]], methods: list[Method], machine: Machine) -> list[dict[str, Any]]:

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 from jobs.runs.job import prepare
+from models.pretrained import find_source
 from runtime.device import pick_machine
 from runtime.errors import UserError
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
-from runtime.storage.runs import find_run
 
 STEPS = 3
 START = "import sys; sys.path.insert(0, {root!r}); from jobs.comparing.memory import child; child()"
@@ -35,7 +35,7 @@ def child() -> None:
     machine = pick_machine(settings.device, settings.dtype)
     before = machine.restart_peak_memory()
     job = prepare(
-        Resolved(settings, {"BLOCK_SIZE": "job"}), machine, find_run(Path(settings.checkpoints_dir), settings.base)
+        Resolved(settings, {"BLOCK_SIZE": "job"}), machine, find_source(Path(settings.checkpoints_dir), settings.base)
     )
     stepper = job.stepper()
     for step in range(STEPS):

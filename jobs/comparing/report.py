@@ -44,7 +44,8 @@ def table(rows: Rows) -> str:
     for r in rows:
         step, *phases = (f"{r['milliseconds'][key]:.1f}" for key in ("step", "forward", "backward", "optimizer"))
         sizes = [report.size(r["peak_memory"]), report.size(r["file_bytes"])]
-        forgets = f"{r['base_text_loss_after'] - r['base_text_loss_before']:+.3f}"
+        before, after = r["base_text_loss_before"], r["base_text_loss_after"]
+        forgets = "?" if before is None else f"{after - before:+.3f}"
         losses = [f"{r['loss_at_equal_steps']:.3f}", f"{r['loss_at_equal_seconds']:.3f}", forgets]
         trains = [r["method"], f"{r['trainable']:,}", f"{r['trainable_percent']:.1f}"]
         times = [step, str(r["step_over_full"]), *phases, f"{r['tokens_per_second']:,.0f}"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data.pretrained_tokenizer import is_pretrained, pretrained_tokenizer, sidecar
+from data.pretrained_tokenizer import pretrained_tokenizer, sidecar
 from data.tokenizers import Tokenizer, load_tokenizer
 from lora.adapter import Adapter
 from lora.attach import base_tensors
@@ -29,11 +29,11 @@ TOKENIZER = "tokenizer.json"
 
 def tokenizer_in(files: Files, where: str) -> Tokenizer:
     """The tokenizer among a model's files, ours or a pretrained one. Raises UserError where there is none."""
-    if TOKENIZER in files and not is_pretrained(bytes(files[TOKENIZER])):
-        return load_tokenizer(bytes(files[TOKENIZER]))
     if model_files.family_in(files, where):
         return pretrained_tokenizer(files, where)
-    raise UserError(f"{where}: {TOKENIZER} is missing")
+    if TOKENIZER not in files:
+        raise UserError(f"{where}: {TOKENIZER} is missing")
+    return load_tokenizer(bytes(files[TOKENIZER]))
 
 
 def load_trained(run: Run, dropout: float = 0.0) -> tuple[Transformer, Tokenizer]:

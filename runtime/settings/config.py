@@ -72,7 +72,7 @@ PRESETS = {
         "block_size": 1024,
         "batch_size": 1,
         "gradient_accumulation_steps": 1,
-        "learning_rate": 2e-4,
+        "learning_rate": 2e-5,
         "weight_decay": 0.01,
         "max_iters": 200,
         "eval_interval": 50,
@@ -85,6 +85,7 @@ PRESETS = {
         "lora_plus_ratio": 1.0,
         "lora_train_embeddings": False,
     },
+    "LoRA on a pretrained base": {"learning_rate": 2e-4},
     "TEST_MODE on a pretrained base": {
         "block_size": 64,
         "max_iters": 10,
@@ -279,7 +280,8 @@ class Settings(CommonSettings):
         holds |= {"TEST_MODE with LoRA": test and lora, values["lora_variant"]: lora}
         places = values["checkpoints_dir"], values["base"]
         pretrained = all(isinstance(place, str) for place in places) and bool(values["base"]) and is_pretrained(*places)
-        holds |= {"a pretrained base": pretrained, "TEST_MODE on a pretrained base": pretrained and test}
+        holds |= {"a pretrained base": pretrained, "LoRA on a pretrained base": pretrained and lora}
+        holds |= {"TEST_MODE on a pretrained base": pretrained and test}
         return {label for label, active in holds.items() if active}
 
     @classmethod

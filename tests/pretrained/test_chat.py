@@ -17,7 +17,8 @@ from runtime.storage.folders import read_content
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}{{ '<s>system\nBe kind.</s>\n' }}{% endif %}"
-    "{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] | trim + '</s>\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<s>' + message['role'] + '\n' }}"
+    "{{ message['content'] | trim + '</s>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
 )
 LOOPS = (
