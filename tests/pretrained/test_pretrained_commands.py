@@ -97,7 +97,7 @@ def test_text_with_and_without_the_adapter_and_merged(made: Path) -> None:
     texts = {name: good(made, "generate.py", "--run", *words, *common, DTYPE="fp32") for name, words in runs.items()}
     assert texts["plain"] == texts["base"] != texts["adapted"]
     told = good(made, "adapters.py", "merge", "lora", "--out", "merged", DATA_DIR="cache")
-    assert "which is what rounding to its base's bfloat16 costs" in told
+    assert "which is what rounding the weights to bfloat16 costs" in told
     theirs = transformers.AutoModelForCausalLM.from_pretrained(made / "checkpoints/merged/model")
     assert theirs.dtype == torch.bfloat16
     model, tokenizer = load(str(made / "checkpoints/merged"))

@@ -1,0 +1,208 @@
+"""A pretrained base: ours against transformers and PEFT, on the same files, batch, targets and dtype.
+
+python -m benchmarks.pretrained --base FOLDER        steps, generation, memory: 4 x 256 tokens, rank 16, all linears
+python -m benchmarks.pretrained --base FOLDER --only steps
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.contest import close, parser, ratio, take_turns, tell
+from jobs.comparing.timing import repeatable
+from jobs.runs.base import Base
+from lora.attach import attach
+from lora.config import LoRAConfig
+from models.families import family_with
+from models.generation.choosing import Sampling
+from models.generation.sampling import generate
+from models.pretrained import Pretrained
+from runtime.device import pick_machine
+from runtime.errors import run_command
+
+RANK, ALPHA = 16, 32
+STEP_GOALS = {("lora", "bf16"): 0.75, ("lora", "fp32"): 0.75, ("full", "bf16"): 0.9, ("full", "fp32"): 0.9}
+
+
+class WithLoss(nn.Module):
+    """A model of transformers', called as ours is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, targets):
+        logits = self.model(tokens).logits
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def hidden_matrices(self):
+        return []
+
+
+def ours(base: Path, dtype: str, lora: bool, dropout: float) -> nn.Module:
+    """Our model of the base; its weights as they are stored where they are frozen, else in fp32."""
+    model = Base.of(Pretrained(base)).model
+    if dtype == "fp32" or not lora:
+        model.float()
+    if lora:
+        torch.manual_seed(0)
+        attach(model, LoRAConfig(RANK, ALPHA, dropout, "all-linear", train_embeddings=False))
+    return model
+
+
+def theirs(base: Path, dtype: str, lora: bool, dropout: float) -> nn.Module:
+    """transformers' model of the base, with PEFT's adapter where `lora` is on. Trained whole, its weights are in fp32
+    under autocast, as ours are: weights in bf16 would lose most of what they learn."""
+    import peft
+    import transformers
+
+    stored = torch.bfloat16 if dtype == "bf16" and lora else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=stored)
+    if lora:
+        config = peft.LoraConfig(
+            r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model = peft.get_peft_model(model, config)
+    return WithLoss(model)
+
+
+def with_our_adapter(mine: nn.Module, its: nn.Module) -> None:
+    """Give PEFT's model our A matrices, so that both have the same losses."""
+    for name, module in its.named_modules():
+        if hasattr(module, "lora_A"):
+            path = family_with([place := name.removeprefix("model.base_model.model.")]).ours(place)
+            module.lora_A["default"].weight.data.copy_(mine.get_submodule(path).lora["default"].A.data)
+
+
+def random_rows(vocabulary: int, rows: int, length: int) -> torch.Tensor:
+    """Token ids (rows, length)."""
+    return torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def measure_steps(base: Path, rounds: int, device: str) -> list[dict[str, Any]]:
+    """Our step as a share of theirs."""
+    found = []
+    cases = [("lora", "bf16", 0.05), ("lora", "bf16", 0.0), ("lora", "fp32", 0.0), ("full", "bf16", 0.0)]
+    for kind, dtype, dropout in cases:
+        machine, lora = pick_machine(device, dtype), kind == "lora"
+        models = {"ours": ours(base, dtype, lora, dropout), "theirs": theirs(base, dtype, lora, dropout)}
+        rows = random_rows(models["ours"].config.vocab_size, 4, 257)
+        steppers = {name: repeatable(model, rows, machine) for name, model in models.items()}
+        if lora and not dropout:
+            with_our_adapter(models["ours"], models["theirs"])
+        seconds = take_turns({name: partial(s.step, 0) for name, s in steppers.items()}, rounds, machine)
+        losses = [stepper.read_loss() for stepper in steppers.values()]
+        shown = f"; losses after {rounds + 1} steps {losses[0]:.4f} and {losses[1]:.4f}" if lora and not dropout else ""
+        what = f"{kind} step, {dtype}, dropout {dropout:g}{shown}"
+        found.append({"what": what} | ratio(seconds, "ours", "theirs") | {"goal": STEP_GOALS[kind, dtype]})
+        tell(found[-1:])
+    return found
+
+
+def measure_generation(base: Path, rounds: int, device: str) -> list[dict[str, Any]]:
+    """How many times as fast as transformers' cached generate we are, greedily, in bf16."""
+    import transformers
+
+    machine = pick_machine(device, "bf16")
+    mine = Base.of(Pretrained(base)).model.requires_grad_(False).to(machine.device)
+    its = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(machine.device).eval()
+    its.generation_config.eos_token_id = None
+    found = []
+    for rows, new, goal in ((1, 100, 1.3), (16, 60, 1.5)):
+        prompts = random_rows(mine.config.vocab_size, rows, 32)
+
+        def ours_(prompts=prompts, new=new) -> None:
+            with machine.autocast():
+                generate(mine, prompts.tolist(), new, Sampling(greedy=True), 0)
+
+        def theirs_(prompts=prompts, new=new) -> None:
+            with torch.no_grad():
+                its.generate(prompts.to(machine.device), max_new_tokens=new, do_sample=False)
+
+        seconds = take_turns({"ours": ours_, "theirs": theirs_}, rounds, machine)
+        what = f"generation, {rows} prompts, {new} tokens: times transformers' speed"
+        found.append({"what": what} | ratio(seconds, "theirs", "ours") | {"goal": goal})
+        tell(found[-1:])
+    return found
+
+
+def resident(key: str) -> float:
+    """MB of this process: VmRSS now, VmHWM at most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1e3
+
+
+def peak(base: Path, who: str, what: str) -> None:
+    """Print how many MB a fresh process needs at most, beyond what its packages take: to load, or for three steps."""
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
+    machine = pick_machine("cpu", "bf16")
+    F.linear(torch.ones(8, 8).bfloat16(), torch.ones(8, 8).bfloat16())
+    before = resident("VmRSS")
+    make: Callable[..., nn.Module] = ours if who == "ours" else theirs
+    if what == "load":
+        Base.of(Pretrained(base)) if who == "ours" else theirs(base, "bf16", True, 0.0)
+    else:
+        model = make(base, "bf16", what == "lora", 0.05)
+        stepper = repeatable(model, random_rows(49000, 4, 257) % _vocabulary(base), machine)
+        for _ in range(3):
+            stepper.step(0)
+    print(json.dumps(resident("VmHWM") - before))
+
+
+def _vocabulary(base: Path) -> int:
+    return json.loads((base / "config.json").read_bytes())["vocab_size"]
+
+
+def measure_memory(base: Path, rounds: int, device: str) -> list[dict[str, Any]]:
+    """Peak memory of ours as a share of theirs, and of loading as a share of the files."""
+
+    def measured(who: str, what: str) -> float:
+        command = [sys.executable, "-m", "benchmarks.pretrained", "--base", str(base), "--peak", who, what]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 1e6
+    found = []
+    for what, goal in (("lora", 0.8), ("full", 0.8)):
+        mine, its = measured("ours", what), measured("theirs", what)
+        share = mine / its
+        name = f"peak memory of a {what} step, bf16: {mine:,.0f} MB, theirs {its:,.0f} MB"
+        found.append({"what": name, "median": share, "min": share, "max": share, "goal": goal})
+    share = measured("ours", "load") / size
+    found.append(
+        {"what": "peak memory of loading / the files", "median": share, "min": share, "max": share, "goal": 1.15}
+    )
+    tell(found)
+    return found
+
+
+MEASURES = {"steps": measure_steps, "generation": measure_generation, "memory": measure_memory}
+
+
+def main() -> None:
+    """Run the command."""
+    flags = parser(__doc__, rounds=7)
+    flags.add_argument("--base", type=Path, required=True, help="a Hugging Face folder")
+    flags.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES))
+    flags.add_argument("--peak", nargs=2, help="what a process of its own measures")
+    options = flags.parse_args()
+    if options.peak:
+        peak(options.base, *options.peak)
+        return
+    rows = [row for name in options.only for row in MEASURES[name](options.base, options.rounds, options.device)]
+    close("pretrained", rows, options.record)
+
+
+if __name__ == "__main__":
+    run_command(main)
