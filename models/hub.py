@@ -7,6 +7,7 @@ from pathlib import Path
 from runtime.console import say
 from runtime.errors import UserError
 from runtime.extras import needs_package
+from runtime.settings.config import hub_token
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges.txt"]
 UNWANTED = ["*/*", "onnx*", "openvino*", "*.onnx"]  # other forms of the same weights
@@ -25,7 +26,7 @@ def fetch(name: str) -> Path:
     except (errors.LocalEntryNotFoundError, FileNotFoundError):
         say(f"Fetching {name} from the Hugging Face hub")
     try:
-        return Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        return Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED, token=hub_token()))
     except errors.GatedRepoError:
         raise UserError(
             f"{name} is gated: accept its terms on its page on the hub, and set HF_TOKEN to a token of your account"

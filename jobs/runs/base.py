@@ -193,7 +193,9 @@ def check_base(run: Run, settings: Settings) -> None:
 def check_shape(given: Resolved, base: Base) -> None:
     """Refuse settings of shape that contradict the base. Raises UsageError naming each."""
     tokenizer = base.tokenizer
-    has = base.model.config.as_dict() | {"tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
+    config = base.model.config
+    has = config.as_dict() | {"tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
+    has["architecture"] = "llama" if config.norm == "rms" else "gpt"
     fixed = [name for name in SHAPE if name != "block_size"]
     wrong = [name for name in fixed if given.explicit(name) and getattr(given.settings, name) != has[name]]
     if wrong:

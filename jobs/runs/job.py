@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shlex
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ from models.families import family_with
 from models.transformer import Transformer, presets_of_run
 from runtime.console import say
 from runtime.device import Machine, check_compiler
-from runtime.errors import UserError
+from runtime.errors import UsageError, UserError
 from runtime.settings.config import EARLIER, Settings
 from runtime.settings.fields import settings_of
 from runtime.settings.sources import Resolved
@@ -206,14 +207,37 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
         opened = None
         known = corpus.text if settings.tokenizer == "char" else corpus.train  # held-out text may have rare characters
         tokenizer = build_tokenizer(settings.tokenizer, known, settings.vocab_size)
-        sizes = {name: getattr(settings, name) for name in ("n_embd", "n_layer", "n_head", "bias")}
-        config = ModelConfig(tokenizer.vocab_size, max_positions=settings.block_size, **sizes)
-        model = Transformer(config, settings.dropout)
+        model = Transformer(config_for(settings, tokenizer.vocab_size), settings.dropout)
     if settings.use_lora:
         attach(model, lora_config(settings))
     s, step_size = settings, settings.batch_size * settings.gradient_accumulation_steps
     data = TextData.load(corpus, tokenizer, data_dir, s.block_size, s.batch_size, step_size, s.seed)
+    if s.epochs is not None:
+        settings = with_steps(given, s, math.ceil(s.epochs * len(data.train) / (step_size * s.block_size)))
     return Job(settings, machine, opened, data, tokenizer, model.to(machine.device))
+
+
+def with_steps(given: Resolved, settings: Settings, steps: int) -> Settings:
+    """The settings with MAX_ITERS as EPOCHS says, and a warm-up that fits. Raises UsageError where both are given."""
+    if given.explicit("max_iters"):
+        raise UsageError(f"EPOCHS={settings.epochs:g} and MAX_ITERS={settings.max_iters} are both given; leave one out")
+    say(f"EPOCHS={settings.epochs:g}: {steps:,} steps")
+    warmup = settings.warmup_iters if given.explicit("warmup_iters") else min(settings.warmup_iters, steps // 5)
+    return replace(settings, max_iters=steps, warmup_iters=warmup, epochs=None)
+
+
+def config_for(settings: Settings, vocab_size: int) -> ModelConfig:
+    """The shape of a fresh base. A gated MLP has three matrices, which are as much narrower as makes them as large as
+    the two of GPT's."""
+    sizes = {name: getattr(settings, name) for name in ("n_embd", "n_layer", "n_head", "bias")}
+    if settings.architecture == "llama":
+        sizes |= {
+            "norm": "rms",
+            "positions": "rotary",
+            "mlp": "gated_silu",
+            "n_inner": -(-8 * settings.n_embd // 24) * 8,
+        }
+    return ModelConfig(vocab_size, max_positions=settings.block_size, **sizes)
 
 
 def lora_config(settings: Settings) -> LoRAConfig:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dotenv import dotenv_values
+
 from runtime.errors import run_command
 from runtime.settings.fields import ContradictionError, Table, setting, settings_of
 from runtime.settings.listing import rewrite
@@ -29,7 +31,7 @@ MODULES = r"[A-Za-z_][\w.-]*( *, *[A-Za-z_][\w.-]*)*"
 HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 HUB_LEGACY = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # names without an owner
 NAMED = "a name that any system takes for a folder (letters, digits, '_', '-', and '.' inside; at most 100)"
-SHAPE = ("tokenizer", "vocab_size", "n_layer", "n_head", "n_embd", "block_size", "bias")
+SHAPE = ("architecture", "tokenizer", "vocab_size", "n_layer", "n_head", "n_embd", "block_size", "bias")
 WARMUP_SHARE = 5  # the default warm-up never takes more than a fifth of a run that was asked to be short
 HIGHEST_RANK = 4096
 
@@ -168,6 +170,13 @@ class Settings(CommonSettings):
     )
     vocab_size: int = setting(1024, "Vocabulary size of TOKENIZER=bpe", group=DATA, low=257, high=65535)
 
+    architecture: str = setting(
+        "gpt",
+        "What a base is made of: gpt has layer norms, learned positions and a GELU, llama RMS norms, rotary positions "
+        "and a gated MLP",
+        group=MODEL,
+        choices=("gpt", "llama"),
+    )
     n_layer: int = setting(4, "Number of transformer blocks", group=MODEL, low=1, high=1000)
     n_head: int = setting(4, "Attention heads in each block", group=MODEL, low=1, high=1000)
     n_embd: int = setting(128, "Embedding width, a multiple of N_HEAD", **A_SIZE)
@@ -216,6 +225,14 @@ class Settings(CommonSettings):
     batch_size: int = setting(16, "Sequences per batch", group=TRAINING, low=1, high=10**6)
     gradient_accumulation_steps: int = setting(1, "Batches per training step", group=TRAINING, low=1, high=10**6)
     max_iters: int = setting(1800, "Training steps", group=TRAINING, **STEPS)
+    epochs: float | None = setting(
+        None,
+        "How many times to go through the text, in place of MAX_ITERS: so many steps as have that many tokens",
+        group=TRAINING,
+        high=10**6,
+        **ABOVE_0,
+        **NO_RESULT,
+    )
     optimizer: str = setting(
         "muon",
         "Optimizer: AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest",
@@ -312,6 +329,11 @@ class Settings(CommonSettings):
 def is_hub_name(name: str) -> bool:
     """Whether a model on the Hugging Face hub may be called so."""
     return name in HUB_LEGACY or re.fullmatch(HUB_NAME, name) is not None
+
+
+def hub_token() -> str | None:
+    """HF_TOKEN from the environment or ./.env, for gated models; it is a setting of the hub's, and told nowhere."""
+    return os.environ.get("HF_TOKEN") or dotenv_values(".env").get("HF_TOKEN") or None
 
 
 def is_pretrained(root: str, base: str) -> bool:
