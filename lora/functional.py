@@ -181,13 +181,29 @@ def needs_adding(W: Tensor, dtype: torch.dtype) -> bool:
     return W.dtype.itemsize < 4 and dtype.itemsize < 4
 
 
+FEW = 64  # tokens up to which the sum is made of products in fp32, on CUDA: copies of the weight would cost more
+
+
+def _rounds_first(x: Tensor) -> bool:
+    """Return whether a matmul that accumulates on a tensor rounds its own product before it adds it: so cuBLAS does in
+    half precision (measured on an H200), and others may."""
+    return x.device.type != "cpu" and x.dtype.itemsize < 4
+
+
 def added_product(x: Tensor, low: Tensor, W: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
     """Return x W^T + low B^T + bias (tokens, out), all in one dtype, where the two products are summed before rounding.
 
-    The low-rank product is what the matmul with W accumulates on. The other way round, the rounded x W^T would take up
-    as little of a small low-rank product as a rounded weight does of a small change.
+    If x W^T was rounded first, as little of a small low-rank product would arrive as of a small change in a rounded
+    weight. On the CPU the matmul with W accumulates on the low-rank product; where that rounds too, both are one
+    matmul of concatenated factors, which costs a copy of W.
     """
-    y = F.linear(low, B).addmm_(x, W.t())
+    if not _rounds_first(x):
+        y = F.linear(low, B).addmm_(x, W.t())
+    elif x.device.type == "cuda" and len(x) <= FEW:
+        both = (torch.mm(left, right.t(), out_dtype=torch.float32) for left, right in ((x, W), (low, B)))
+        y = sum(both).to(x.dtype)
+    else:
+        y = F.linear(torch.cat((x, low), 1), torch.cat((W, B), 1))
     return y if bias is None else y.add_(bias)
 
 
@@ -222,7 +238,9 @@ class AddedLinear(torch.autograd.Function):
         Ws_c, Bs_c, x = rest[:n], rest[n : 2 * n], rest[2 * n] if len(rest) > 2 * n else x_low
         low_gs = torch.cat([g @ B_c for g, B_c in zip(gs, Bs_c, strict=True)], 1)  # (tokens, rank)
         dx = None
-        if needs[0]:
+        if needs[0] and mask is None and _rounds_first(A_c):
+            dx = torch.cat((low_gs, *gs), 1) @ torch.cat((A_c, *Ws_c))
+        elif needs[0]:
             dx = low_gs @ A_c
             if mask is not None:
                 dx = dx.mul_(mask).mul_(ctx.keep_scale)

@@ -27,7 +27,8 @@ ALIASES = {
     "N_EMBD": "HIDDEN_SIZE D_MODEL",
     "BATCH_SIZE": "PER_DEVICE_TRAIN_BATCH_SIZE TRAIN_BATCH_SIZE MICRO_BATCH_SIZE",
     "GRADIENT_ACCUMULATION_STEPS": "GRADIENT_ACCUMULATION GRAD_ACCUM GRAD_ACCUM_STEPS GRAD_ACCUMULATION_STEPS",
-    "MAX_ITERS": "MAX_STEPS NUM_STEPS TRAIN_STEPS EPOCHS N_EPOCHS NUM_EPOCHS MAX_EPOCHS NUM_TRAIN_EPOCHS",
+    "MAX_ITERS": "MAX_STEPS NUM_STEPS TRAIN_STEPS",
+    "EPOCHS": "N_EPOCHS NUM_EPOCHS MAX_EPOCHS NUM_TRAIN_EPOCHS",
     "LEARNING_RATE": "LR",
     "MIN_LR": "MIN_LEARNING_RATE LR_MIN",
     "LR_DECAY": "LR_SCHEDULER LR_SCHEDULER_TYPE SCHEDULE",
@@ -74,7 +75,7 @@ def suggestion(name: str, shown: Mapping[str, str], near: str | None) -> str:
     """
     meant = CALLED.get(plain(name).strip("_"))
     if meant in shown:
-        return f"it is called {shown[meant]} here" + (", and counts steps" if "EPOCHS" in plain(name) else "")
+        return f"it is called {shown[meant]} here"
     return f"did you mean {shown[near]}?" if near else ""
 
 

@@ -260,11 +260,6 @@ def test_what_other_programs_call_a_setting_is_told_its_name_here(name, meant, d
     assert f"it is called --{meant.lower().replace('_', '-')} here" in refused("--" + name.lower(), "1")
 
 
-@pytest.mark.parametrize("name", ["EPOCHS", "num_train_epochs", "N_EPOCHS"])
-def test_epochs_are_told_of_steps(name, dotenv, capsys):
-    check_told(name, "it is called MAX_ITERS here, and counts steps", False, dotenv, capsys)
-
-
 def test_rank_is_torchruns_in_the_environment_and_told_elsewhere(dotenv, capsys):
     assert read(environ={"RANK": "0", "R": "x"}).sources == {} and not capsys.readouterr().err
     for name in ("RANK", "r"):
