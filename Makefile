@@ -7,12 +7,16 @@
 #                 (about half an hour, 10 GB of memory, 5 GB of disk)
 #   make tiny     nanoGPT's CPU recipe on tinyshakespeare, three seeds (about 4 minutes on 2 cores)
 #   make gap      how much of full fine-tuning's gain LoRA reaches, three seeds (about 15 minutes)
+#   make pretrained   SmolLM2-135M from the hub end to end: adapted, talked to, merged, loaded in transformers and PEFT
+#                 (about 6 minutes; another model, or a folder: make pretrained PRETRAINED=gpt2)
 
 PYTHON ?= python3
 VENV := .venv
+PRETRAINED ?= HuggingFaceTB/SmolLM2-135M-Instruct
+TOUR := pretrained-folio
 BIN := $(VENV)/bin
 
-.PHONY: train adapt test soak settings tiny gap clean
+.PHONY: train adapt test soak settings tiny gap pretrained clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python training.py
@@ -38,6 +42,14 @@ tiny: $(VENV)/run.stamp
 
 gap: $(VENV)/run.stamp
 	$(BIN)/python -m benchmarks.lora_gap
+
+pretrained: $(VENV)/test.stamp
+	$(BIN)/python training.py --use-lora --base $(PRETRAINED) --run-name $(TOUR) --max-iters 60 --block-size 512
+	$(BIN)/python generate.py --run $(TOUR) --prompt "Enter Hamlet." --max-new-tokens 60
+	$(BIN)/python generate.py --run $(TOUR) --adapter none --prompt "Enter Hamlet." --max-new-tokens 60
+	echo "What is the capital of France?" | $(BIN)/python generate.py --run $(TOUR) --chat --greedy --max-new-tokens 40
+	$(BIN)/python adapters.py merge $(TOUR) --out $(TOUR)-merged
+	$(BIN)/python -m benchmarks.elsewhere --run $(TOUR) --merged $(TOUR)-merged
 
 $(VENV)/run.stamp: requirements.txt | $(VENV)/venv.stamp
 	@echo "Setting up $(VENV), once: torch and a few small packages"
