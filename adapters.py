@@ -44,6 +44,7 @@ ONLY_HERE = {"group": WHAT, "env": False}
 NUMBERS = {"pattern": rf"|{NUMBER}( *, *{NUMBER})*", "allowed": "numbers with commas between them", **ONLY_HERE}
 A_NAME = {"pattern": rf"|{NAME}", "allowed": f"a run's name, not a path: {NAMED}", **ONLY_HERE}
 A_PATH = {"pattern": rf"|{FOLDER}", "path": True, "allowed": "a path", **ONLY_HERE}
+A_BASE = A_PATH | {"allowed": "a run's name, a Hugging Face folder, or a name on their hub"}
 A_TEXT = A_PATH | {"allowed": "the name of a corpus or a path"}
 
 
@@ -215,7 +216,7 @@ class Check(Command):
     """Everything that loading checks, without putting it to use; every problem is named, and the status is 1."""
 
     path: str = setting("", "A run, an adapter's or a model's folder, or a file", metavar="FILE_OR_FOLDER", **A_PATH)
-    base: str = setting("", "The base to compare with; empty takes the one it names", **A_NAME)
+    base: str = setting("", "The base to compare with; empty takes the one it names", **A_BASE)
 
     def run(self) -> None:
         path = Path(self.path)
@@ -234,7 +235,7 @@ class Import(Command):
     """An adapter's folder, PEFT's or ours, as a LoRA run on a base that is here."""
 
     folder: str = setting("", "An adapter's folder, as PEFT writes it", metavar="FOLDER", **A_PATH)
-    base: str = setting("", "The run whose model it was trained on", required=True, **A_NAME)
+    base: str = setting("", "The run, folder or hub name of the model that it was trained on", required=True, **A_BASE)
     out: str = setting("", "Name of the new run", required=True, **A_NAME)
 
     def run(self) -> None:

@@ -9,12 +9,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from data.tokenizers import Tokenizer
 from jobs.runs.base import TOKENIZER, Base, base_of, tokenizer_in
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.variants.registry import VARIANTS
 from models import files as model_files
 from models.families import family_with
+from models.pretrained import open_pretrained
+from models.transformer import Transformer
 from runtime.errors import UserError
 from runtime.settings.config import NAME
 from runtime.storage import folders
@@ -84,6 +87,8 @@ class Checkup:
         self.problems += [
             f"{folder / name} is a pickle, which is never read here; save safetensors" for name in pickled
         ]
+        if pretrained := self.attempt(lambda: open_pretrained(folder)):
+            return self.attempt(pretrained.read) or {}
         with folders.plain_errors(folder, "read"):
             return {name: folders.read_content(path) for name in READ if (path := folder / name).is_file()}
 
@@ -95,7 +100,7 @@ class Checkup:
             return
         base_name = base_name or (run.metadata["base"]["run"] if run else adapter.metadata.get("base", ""))
         named = isinstance(base_name, str) and re.fullmatch(NAME, base_name)
-        there = named and (self.root / base_name / "run.json").exists()
+        there = (named and (self.root / base_name / "run.json").exists()) or (self.base and not named)
         base = self.attempt(lambda: Base.open(self.root, base_name)) if there else None
         if base is None and run and not there and not self.base:
             with suppress(UserError):
@@ -112,7 +117,7 @@ class Checkup:
         model = self.attempt(lambda: model_files.from_files(files, str(folder)))
         if TOKENIZER in files:
             tokenizer = self.attempt(lambda: tokenizer_in(files, str(folder)))
-            if model and tokenizer and tokenizer.vocab_size != model.config.vocab_size:
+            if model and tokenizer and not _go_together(tokenizer, model):
                 sizes = f"{tokenizer.vocab_size} tokens, and its model {model.config.vocab_size}"
                 self.problems.append(f"{folder}: its tokenizer has {sizes}")
         else:
@@ -131,6 +136,12 @@ class Checkup:
             self.checked.append(f"{path}: {len(tensors)} tensors")
             self.notes.append(f"{path} is checked by itself: its folder would tell more")
         return self
+
+
+def _go_together(tokenizer: Tokenizer, model: Transformer) -> bool:
+    """Whether a model has as many tokens as its tokenizer; a pretrained one may have more, for even sizes."""
+    spare = model.config.vocab_size - tokenizer.vocab_size
+    return spare >= 0 if tokenizer.kind == "pretrained" else spare == 0
 
 
 def corrupted_files(folder: Path) -> list[str]:

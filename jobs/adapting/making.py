@@ -102,13 +102,26 @@ def import_folder(source: Path, base: Base, folder: Path) -> Adapter:
     """
     check_free(folder)
     adapter = adapter_files.load_adapter(source, family_with)
-    if problems := base.problems(adapter):
+    problems = base.problems(adapter)
+    if base.family and "base_sha256" not in adapter.metadata:
+        problems = _other_base(adapter, base) + problems
+    if problems:
         raise UserError(f"{source} does not fit {base.run.name}: {join_problems(problems)}")
     texts = [text for text in (adapter.metadata.get("dataset"),) if text in CORPORA]
     origin = {"how": "import", "sha256": adapter.sha256}
     files = to_adapter_files(adapter, base, {"imported": "from an adapter folder"})
     publish(folder, metadata_of_made(folder.parent, "lora", base, adapter, texts, origin), files, {})
     return adapter
+
+
+def _other_base(adapter: Adapter, base: Base) -> list[str]:
+    """What PEFT says of the base, where that is another's name; of its weights it says nothing."""
+    told = adapter.metadata.get("base_path", "").rstrip("/").rpartition("/")[2]
+    if not told or told == base.run.name:
+        return []
+    return [
+        f"base_model_name_or_path in its adapter_config.json is {told!r}; change it there if they are the same model"
+    ]
 
 
 def export_folder(adapted: Adapted, target: Path) -> None:

@@ -139,8 +139,8 @@ class Settings(CommonSettings):
     test_mode: bool = setting(False, "Train a tiny model for a few seconds, to see that everything works", group=RUN)
     base: str = setting(
         "",
-        "What to start from: a run, by name or folder, a Hugging Face folder, or a model's name on their hub; if empty, "
-        "with USE_LORA the newest finished base on shakespeare, else the newest, and training from scratch without",
+        "What to start from: a run, by name or folder, a Hugging Face folder, or the name of a model on their hub; if "
+        "empty, with USE_LORA the newest finished base on shakespeare, else the newest, and from scratch without",
         group=RUN,
         pattern=rf"|{NAME}|(?=.*[/\\]){FOLDER}",
         path=True,

@@ -121,6 +121,29 @@ def test_a_comparison_runs_without_the_text_of_the_base(made: Path) -> None:
     assert "lora r16" in told or " r16" in told
 
 
+def test_check_looks_at_a_folder_of_another_program(made: Path, tmp_path: Path) -> None:
+    assert good(made, "adapters.py", "check", "tiny-qwen").startswith("tiny-qwen: good")
+    shutil.copytree(made / "tiny-qwen", tmp_path / "cut")
+    path = tmp_path / "cut" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    done = run(made, "adapters.py", "check", str(tmp_path / "cut"))
+    assert done.returncode == 1
+    assert "is not a whole safetensors file" in done.stdout
+
+
+def test_an_adapter_that_peft_trained_on_another_base_is_refused(made: Path, tmp_path: Path) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(made / "tiny-qwen")
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    words = ("import", str(tmp_path / "adapter"), "--base", "tiny-qwen", "--out")
+    good(made, "adapters.py", *words, "same")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text().replace("tiny-qwen", "other-model"))
+    done = run(made, "adapters.py", *words, "another")
+    assert done.returncode == 1
+    assert "base_model_name_or_path in its adapter_config.json is 'other-model'" in done.stderr
+
+
 def config(**changes) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / "config.json"
