@@ -87,7 +87,7 @@ PRESETS = {
         "lora_plus_ratio": 1.0,
         "lora_train_embeddings": False,
     },
-    "LoRA on a pretrained base": {"learning_rate": 2e-4},
+    "LoRA on a pretrained base": {"learning_rate": 5e-4},
     "TEST_MODE on a pretrained base": {
         "block_size": 64,
         "max_iters": 10,
