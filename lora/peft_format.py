@@ -267,8 +267,8 @@ def from_files(
     if names:
         config, tensors = _ours(config, tensors, names)
     metadata = {key: value for key, value in packed.metadata.items() if key != "format"}
-    if isinstance(base := peft_config.get("base_model_name_or_path"), str):
-        metadata.setdefault("base_path", base)
+    if "base" not in metadata and isinstance(base := peft_config.get("base_model_name_or_path"), str):
+        metadata["base_path"] = base  # PEFT's files tell it nowhere else
     if shared:  # the stored tensors count, whatever the metadata says of them
         metadata[SHARED] = fingerprint(shared)
     largest = max((size for tensor in flat.values() for size in tensor.shape), default=0)
