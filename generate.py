@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
-from data.chat import encode_chat, template_of
+from data.chat import encode_chat
 from data.tokenizers import Tokenizer, listed
 from jobs.generating.chatting import chat
 from jobs.generating.choice import Choice, choose, in_words, parse_adapters
@@ -92,7 +92,6 @@ def encode(tokenizer: Tokenizer, request: Request) -> list[int]:
     """A prompt as token ids, at least one. Raises UserError for characters that the tokenizer does not know."""
     if request.messages:
         try:
-            template_of(tokenizer)
             return encode_chat(tokenizer, request.messages)
         except UserError as error:
             raise UserError(f"{request.where}: {error}") from None

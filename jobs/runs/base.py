@@ -37,9 +37,12 @@ def tokenizer_in(files: Files, where: str) -> Tokenizer:
 
 
 def load_trained(run: Run, dropout: float = 0.0) -> tuple[Transformer, Tokenizer]:
-    """The model and tokenizer of a base or a fully fine-tuned run. Raises UserError where files are corrupted."""
+    """The model and tokenizer of a base or a fully fine-tuned run, in the dtype in which it is stored.
+
+    Raises UserError where files are corrupted.
+    """
     files, where = run.read(), str(run.artifact)
-    return model_files.from_files(files, where, dropout), tokenizer_in(files, where)
+    return model_files.from_files(files, where, dropout, None), tokenizer_in(files, where)
 
 
 @dataclass(frozen=True)

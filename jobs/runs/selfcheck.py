@@ -1,7 +1,8 @@
 """What must hold when a LoRA run ends, before it is said to have succeeded: else nothing is published.
 
 The base is what it was, in memory and on disk. Every tensor of the adapter moved, as far as it had to. Everything is
-finite. What was saved is what was trained, and computes the same when it is read back and attached anew.
+finite. What was saved is what was trained, and computes the same when it is read back: a fresh base from disk has the
+loss of the run's own model without the adapter, and with the adapter from disk it has the loss with it.
 """
 
 from __future__ import annotations
@@ -11,22 +12,22 @@ import math
 import torch
 from torch import nn
 
+from jobs.runs.base import load_trained
 from jobs.runs.job import Job
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
-from lora.attach import activate, adaptable_layers, base_tensors, detach
+from lora.attach import adaptable_layers, base_tensors, using
 from lora.variants.lora import LoRA
-from models import files as model_files
 from models.families import family_with
+from models.transformer import Transformer
 from runtime.errors import UserError, join_problems
 from runtime.storage import folders
 from runtime.storage.runs import Run
-from runtime.storage.tensors import fingerprint
+from runtime.storage.tensors import differences, fingerprint
 from runtime.training.resume import State
 from runtime.training.steps import evaluate
 
 FEW = 1  # batches of held-out text
-READ_BACK = "read_back"  # the adapter's name on the model while it is compared
 SAME = 1e-4  # relative difference of losses; matmuls may sum in another order where memory lies elsewhere
 
 Names = dict[str, str]  # <module path>.<tensor> -> fingerprint
@@ -45,14 +46,13 @@ def self_check(job: Job, run: Run, state: State, start: Names) -> folders.Files:
     """
     try:
         check_finite(job)
-        check_base_unchanged(job)
-        files, adapter = read_back(run)
+        fresh, files, adapter = read_back(job, run)
         moving = must_have_moved(job.model, state.best_step, job.settings.block_size)
         if still := moving & unmoved(start, digests(adapter)):
             rate = f"LEARNING_RATE={job.settings.learning_rate} (too low?)"
             raise UserError(f"training with {rate} has not moved {join_problems(sorted(still))}")
         check_saved(job, adapter, state)
-        check_losses(job, adapter)
+        check_losses(job, fresh, adapter)
     except UserError as error:
         raise UserError(f"the self-check of {run.name} failed, and nothing is published: {error}") from None
     return files
@@ -65,22 +65,22 @@ def check_finite(job: Job) -> None:
             raise UserError(f"{name} has values that are not finite")
 
 
-def check_base_unchanged(job: Job) -> None:
-    """Raises UserError where the base in memory or on disk is another than the run began with."""
-    if fingerprint(base_tensors(job.model)) != job.base.sha256:
-        raise UserError("the base's weights changed, which must never be")
-    where = str(job.base.run.artifact)
-    if model_files.stored_fingerprint(job.base.run.read(), where) != job.base.sha256:
-        raise UserError(f"the base in {where} is no longer the one that this run began with")
+def read_back(job: Job, run: Run) -> tuple[Transformer, folders.Files, Adapter]:
+    """The base, and the files and the adapter of the run's best weights, from disk.
 
-
-def read_back(run: Run) -> tuple[folders.Files, Adapter]:
-    """The files and the adapter of the run's best weights, from disk. Raises UserError where they are gone."""
+    Raises UserError where the base in memory or on disk is another than the run began with, or the adapter is gone.
+    """
     if not (saved := run.saved("best")):
         raise UserError("the best weights that it saved are gone")
+    fresh, _ = load_trained(job.base.run)
+    memory, disk = (base_tensors(model) for model in (job.model, fresh))
+    if differences(memory, disk) or not all(torch.equal(t.cpu(), disk[name]) for name, t in memory.items()):
+        if fingerprint(disk) == job.base.sha256:  # which nobody needs to know where both are equal
+            raise UserError("the base's weights changed, which must never be")
+        raise UserError(f"the base in {job.base.run.artifact} is no longer the one that this run began with")
     folder = saved[-1][1]
     files = folders.read_folder(folder)
-    return files, adapter_files.from_files(files, str(folder), family_with)
+    return fresh.to(job.machine.device), files, adapter_files.from_files(files, str(folder), family_with)
 
 
 def unmoved(start: Names, now: Names) -> set[str]:
@@ -122,18 +122,17 @@ def check_saved(job: Job, adapter: Adapter, state: State) -> None:
             raise UserError(f"{name} on disk is not what was trained")
 
 
-def check_losses(job: Job, adapter: Adapter) -> None:
-    """Raises UserError where the adapter from disk, attached anew, computes something else than the run's own with the
-    same values in the tensors that it trained; these stay in it."""
-    few, model = job.data.validation(FEW), job.model
+def check_losses(job: Job, fresh: Transformer, adapter: Adapter) -> None:
+    """Raises UserError where a fresh base, without and with the adapter from disk, computes something else than the
+    run's own model with the same values in the adapter that it trained; these stay in it."""
+    few = job.data.validation(FEW)
+    with using(job.model):
+        without = evaluate(job.model, few, job.machine)
+    if not math.isclose(without, expected := evaluate(fresh, few, job.machine), rel_tol=SAME):
+        raise UserError(f"without its adapter the model has loss {without:.6f}, and its base {expected:.6f}")
+    adapter.attach_to(fresh, base_sha256=job.base.sha256)
     for path, tensors in adapter.tensors.items():
-        model.get_submodule(path).lora["default"].load_adapter_state(tensors)
-    expected = evaluate(model, few, job.machine)
-    adapter.attach_to(model, READ_BACK, base_sha256=job.base.sha256)
-    try:
-        loss = evaluate(model, few, job.machine)
-    finally:
-        detach(model, READ_BACK)
-        activate(model, "default")
+        job.model.get_submodule(path).lora["default"].load_adapter_state(tensors)
+    loss, expected = (evaluate(model, few, job.machine) for model in (fresh, job.model))
     if not math.isclose(loss, expected, rel_tol=SAME):
         raise UserError(f"read back from disk, the adapter has loss {loss:.6f}, and in the run itself {expected:.6f}")

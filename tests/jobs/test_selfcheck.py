@@ -241,6 +241,14 @@ def test_a_saved_adapter_that_is_not_what_was_trained_is_told(root: Path, monkey
     assert told in refused(root)
 
 
+def test_a_model_that_is_not_its_base_without_the_adapter_is_told(root: Path, monkeypatch) -> None:
+    def hook(job: Job, run: Run) -> None:
+        job.model.norm.register_forward_hook(lambda module, args, y: 1.1 * y)
+
+    after_training(monkeypatch, hook)
+    assert "without its adapter the model has loss " in refused(root)
+
+
 def test_a_run_whose_validation_loss_is_not_finite_ends_there_and_publishes_nothing(root: Path, monkeypatch) -> None:
     monkeypatch.setattr(Job, "evaluate", lambda self, limit=None: float("nan"))
     with pytest.raises(NonFiniteError, match="the validation loss is nan after step"):
