@@ -1,6 +1,6 @@
 """Causal attention over whole sequences, and which way to compute it where.
 
-Shapes: B batch, T positions, H heads, K heads of keys and values, D head width, N = B H.
+Shapes: B batch, T positions, H heads, K heads of keys and values, S = H / K, D head width, N = B K.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ def causal_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, dropout: fl
     H / K heads after one another share their keys and values. `dropout` is the probability on the attention weights.
     """
     shared = q_BHTD.shape[1] // k_BKTD.shape[1]
-    k_BHTD, v_BHTD = (t if shared == 1 else t.repeat_interleave(shared, 1) for t in (k_BKTD, v_BKTD))
     if q_BHTD.device.type != "cpu" or q_BHTD.shape[2] > LONGEST_BY_BLOCKS:
+        k_BHTD, v_BHTD = (t if shared == 1 else t.repeat_interleave(shared, 1) for t in (k_BKTD, v_BKTD))
         return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True)
-    q, k, v = (t.flatten(0, 1).contiguous() for t in (q_BHTD, k_BHTD, v_BHTD))
+    q = q_BHTD.unflatten(1, (-1, shared)).flatten(0, 1).contiguous()
+    k, v = (t.flatten(0, 1).contiguous() for t in (k_BKTD, v_BKTD))
     with torch.autocast("cpu", enabled=False):  # a softmax in the matmuls' own dtype, as the fused kernels do
         return AttentionByBlocks.apply(q, k, v, dropout).view(q_BHTD.shape)
 
@@ -44,22 +45,26 @@ def _causal_mask(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 class AttentionByBlocks(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D), causal) v for (N, T, D) each, a block of queries after the other."""
+    """softmax(q k^T / sqrt(D), causal) v, a block of queries after the other: (N, S, T, D) for q, (N, T, D) for k and v.
+
+    The S heads that share keys and values are one matmul's rows.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, dropout):
         y, saved = torch.empty_like(q), []
-        for a in range(0, q.shape[1], BLOCK):
-            q_block = q[:, a : a + BLOCK]
-            b = a + q_block.shape[1]
-            causal = _causal_mask(b - a, b, q.dtype).expand(len(q), -1, -1)
-            P = torch.baddbmm(causal, q_block, k[:, :b].transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)
+        for a in range(0, q.shape[2], BLOCK):
+            q_block = q[:, :, a : a + BLOCK]
+            b = a + q_block.shape[2]
+            causal = _causal_mask(b - a, b, q.dtype).repeat(q.shape[1], 1).expand(len(q), -1, -1)
+            keys = k[:, :b].transpose(1, 2)
+            P = torch.baddbmm(causal, q_block.flatten(1, 2), keys, alpha=q.shape[-1] ** -0.5).softmax(-1)
             if dropout:
                 mask, ctx.scale = dropout_mask(P, dropout)
                 saved += P, P * mask * ctx.scale, mask
             else:
                 saved += P, P, None
-            y[:, a:b] = saved[-2] @ v[:, :b]
+            y[:, :, a:b] = (saved[-2] @ v[:, :b]).view(q_block.shape)
         ctx.save_for_backward(q, k, v, *saved)
         return y
 
@@ -68,14 +73,15 @@ class AttentionByBlocks(torch.autograd.Function):
     def backward(ctx, g):
         q, k, v, *saved = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for i, a in enumerate(range(0, q.shape[1], BLOCK)):
+        for i, a in enumerate(range(0, q.shape[2], BLOCK)):
             P, P_dropped, mask = saved[3 * i : 3 * i + 3]
-            b = a + P.shape[1]
-            dP = g[:, a:b] @ v[:, :b].transpose(1, 2)
+            b = a + P.shape[1] // q.shape[1]
+            q_block, g_block = (t[:, :, a:b].flatten(1, 2) for t in (q, g))
+            dP = g_block @ v[:, :b].transpose(1, 2)
             if mask is not None:
                 dP = dP * mask * ctx.scale
             dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype).mul_(q.shape[-1] ** -0.5)
-            dq[:, a:b] = dS @ k[:, :b]
-            dk[:, :b] += dS.transpose(1, 2) @ q[:, a:b]
-            dv[:, :b] += P_dropped.transpose(1, 2) @ g[:, a:b]
+            dq[:, :, a:b] = (dS @ k[:, :b]).view(dq[:, :, a:b].shape)
+            dk[:, :b] += dS.transpose(1, 2) @ q_block
+            dv[:, :b] += P_dropped.transpose(1, 2) @ g_block
         return dq, dk, dv, None

@@ -19,8 +19,17 @@ WHOLE = 2**23  # logits that may stand at once: 32 MB in fp32
 Head = Callable[[Tensor], Tensor]  # (N, C) -> logits (N, V)
 
 
-def _total(x_NC: Tensor, targets_N: Tensor, head: Head) -> Tensor:
-    return F.cross_entropy(head(x_NC).float(), targets_N, reduction="sum")
+def _total(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of cross-entropies, and the logarithms of the probabilities (N, V) in fp32."""
+    logs_NV = logits_NV.float().log_softmax(-1)
+    return F.nll_loss(logs_NV, targets_N, reduction="sum"), logs_NV
+
+
+def _gradient(logs_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """The gradient of the sum with respect to the logits, in the place of `logs_NV`: autograd's own takes two more
+    passes over (N, V)."""
+    counted, chosen_N1 = (targets_N != IGNORED)[:, None], targets_N.clamp(min=0)[:, None]
+    return logs_NV.exp_().scatter_add_(1, chosen_N1, -torch.ones_like(chosen_N1, dtype=logs_NV.dtype)).mul_(counted)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -36,12 +45,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for x, dx, targets in zip(x_NC.split(rows), dx_NC.split(rows), targets_N.split(rows), strict=True):
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                loss = _total(x, targets, head)
-                found = torch.autograd.grad(loss, (x, *parameters))
-            total += loss.detach()
+                logits = head(x)
+                loss, logs = _total(logits.detach(), targets)
+                found = torch.autograd.grad(logits, (x, *parameters), _gradient(logs, targets).to(logits.dtype))
+            total += loss
             dx.copy_(found[0])
-            for gradient, part in zip(gradients, found[1:], strict=True):
-                gradient += part
+            for whole, part in zip(gradients, found[1:], strict=True):
+                whole += part
         ctx.save_for_backward(dx_NC, *gradients)
         return total
 
@@ -60,7 +70,7 @@ def chunked_cross_entropy(x_BTC: Tensor, targets_BT: Tensor, head: nn.Module, vo
         total = ChunkedCrossEntropy.apply(x_NC, targets_N, head, rows, *trained)
     else:
         parts = zip(x_NC.split(rows), targets_N.split(rows), strict=True)
-        total = torch.stack([_total(x, targets, head) for x, targets in parts]).sum()
+        total = torch.stack([_total(head(x), targets)[0] for x, targets in parts]).sum()
     return total / (targets_N != IGNORED).sum().clamp(min=1)
 
 
