@@ -23,10 +23,10 @@ from jobs.comparing.timing import repeatable
 from jobs.runs.base import Base
 from lora.attach import attach
 from lora.config import LoRAConfig
-from models.families import family_with
 from models.generation.choosing import Sampling
 from models.generation.sampling import generate
-from models.pretrained import Pretrained
+from models.pretrained.families import family_with
+from models.pretrained.source import Pretrained
 from runtime.device import pick_machine
 from runtime.errors import run_command
 

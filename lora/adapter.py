@@ -22,11 +22,13 @@ COPIES = ("weight", "bias")  # names of trained copies of the base's tensors
 @dataclass(frozen=True)
 class Adapter:
     """tensors: {module path: {tensor name: tensor}}, with the variant's names and shapes, as A (rank, in), and `weight`
-    and `bias` for trained copies of the base's. metadata: what else its file says, `base_sha256` above all."""
+    and `bias` for trained copies of the base's. metadata: what else its file says, `base_sha256` above all. of_base:
+    weights that the base must have, by module path, where PEFT's file repeats some."""
 
     config: LoRAConfig
     tensors: dict[str, dict[str, Tensor]]
     metadata: dict[str, str] = field(default_factory=dict)
+    of_base: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def from_model(cls, model: nn.Module, name: str = "default", **metadata: str) -> Adapter:
@@ -128,9 +130,12 @@ class Adapter:
         return problems + [f"{key} has values that are not finite" for key in infinite]
 
     def base_mismatch(self, model: nn.Module, base_sha256: str) -> list[str]:
-        base = base_sha256 or fingerprint(base_tensors(model))
+        weights = base_tensors(model)
+        base = base_sha256 or fingerprint(weights)
         if self.metadata.get("base_sha256", base) == base:
-            return []
+            repeated = ((path, W, weights.get(f"{path}.weight")) for path, W in self.of_base.items())
+            other = [path for path, W, own in repeated if own is None or not torch.equal(W.to(own), own)]
+            return [f"the weight of {path} in its file is not the base's" for path in other]
         trained_on = self.metadata.get("base", "another base")
         return [f"it was trained on {trained_on} with weights {self.metadata['base_sha256'][:12]}, not {base[:12]}"]
 

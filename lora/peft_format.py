@@ -28,6 +28,7 @@ from runtime.storage.tensors import TensorFile, fingerprint, pack
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+OF_BASE = ".base_layer.weight"  # PEFT repeats the base's own where the head or the embedding is a target
 # Fields of PEFT's configs that change what the tensors mean, and that nothing here implements.
 UNSUPPORTED = ("exclude_modules", "layers_to_transform", "layer_replication", "fan_in_fan_out", "lora_bias")
 UNSUPPORTED += ("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "alora_invocation_tokens")
@@ -259,6 +260,7 @@ def from_files(
     packed = TensorFile(files[TENSORS], f"{where}/{TENSORS}")
     flat = dict(packed)
     shared = {name: flat.pop(key) for name, key in variant.peft_shared.items() if key in flat}
+    repeated = {key: flat.pop(key) for key in list(flat) if key.endswith(OF_BASE)}
     tensors = _by_module(flat, variant, where)
     names = names_for(tensors)
     if names and any(names.is_transposed(names.ours(path)) for path in tensors):
@@ -266,6 +268,8 @@ def from_files(
     config = _read_config(peft_config, name, whole_modules(tensors), f"{where}/{CONFIG}")
     if names:
         config, tensors = _ours(config, tensors, names)
+    of_base = {key.removeprefix(PREFIX).removesuffix(OF_BASE): W for key, W in repeated.items()}
+    of_base = {names.ours(path) if names else path: W for path, W in of_base.items()}
     metadata = {key: value for key, value in packed.metadata.items() if key != "format"}
     if "base" not in metadata and isinstance(base := peft_config.get("base_model_name_or_path"), str):
         metadata["base_path"] = base  # PEFT's files tell it nowhere else
@@ -275,7 +279,7 @@ def from_files(
     largest = max(largest, HIGHEST_RANK)  # a pruned file may have no tensor as large as the initial rank
     if (rank := max(config.rank, *config.rank_pattern.values(), 0)) > largest:  # before memory is allocated for it
         raise UserError(f"{where}: a rank of {rank:,} is more than any tensor in {TENSORS} has")
-    return Adapter(config, tensors, metadata)
+    return Adapter(config, tensors, metadata, of_base)
 
 
 def save_adapter(folder: Path, adapter: Adapter) -> None:

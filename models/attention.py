@@ -45,7 +45,7 @@ def _causal_mask(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 class AttentionByBlocks(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D), causal) v, a block of queries after the other: (N, S, T, D) for q, (N, T, D) for k and v.
+    """softmax(q k^T / sqrt(D), causal) v, a block of queries after the other. q: (N, S, T, D); k and v: (N, T, D).
 
     The S heads that share keys and values are one matmul's rows.
     """

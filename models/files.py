@@ -1,6 +1,6 @@
 """A base's folder <-> the model: `config.json` with its config, `model.safetensors` with its weights.
 
-Both are ours or a family's (`models/families.py`); `config.json` tells which.
+Both are ours or a family's (`models/pretrained/families.py`); `config.json` tells which.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora.attach import base_tensors
 from models.config import ModelConfig
-from models.families import BUFFERS, Family, config_of, family_of
+from models.pretrained.families import BUFFERS, Family, config_of, family_of
 from models.transformer import Transformer
 from runtime.errors import UserError, join_problems
 from runtime.storage.encoding import read_json, to_json

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 # Models here are so small that a second thread only waits for the first, and for everybody else on the machine.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Whose caches are written is not what a test may leave to the machine.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-")
 
 ROOT = Path(__file__).resolve().parent.parent
 

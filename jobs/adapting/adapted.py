@@ -13,7 +13,7 @@ from jobs.runs.base import Base, base_of, reference
 from jobs.runs.job import IN_CONFIG, TEST_CHARACTERS, run_metadata
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
-from models.families import family_with
+from models.pretrained.families import family_with
 from runtime.errors import UsageError, UserError, join_problems
 from runtime.storage import folders
 from runtime.storage.encoding import to_sealed_json

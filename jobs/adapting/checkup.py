@@ -15,8 +15,8 @@ from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.variants.registry import VARIANTS
 from models import files as model_files
-from models.families import family_with
-from models.pretrained import open_pretrained
+from models.pretrained.families import family_with
+from models.pretrained.source import open_pretrained
 from models.transformer import Transformer
 from runtime.errors import UserError
 from runtime.settings.config import NAME

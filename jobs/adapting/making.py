@@ -15,7 +15,7 @@ from lora.adapter import Adapter
 from lora.combine import Combined, combine
 from lora.merge import merge
 from models import files as model_files
-from models.families import family_with
+from models.pretrained.families import family_with
 from models.transformer import Transformer
 from runtime.errors import UserError, join_problems
 from runtime.storage import folders

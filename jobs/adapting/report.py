@@ -12,7 +12,7 @@ from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.combine import DeltaSize, all_targets, cosines, delta_size
 from lora.variants.registry import VARIANTS
-from models.families import family_with
+from models.pretrained.families import family_with
 from models.transformer import presets_of_run
 from runtime import report
 from runtime.errors import UserError

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from jobs.runs.job import prepare
-from models.pretrained import find_source
+from models.pretrained.source import find_source
 from runtime.device import pick_machine
 from runtime.errors import UserError
 from runtime.settings.config import Settings

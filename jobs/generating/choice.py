@@ -10,7 +10,7 @@ from pathlib import Path
 from jobs.adapting.adapted import base_name, open_adapters
 from jobs.runs.base import Base, base_of
 from lora.attach import Strengths
-from models.pretrained import find_source
+from models.pretrained.source import find_source
 from runtime.errors import UsageError, UserError
 from runtime.settings.fields import DECIMAL
 from runtime.start import command_line

@@ -13,8 +13,8 @@ from data.tokenizers import Tokenizer, load_tokenizer
 from lora.adapter import Adapter
 from lora.attach import base_tensors
 from models import files as model_files
-from models.families import Family
-from models.pretrained import Pretrained, find_source, open_pretrained
+from models.pretrained.families import Family
+from models.pretrained.source import Pretrained, find_source, open_pretrained
 from models.transformer import Transformer
 from runtime.console import say
 from runtime.errors import UsageError, UserError
@@ -79,7 +79,9 @@ class Base:
         model, tokenizer = model_files.from_files(files, where, dropout, None), tokenizer_in(files, where)
         kept = {name: files[name] for name in model_files.KEPT if name in files} | sidecar(files) if family else {}
         model.lora_aliases = family.aliases() if family else {}
-        return cls(run, model, tokenizer, fingerprint(base_tensors(model)), family, kept)
+        known = isinstance(run, Pretrained)
+        sha256 = run.fingerprint(files, model) if known else fingerprint(base_tensors(model))
+        return cls(run, model, tokenizer, sha256, family, kept)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

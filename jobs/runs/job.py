@@ -27,7 +27,7 @@ from lora.optim import after_steps, extra_losses, make_optimizer
 from lora.variants.registry import VARIANTS
 from models import files as model_files
 from models.config import ModelConfig
-from models.families import family_with
+from models.pretrained.families import family_with
 from models.transformer import Transformer, presets_of_run
 from runtime.console import say
 from runtime.device import Machine, check_compiler

@@ -18,7 +18,7 @@ from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.attach import adaptable_layers, base_tensors, using
 from lora.variants.lora import LoRA
-from models.families import family_with
+from models.pretrained.families import family_with
 from models.transformer import Transformer
 from runtime.errors import UserError, join_problems
 from runtime.storage import folders

@@ -14,7 +14,7 @@ from jobs.runs.base import Base
 from models import files as model_files
 from models.generation.choosing import Sampling
 from models.generation.sampling import generate
-from models.pretrained import Pretrained
+from models.pretrained.source import Pretrained
 from runtime.storage import folders
 
 IDX = torch.arange(80).reshape(2, 40) * 7 % 96

@@ -19,9 +19,9 @@ from lora.adapter import Adapter
 from lora.attach import attach
 from lora.config import LoRAConfig
 from lora.merge import merged
-from models.families import family_with
-from models.pretrained import Pretrained
-from runtime.errors import UsageError
+from models.pretrained.families import family_with
+from models.pretrained.source import Pretrained
+from runtime.errors import UsageError, UserError
 from runtime.storage import folders
 
 IDX = torch.arange(80).reshape(2, 40) * 7 % 96
@@ -97,7 +97,8 @@ LLAMA_TARGETS = ("q_proj,v_proj", "all-linear", "gate_proj", r"re:.*layers\.0\.s
 @pytest.mark.parametrize(
     ("case", "targets"),
     [("gpt2", targets) for targets in GPT2_TARGETS]
-    + [(case, targets) for case in ("llama", "qwen2 tied") for targets in LLAMA_TARGETS],
+    + [(case, targets) for case in ("llama", "qwen2 tied") for targets in LLAMA_TARGETS]
+    + [("llama", "q_proj,lm_head")],
 )
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True, "bias": "all"}, {"use_dora": True}], ids=str)
 @torch.no_grad()
@@ -118,6 +119,11 @@ def test_what_peft_trained_is_read(case: str, targets: str, options: dict, tmp_p
     adapter = peft_format.load_adapter(tmp_path / "adapter", family_with)
     adapter.attach_to(base.model)
     assert off(base.model.eval()(IDX)[0], model(IDX).logits) < 1e-5
+    other = opened(folder).model
+    other.lm_head.weight[0] += 1
+    if "lm_head" in targets:  # whose weight PEFT's file repeats
+        with pytest.raises(UserError, match="the weight of lm_head in its file is not the base's"):
+            adapter.attach_to(other)
     import_folder(tmp_path / "adapter", opened(folder), tmp_path / "runs" / "imported")
     told = json.loads((tmp_path / "runs" / "imported" / "adapter" / "adapter_config.json").read_bytes())
     assert told["fan_in_fan_out"] == (case == "gpt2")

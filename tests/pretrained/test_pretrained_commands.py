@@ -20,14 +20,13 @@ from jobs.generating.load import load
 from runtime.storage.runs import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
+KEPT = ("PATH", "HOME", "TMPDIR", "OMP_NUM_THREADS", "XDG_CACHE_HOME")
 FAST = {"MAX_ITERS": "6", "EVAL_INTERVAL": "3", "SAVE_INTERVAL": "3", "BLOCK_SIZE": "32", "BATCH_SIZE": "2"}
 FAST |= {"DEVICE": "cpu", "DATASET": "letters.txt", "LEARNING_RATE": "1e-2", "DATA_DIR": "cache"}
 
 
 def run(folder: Path, command: str, *words: str, typed: str = "", **settings: str) -> subprocess.CompletedProcess:
-    environment = {
-        key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "TMPDIR", "OMP_NUM_THREADS")
-    }
+    environment = {key: value for key, value in os.environ.items() if key in KEPT}
     return subprocess.run(
         [sys.executable, ROOT / command, *words], cwd=folder, env=environment | {"HF_HUB_OFFLINE": "1"} | settings,
         capture_output=True, text=True, encoding="utf-8", input=typed, timeout=120,

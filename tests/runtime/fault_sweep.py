@@ -33,9 +33,10 @@ from runtime.errors import run_command
 from runtime.storage.content import sha256
 from runtime.storage.folders import read_folder
 from runtime.training.resume import OPTIMIZER, WEIGHTS, to_files
+from tests.pretrained import tiny_models
 
 CHANGES = ("fsync", "rename", "replace", "unlink", "rmdir")
-KINDS = ("base", "full", "lora", "adapter")
+KINDS = ("base", "full", "lora", "pretrained", "adapter")
 TINY = ("--test-mode", "--n-layer=1", "--n-embd=8", "--n-head=1", "--block-size=8")
 SHORT = ("--test-mode", "--max-iters=4", "--save-interval=2", "--eval-interval=2", "--eval-iters=1", "--dtype=fp32")
 SHORT += ("--batch-size=2", "--gradient-accumulation-steps=2", "--dropout=0.1", "--keep-checkpoints=1", "--patience=9")
@@ -84,7 +85,8 @@ class Sweep:
 
     def __init__(self, folder: Path, kind: str, base: Path, adapter: Path | None) -> None:
         self.folder, self.kind, self.adapter, self.trained = folder, kind, adapter, folder / "trained"
-        own = {"base": TINY, "full": (f"--base={base}",), "lora": (f"--base={base}", "--use-lora", "--lora-rank=2")}
+        lora = (f"--base={base}", "--use-lora", "--lora-rank=2")
+        own = {"base": TINY, "full": (f"--base={base}",), "lora": lora, "pretrained": (*lora, "--block-size=8")}
         self.flags = (*SHORT, f"--dataset={folder.parent / 'text.txt'}", "--data-dir=data", *own.get(kind, ()))
         done = self.start()
         assert done.status == 0, done.told
@@ -175,8 +177,9 @@ def sweep(folder: Path, kinds: list[str], modes: list[str], most: int | None, sk
     problems, began = 0, time.perf_counter()
     base = Sweep(folder / "start", "base", Path(), None).folder / "case/checkpoints/test-base-text"
     adapter = Sweep(folder / "adapted", "lora", base, None).folder / "case/checkpoints/test-lora-text-r2/adapter"
+    tiny_models.save(tiny_models.make("qwen2 tied", torch.bfloat16), folder / "theirs")
     for kind in kinds:
-        one = Sweep(folder / kind, kind, base, adapter)
+        one = Sweep(folder / kind, kind, folder / "theirs" if kind == "pretrained" else base, adapter)
         for line in (unsafe := one.unsafe_commits()):
             print(f"{kind}: {line}")
         problems += len(unsafe)

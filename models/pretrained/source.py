@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from lora.attach import base_tensors
 from models.files import CONFIG, INDEX, WEIGHTS
-from models.hub import fetch
+from models.pretrained.fingerprints import known_fingerprint
+from models.pretrained.hub import fetch
 from runtime.errors import UserError
 from runtime.settings.config import is_hub_name
 from runtime.storage import folders
 from runtime.storage.encoding import read_json
 from runtime.storage.runs import Run, find_run, open_run
+from runtime.storage.tensors import fingerprint
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "tf_model.h5")
 SMALL_FILES = r".*\.(json|jinja|txt|model)"
@@ -44,15 +50,20 @@ class Pretrained(Run):
     def read(self) -> folders.Files:
         """Its files: config, weights and what belongs to its tokenizer. Raises UserError where no weights are there."""
         with folders.plain_errors(self.folder, "read"):
-            there = sorted(path for path in self.folder.iterdir() if path.is_file())
-            names = {path.name for path in there}
+            there = {path.name: path for path in sorted(self.folder.iterdir()) if path.is_file()}
+            names = there.keys()
             if not names & {WEIGHTS, INDEX}:
                 pickles = [name for name in PICKLES if name in names]
                 why = f"only {pickles[0]}, a pickle, which is never read here" if pickles else f"no {WEIGHTS}"
                 raise UserError(f"{self.folder} has {why}; save the model with transformers: save_pretrained(folder)")
-            return {path.name: folders.read_content(path) for path in there if self._is_read(path.name, names)}
+            return {name: folders.read_content(path) for name, path in there.items() if self._is_read(name, names)}
 
-    def _is_read(self, name: str, names: set[str]) -> bool:
+    def fingerprint(self, files: folders.Files, model: nn.Module) -> str:
+        """The fingerprint of the model that was read from these files, kept from one time to the next."""
+        paths = [self.folder / name for name in files if name == CONFIG or name.endswith(".safetensors")]
+        return known_fingerprint(paths, lambda: fingerprint(base_tensors(model)))
+
+    def _is_read(self, name: str, names: Collection[str]) -> bool:
         """Whether a file belongs to the model: small ones, and the weights, of which a folder may have two forms."""
         if name.endswith(".safetensors"):
             return name == WEIGHTS if WEIGHTS in names else bool(re.fullmatch(r"model-\d+-of-\d+\.safetensors", name))

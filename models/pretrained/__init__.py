@@ -1,0 +1,1 @@
+"""Models that were trained elsewhere: their folders, their families, the hub they come from."""
