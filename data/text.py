@@ -11,11 +11,13 @@ import torch
 from data.cache import cached
 from data.corpora import Corpus
 from data.tokenizers import Tokenizer
+from runtime.console import say
 from runtime.errors import UserError
 from runtime.storage.content import sha256
 from runtime.training.batch import Batch
 
 TOKENS = "tokens.bin"  # little-endian ids and nothing else
+SLOW = 2**20  # characters that take a tokenizer of word pieces seconds
 
 # Shapes: B sequences in a batch, T tokens in a sequence (BLOCK_SIZE), N windows in a text.
 
@@ -34,9 +36,12 @@ def tokens_of(text: str, tokenizer: Tokenizer, data_dir: Path) -> np.ndarray:
             raise ValueError("there are no such tokens")
         return tokens.astype(tokenizer.dtype, copy=False)
 
-    return cached(
-        data_dir / "tokens" / name, lambda: {TOKENS: tokenizer.encode_array(text).astype(stored).tobytes()}, parse
-    )
+    def build() -> dict[str, bytes]:
+        if tokenizer.kind != "char" and len(text) > SLOW:
+            say(f"Making tokens of {len(text):,} characters, which is kept for the next time ...")
+        return {TOKENS: tokenizer.encode_array(text).astype(stored).tobytes()}
+
+    return cached(data_dir / "tokens" / name, build, parse)
 
 
 def _tensor(windows: np.ndarray) -> torch.Tensor:
