@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,8 @@ class PretrainedTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id, self.eos_id = (self._id(name) for name in ("bos_token", "eos_token"))
         self.stop_ids = _stop_ids(settings.get("eos_token_id"), self.eos_id)
+        special = [t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.special]
+        self.special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         self.template: str | list | None = settings.get("chat_template")  # text, or a list of named ones
 
     def _id(self, name: str) -> int | None:
@@ -50,7 +53,6 @@ class PretrainedTokenizer(Tokenizer):
         return None if token is None else self.tokenizer.token_to_id(token)
 
     def special_text(self, name: str) -> str | None:
-        """The text of a special token, such as `bos_token`; None where there is none."""
         token = self.settings.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         return token if isinstance(token, str) else None
@@ -64,8 +66,13 @@ class PretrainedTokenizer(Tokenizer):
         (found,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return found.ids
 
+    def encode_inside(self, text: str) -> list[int]:
+        return self._encode(text, add_special_tokens=False)
+
+    def special_in(self, text: str) -> str | None:
+        return found[0] if (found := self.special.search(text)) else None
+
     def encode_rendered(self, text: str) -> list[int]:
-        """Ids of a text in which special tokens stand by name, as a chat template makes it; no BOS is added."""
         self.tokenizer.encode_special_tokens = False
         try:
             return self._encode(text, add_special_tokens=False)

@@ -59,6 +59,22 @@ class Tokenizer:
         """The same, shape (tokens,), of type `dtype`."""
         raise NotImplementedError
 
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of a text that goes on another: with nothing put in front of it."""
+        return self.encode(text)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens stand by name, as a chat template makes it; nothing is put in front."""
+        return self.encode_inside(text)
+
+    def special_text(self, name: str) -> str | None:
+        """The text of a special token, such as `bos_token`; None where there is none."""
+        return None
+
+    def special_in(self, text: str) -> str | None:
+        """The first text of a special token in a text, or None."""
+        return None
+
     def unknown(self, text: str) -> dict[str, int]:
         """Characters of the text that cannot be encoded, and how often each occurs."""
         raise NotImplementedError
@@ -229,6 +245,18 @@ class BPETokenizer(Tokenizer):
     def encode_array(self, text: str) -> np.ndarray:
         with _plain_errors():
             return self.encoding.encode_to_numpy(_well_formed(text), disallowed_special=()).astype(self.dtype)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        found: list[int] = []
+        for i, part in enumerate(text.split(END)):
+            found += [*([self.eos_id] if i else []), *self.encode(part)]
+        return found
+
+    def special_text(self, name: str) -> str | None:
+        return END if name == "eos_token" else None
+
+    def special_in(self, text: str) -> str | None:
+        return END if END in text else None
 
     def unknown(self, text: str) -> dict[str, int]:
         return {}

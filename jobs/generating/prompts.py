@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data.chat import ROLES, Message
+from data.jsonlines import read_json_lines
 from jobs.generating.choice import parse_adapters
 from lora.attach import Strengths
 from runtime.errors import UserError
-from runtime.storage.folders import plain_errors
 
 KEYS = ("prompt", "messages", "adapter")
 
@@ -29,19 +28,7 @@ class Request:
     messages: tuple[Message, ...] = ()
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) != len(dict(pairs)):
-        raise ValueError("a key is given twice")
-    return dict(pairs)
-
-
-def _read_line(line: bytes, where: str) -> Request:
-    try:
-        value = json.loads(line.decode(), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: no JSON in UTF-8: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f'{where}: must be an object like {{"prompt": "O Romeo", "adapter": "lora-folio-r8"}}')
+def _request(value: dict[str, Any], where: str) -> Request:
     if unknown := sorted(value.keys() - set(KEYS)):
         raise UserError(f"{where}: {', '.join(map(repr, unknown))} is not a key here; there are {', '.join(KEYS)}")
     if "messages" in value:
@@ -80,13 +67,9 @@ def read_requests(path: Path) -> list[Request]:
     """The prompts of a file of JSON lines: {"prompt": text, "adapter": a LoRA run's name or none, optional}, or with
     `messages`, a chat, in place of the prompt.
 
-    Only a newline ends a line: within JSON's strings other signs may stand that `str.splitlines` splits at. Empty
-    lines are passed over. Raises UserError that names the line for anything else.
+    Raises UserError that names the line for anything else.
     """
-    with plain_errors(path, "read"):
-        data = path.read_bytes()
-    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    requests = [_read_line(line, f"{path} line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    requests = [_request(value, where) for where, value in read_json_lines(path)]
     if not requests:
         raise UserError(f"{path} holds no prompts")
     return requests

@@ -1,0 +1,115 @@
+"""Rows of the files that records come in: JSON lines, JSON, CSV and Parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data.jsonlines import once, read_json_lines
+from runtime.errors import UserError
+from runtime.extras import needs_package
+from runtime.storage.folders import plain_errors
+
+Rows = Iterator[tuple[str, dict[str, Any]]]  # each with where it stands
+SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
+
+def _json(path: Path) -> Rows:
+    """The objects of one list, by itself or as the only list of an object."""
+    try:
+        with plain_errors(path, "read"):
+            value = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: no JSON in UTF-8: {error}; JSON lines belong into a file that ends in .jsonl"
+        ) from None
+    values = value.values() if isinstance(value, dict) else [value]
+    lists = [each for each in values if isinstance(each, list)]
+    if len(lists) != 1:
+        raise UserError(f"{path}: must hold one list of records")
+    for i, row in enumerate(lists[0], 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path} record {i}: must be an object in braces, and it is {json.dumps(row)[:40]}")
+        yield f"{path} record {i}", row
+
+
+def _csv(path: Path) -> Rows:
+    """The lines after the first, which names the columns."""
+    csv.field_size_limit(2**26)
+    try:
+        with plain_errors(path, "read"), path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, strict=True)
+            columns = next(rows, [])
+            if len(columns) < 2 and any(sign in "".join(columns) for sign in ";\t"):
+                raise UserError(f"{path} line 1: its columns must be separated by commas")
+            if len(set(columns)) < len(columns):
+                raise UserError(f"{path} line 1: a column's name is there twice")
+            last = rows.line_num
+            for row in rows:
+                where, last = f"{path} line {last + 1}", rows.line_num
+                if row and len(row) != len(columns):
+                    raise UserError(f"{where}: it has {len(row)} fields, and line 1 names {len(columns)} columns")
+                if row:
+                    yield where, dict(zip(columns, row, strict=True))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start:,}); save it again as UTF-8"
+        ) from None
+    except csv.Error as error:
+        raise UserError(f"{path} line {rows.line_num}: no CSV: {error}") from None
+
+
+def _parquet(path: Path) -> Rows:
+    with needs_package("pyarrow", "instructions"):
+        import pyarrow
+        import pyarrow.parquet
+    try:
+        with plain_errors(path, "read"), pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", row
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is no Parquet file: {str(error).partition(chr(10))[0]}") from None
+
+
+READERS = {".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+
+
+def is_records(name: str) -> bool:
+    """Whether DATASET names files of records: one, several with commas between them, or a folder."""
+    parts = [Path(part.strip()) for part in name.split(",")]
+    return all(part.suffix.lower() in READERS or part.is_dir() for part in parts) and bool(name.strip())
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows of one file. Raises UserError that names the file, and the line or record, for anything else."""
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path}: it must end in {', '.join(READERS)}")
+    return reader(path)
+
+
+def files_of(name: str) -> dict[str, list[Path]]:
+    """The files that DATASET names, by the split that the first word of their names says: train, validation or test;
+    those that say nothing are in `train`. Raises UserError for a folder without any."""
+    found: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    for part in (Path(part.strip()).expanduser() for part in name.split(",")):
+        inside = sorted(p for p in part.iterdir() if p.suffix.lower() in READERS) if part.is_dir() else [part]
+        if not inside:
+            raise UserError(f"{part} is a folder without a file that ends in {', '.join(READERS)}")
+        for path in inside:
+            found[split_of(path)].append(path)
+    return found
+
+
+def split_of(path: Path) -> str:
+    """The split that a file's name says, as train-00000-of-00002.parquet does."""
+    word = path.name.lower().replace("_", "-").replace(".", "-").split("-")[0]
+    return next((split for split, words in SPLITS.items() if word in words), "train")
