@@ -1,4 +1,4 @@
-"""Chats as a template writes them, a model's own or another: in the form of Hugging Face's, by jinja2 in its sandbox."""
+"""Chats as a template writes them: a model's own or another, in the form of Hugging Face's, by jinja2, sandboxed."""
 
 from __future__ import annotations
 
