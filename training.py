@@ -17,16 +17,16 @@ from jobs.runs.base import base_settings, find_base
 from jobs.runs.job import Job, identity, prepare, unread, unread_names
 from jobs.runs.loop import Training
 from jobs.runs.preflight import preflight
-from jobs.runs.result import print_next, print_result
 from jobs.runs.selfcheck import Names, digests, self_check
-from jobs.runs.text_report import bits_per_character, print_samples, sample
+from jobs.summaries.result import print_next, print_result
+from jobs.summaries.summary import summary_of
 from lora.adapter import Adapter
 from lora.attach import using
 from runtime import report
 from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import run_command
-from runtime.settings.config import EARLIER, SHAPE, Settings, from_command_line
+from runtime.settings.config import EARLIER, SHAPE, Settings, from_command_line, has_records
 from runtime.settings.fields import format_value, settings_of
 from runtime.settings.sources import Resolved, describe
 from runtime.start import command_line
@@ -41,16 +41,17 @@ def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
     say("Scoring the whole held-out text, and sampling ...")
     job.load_artifact(files, str(run.folder))
     result = asdict(state) | {"val_loss": job.evaluate(), "peak_memory": peak_memory}
-    result["tokens_per_second"] = state.step * job.tokens_per_step / state.seconds
-    result["bits_per_character"] = bits_per_character(job, result["val_loss"])
-    samples = {"Sample": sample(job)}
+    result["tokens_per_second"] = state.step * job.data.tokens_in_step / state.seconds
+    summary = summary_of(job)
+    result |= summary.figures(result["val_loss"])
+    samples = {"": summary.sample()}
     if job.kind == "lora":
         with using(job.model):
             result["base_val_loss"] = job.evaluate()
-            samples = {"Sample with the adapter": samples["Sample"], "Sample without it": sample(job)}
+            samples = {"with the adapter": samples[""], "without it": summary.sample()}
     run.publish(result)
     print_result(job, run, result)
-    print_samples(job, samples)
+    summary.print(samples)
 
 
 def train(given: Resolved) -> Run:
@@ -76,7 +77,7 @@ def train(given: Resolved) -> Run:
         say_why_another(run, job.plain_name)
         print(report.banner(settings, unread_names(settings)))
         if base:
-            print(f"   Base: {base.name}, text: {job.data.name}")
+            print(f"   Base: {base.name}, {'records' if has_records(settings.dataset) else 'text'}: {job.data.name}")
         print(report.statistics(job.model.get_parameter_info(), settings.use_lora), flush=True)
         finish(job, run, Training(job, run, stepper).all_steps(), start)
     return run

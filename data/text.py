@@ -109,6 +109,16 @@ class TextData:
         """The corpus's digest."""
         return self.corpus.sha256
 
+    @property
+    def steps_in_epoch(self) -> float:
+        """Windows are drawn at random, so this is how many steps have as many tokens as the text."""
+        return len(self.train) / self.tokens_in_step
+
+    @property
+    def tokens_in_step(self) -> int:
+        """All windows are full."""
+        return self.step_size * self.block_size
+
     def batch(self, step: int) -> Batch:
         """Random windows of the training text, int64 (step_size, block_size). The same for the same seed and step.
 

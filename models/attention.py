@@ -24,41 +24,55 @@ BLOCK = 128
 LONGEST_BY_BLOCKS = 1024
 
 
-def causal_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, dropout: float) -> Tensor:
-    """Each position attends to itself and what is before it: (B, H, T, D).
+def causal_attention(
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, dropout: float, segments_BT: Tensor | None = None
+) -> Tensor:
+    """Each position attends to itself and what is before it: (B, H, T, D). With segments, only to what is in its own.
 
     H / K heads after one another share their keys and values. `dropout` is the probability on the attention weights.
     """
     shared = q_BHTD.shape[1] // k_BKTD.shape[1]
     if q_BHTD.device.type != "cpu" or q_BHTD.shape[2] > LONGEST_BY_BLOCKS:
         k_BHTD, v_BHTD = (t if shared == 1 else t.repeat_interleave(shared, 1) for t in (k_BKTD, v_BKTD))
-        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True)
+        seen = None if segments_BT is None else _seen(segments_BT)
+        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, seen, dropout, is_causal=seen is None)
     q = q_BHTD.unflatten(1, (-1, shared)).flatten(0, 1).contiguous()
     k, v = (t.flatten(0, 1).contiguous() for t in (k_BKTD, v_BKTD))
     with torch.autocast("cpu", enabled=False):  # a softmax in the matmuls' own dtype, as the fused kernels do
-        return AttentionByBlocks.apply(q, k, v, dropout).view(q_BHTD.shape)
+        return AttentionByBlocks.apply(q, k, v, dropout, segments_BT).view(q_BHTD.shape)
 
 
-def _causal_mask(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """(rows, columns) that hides from the last `rows` of so many positions what comes after each."""
-    return torch.full((rows, columns), -math.inf, dtype=dtype).triu_(columns - rows + 1)
+def _seen(segments_BT: Tensor) -> Tensor:
+    """(B, 1, T, T): which positions (last) each one may look at."""
+    same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+    return same & torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril()
+
+
+def _hidden(segments: Tensor | None, a: int, b: int, q: Tensor) -> Tensor:
+    """(N, S (b - a), b): -inf on what the queries from a to b may not look at, which is what comes after each, and
+    other segments; else 0."""
+    found = torch.full((1, b - a, b), -math.inf, dtype=q.dtype).triu_(a + 1)
+    if segments is not None:
+        found = found.masked_fill(segments[:, a:b, None] != segments[:, None, :b], -math.inf)
+        found = found.repeat_interleave(len(q) // len(segments), 0)
+    return found.repeat(1, q.shape[1], 1).expand(len(q), -1, -1)
 
 
 class AttentionByBlocks(torch.autograd.Function):
     """softmax(q k^T / sqrt(D), causal) v, a block of queries after the other. q: (N, S, T, D); k and v: (N, T, D).
 
-    The S heads that share keys and values are one matmul's rows.
+    The S heads that share keys and values are one matmul's rows. segments: (B, T), or None.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, dropout):
+    def forward(ctx, q, k, v, dropout, segments):
         y, saved = torch.empty_like(q), []
         for a in range(0, q.shape[2], BLOCK):
             q_block = q[:, :, a : a + BLOCK]
             b = a + q_block.shape[2]
-            causal = _causal_mask(b - a, b, q.dtype).repeat(q.shape[1], 1).expand(len(q), -1, -1)
+            hidden = _hidden(segments, a, b, q)
             keys = k[:, :b].transpose(1, 2)
-            P = torch.baddbmm(causal, q_block.flatten(1, 2), keys, alpha=q.shape[-1] ** -0.5).softmax(-1)
+            P = torch.baddbmm(hidden, q_block.flatten(1, 2), keys, alpha=q.shape[-1] ** -0.5).softmax(-1)
             if dropout:
                 mask, ctx.scale = dropout_mask(P, dropout)
                 saved += P, P * mask * ctx.scale, mask
@@ -84,4 +98,4 @@ class AttentionByBlocks(torch.autograd.Function):
             dq[:, :, a:b] = (dS @ k[:, :b]).view(dq[:, :, a:b].shape)
             dk[:, :b] += dS.transpose(1, 2) @ q_block
             dv[:, :b] += P_dropped.transpose(1, 2) @ g_block
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None

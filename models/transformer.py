@@ -66,10 +66,14 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(config.head_width, config.norm_eps) for _ in range(2))
 
     def forward(
-        self, x_BTC: Tensor, cos_sin: tuple[Tensor, Tensor] | None = None, cache: LayerCache | None = None
+        self,
+        x_BTC: Tensor,
+        cos_sin: tuple[Tensor, Tensor] | None = None,
+        cache: LayerCache | None = None,
+        segments_BT: Tensor | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). cos_sin: of rotary positions, where there are such. With a cache, T new positions
-        that also attend to what it holds."""
+        that also attend to what it holds. With segments, each position attends to its own only."""
         q_BTHD, k_BTKD, v_BTKD = (t.unflatten(-1, (-1, self.head_width)) for t in self.project(x_BTC))
         if hasattr(self, "q_norm"):
             q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
@@ -78,7 +82,8 @@ class Attention(nn.Module):
             q_BTHD, k_BTKD = both.split((q_BTHD.shape[2], k_BTKD.shape[2]), 2)
         q_BHTD, k_BKTD, v_BKTD = (t.transpose(1, 2) for t in (q_BTHD, k_BTKD, v_BTKD))
         if cache is None or cache.store(k_BKTD, v_BKTD):
-            y_BHTD = causal_attention(q_BHTD, k_BKTD, v_BKTD, self.dropout if self.training else 0.0)
+            p = self.dropout if self.training else 0.0
+            y_BHTD = causal_attention(q_BHTD, k_BKTD, v_BKTD, p, segments_BT)
         else:
             y_BHTD = cache.attend(q_BHTD)
         return self.o_proj(y_BHTD.transpose(1, 2).flatten(2))
@@ -137,12 +142,13 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config) if config.mlp == "gated_silu" else MLP(config)
         self.dropout = dropout
 
-    def forward(
-        self, x_BTC: Tensor, cos_sin: tuple[Tensor, Tensor] | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C). The residual stream stays in its own dtype, matmuls run in the compute dtype."""
+    def forward(self, x_BTC: Tensor, *positions_and_past) -> Tensor:
+        """(B, T, C) -> (B, T, C). The residual stream stays in its own dtype, matmuls run in the compute dtype.
+
+        positions_and_past: what else attention takes.
+        """
         dtype, p = compute_dtype(x_BTC), self.dropout if self.training else 0.0
-        x_BTC = x_BTC + dropout(self.attention(self.norm_1(x_BTC).to(dtype), cos_sin, cache), p)
+        x_BTC = x_BTC + dropout(self.attention(self.norm_1(x_BTC).to(dtype), *positions_and_past), p)
         return x_BTC + dropout(self.mlp(self.norm_2(x_BTC).to(dtype)), p)
 
 
@@ -217,19 +223,26 @@ class Transformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Token ids (B, T) -> logits (B, T, V), and the mean cross-entropy in nats where targets (B, T) are given;
         targets of -100 do not count, and where none counts the loss is 0. With targets, more than `models.loss.WHOLE`
         logits are not kept, and None is returned in their place.
 
         With a cache, idx are the positions that follow what it holds, and the logits are (B, 1, V): those of each
-        row's last position. Raises ValueError where T exceeds block_size.
+        row's last position. positions (B, T): where each token stands in its text, else one after the other. segments
+        (B, T): tokens of different ones do not see each other. Raises ValueError where T exceeds block_size.
         """
         T = idx.shape[1]
         if T > self.config.max_positions:
             raise ValueError(f"{T} positions, but block_size is {self.config.max_positions}")
-        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
+        if positions is None:
+            positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
         x_BTC, cos_sin = at_least_fp32(self.token_embedding(idx)), None
         if self.rotary:
             cos_sin = self.rotary.at(positions, T if cache is None else cache.width)
@@ -237,7 +250,7 @@ class Transformer(nn.Module):
             x_BTC = x_BTC + self.position_embedding(positions)
         x_BTC = dropout(x_BTC, self.dropout if self.training else 0.0)
         for i, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, cos_sin, None if cache is None else cache.layers[i])
+            x_BTC = block(x_BTC, cos_sin, None if cache is None else cache.layers[i], segments)
         if cache is not None:
             x_BTC = cache.last(x_BTC)
         x_BTC = self.norm(x_BTC)

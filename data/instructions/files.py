@@ -11,6 +11,7 @@ from typing import Any
 from data.jsonlines import once, read_json_lines
 from runtime.errors import UserError
 from runtime.extras import needs_package
+from runtime.settings.config import RECORDS
 from runtime.storage.folders import plain_errors
 
 Rows = Iterator[tuple[str, dict[str, Any]]]  # each with where it stands
@@ -77,13 +78,7 @@ def _parquet(path: Path) -> Rows:
         raise UserError(f"{path} is no Parquet file: {str(error).partition(chr(10))[0]}") from None
 
 
-READERS = {".jsonl": read_json_lines, ".ndjson": read_json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-
-
-def is_records(name: str) -> bool:
-    """Whether DATASET names files of records: one, several with commas between them, or a folder."""
-    parts = [Path(part.strip()) for part in name.split(",")]
-    return all(part.suffix.lower() in READERS or part.is_dir() for part in parts) and bool(name.strip())
+READERS = dict(zip(RECORDS, (read_json_lines, read_json_lines, _json, _csv, _parquet), strict=True))
 
 
 def read_rows(path: Path) -> Rows:

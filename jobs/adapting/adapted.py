@@ -10,7 +10,8 @@ from pathlib import Path
 from data.corpora import Corpus, load_corpus
 from data.text import tokens_of, validation_windows
 from jobs.runs.base import Base, base_of, reference
-from jobs.runs.job import IN_CONFIG, TEST_CHARACTERS, run_metadata
+from jobs.runs.job import IN_CONFIG, run_metadata
+from jobs.runs.source import TEST_CHARACTERS
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from models.pretrained.families import family_with

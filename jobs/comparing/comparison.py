@@ -119,7 +119,7 @@ def row(method: Method, equal_seconds: float, forgetting: tuple[float | None, fl
         "trainable": info["trainable"],
         "trainable_percent": 100 * info["trainable"] / info["total"],
         "seconds": method.seconds,
-        "tokens_per_step": method.job.tokens_per_step,
+        "tokens_per_step": method.job.data.tokens_in_step,
         "file_bytes": sum(map(len, method.job.artifact_files().values())),
         "learning_rate": method.job.settings.learning_rate,
         "loss_before": method.curve[0][2],

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.corpora import load_corpus
+from data.corpora import Corpus
 from data.dataset import Dataset
-from data.pretrained_tokenizer import sidecar
-from data.text import TextData
+from data.instructions.tuning import InstructionData
+from data.pretrained_tokenizer import TEMPLATE, sidecar
 from data.tokenizers import Tokenizer, build_tokenizer
 from jobs.runs.base import TOKENIZER, Base, block_size_for, check_shape, reference
+from jobs.runs.source import as_data, load_source
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.attach import attach, detach
@@ -41,7 +42,6 @@ from runtime.training.muon import MuonSettings
 from runtime.training.steps import Schedule, Stepper, evaluate
 
 IN_CONFIG = ("rank", "alpha", "dropout", "targets", "variant", "bias", "train_embeddings", "target_rank")  # of LORA_*
-TEST_CHARACTERS = (300_000, 30_000)  # of training and held-out text that a TEST_MODE run sees
 
 
 @dataclass
@@ -68,12 +68,6 @@ class Job:
         if kind == "lora":
             kind, rank = self.settings.lora_variant, f"-r{self.settings.lora_rank}"
         return f"{'test-' if self.settings.test_mode else ''}{kind}-{self.data.name}{rank}"
-
-    @property
-    def tokens_per_step(self) -> int:
-        """How many tokens one optimisation step learns from."""
-        s = self.settings
-        return s.batch_size * s.gradient_accumulation_steps * s.block_size
 
     def stepper(self) -> Stepper:
         """Fresh optimisation steps over this job's data."""
@@ -108,6 +102,8 @@ class Job:
         about["machine"] = f"{platform.machine()}, {self.machine}, {torch.get_num_threads()} threads"
         if self.settings.block_size < self.model.config.max_positions:
             about["window"] = self.settings.block_size
+        if isinstance(self.data, InstructionData):
+            about["template"] = self.data.template.source
         return about | {"identity": identity(about)}
 
     def artifact_files(self, **notes: str) -> Files:
@@ -115,12 +111,13 @@ class Job:
 
         notes: what an adapter's card tells beside what is known here, such as `steps` and `validation_loss`.
         """
+        written = {TEMPLATE: self.data.template.source.encode()} if isinstance(self.data, InstructionData) else {}
         if self.kind != "lora":
-            return to_model_files(self.model, self.tokenizer, self.base)
+            return to_model_files(self.model, self.tokenizer, self.base) | written
         metadata = {"dataset": self.data.name, "dataset_sha256": self.data.sha256}
         versions = f"python {platform.python_version()}, torch {torch.__version__}"
         known = {"command": command_of(self.settings, self.base.run), "versions": versions}
-        return to_adapter_files(Adapter.from_model(self.model, **metadata), self.base, notes | known)
+        return to_adapter_files(Adapter.from_model(self.model, **metadata), self.base, notes | known) | written
 
     def load_artifact(self, files: Files, where: str) -> None:
         """Load a saved artifact into the model, which does not train any more."""
@@ -185,13 +182,11 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
 
     Raises UserError or UsageError for a text, a tokenizer or a shape that does not work out.
     """
-    settings, data_dir = given.settings, Path(given.settings.data_dir)
+    settings = given.settings
     if settings.compile:
         check_compiler(machine.device)
         say("Compiling, which takes the first step a minute or so")
-    corpus = load_corpus(settings.dataset, data_dir)
-    if settings.test_mode:
-        corpus = corpus.head(*TEST_CHARACTERS)
+    source = load_source(settings)
     torch.manual_seed(settings.seed)
     if base:
         opened = Base.of(base, settings.dropout)
@@ -205,22 +200,29 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
         settings = replace(settings, block_size=block_size_for(given, opened))
     else:
         opened = None
-        known = corpus.text if settings.tokenizer == "char" else corpus.train  # held-out text may have rare characters
+        if not isinstance(source, Corpus):
+            raise UsageError(
+                f"DATASET={settings.dataset} has records, which a base is adapted to: set BASE, or USE_LORA"
+            )
+        known = source.text if settings.tokenizer == "char" else source.train  # held-out text may have rare characters
         tokenizer = build_tokenizer(settings.tokenizer, known, settings.vocab_size)
         model = Transformer(config_for(settings, tokenizer.vocab_size), settings.dropout)
     if settings.use_lora:
         attach(model, lora_config(settings))
-    s, step_size = settings, settings.batch_size * settings.gradient_accumulation_steps
-    data = TextData.load(corpus, tokenizer, data_dir, s.block_size, s.batch_size, step_size, s.seed)
-    if s.epochs is not None:
-        settings = with_steps(given, s, math.ceil(s.epochs * len(data.train) / (step_size * s.block_size)))
+    data = as_data(source, tokenizer, settings)
+    if settings.epochs is not None:
+        settings = with_steps(given, settings, data)
     return Job(settings, machine, opened, data, tokenizer, model.to(machine.device))
 
 
-def with_steps(given: Resolved, settings: Settings, steps: int) -> Settings:
-    """The settings with MAX_ITERS as EPOCHS says, and a warm-up that fits. Raises UsageError where both are given."""
+def with_steps(given: Resolved, settings: Settings, data: Dataset) -> Settings:
+    """The settings with MAX_ITERS as EPOCHS says, and a warm-up that fits; MAX_ITERS alone counts where EPOCHS is only
+    a default. Raises UsageError where both are given."""
     if given.explicit("max_iters"):
+        if not given.explicit("epochs"):
+            return replace(settings, epochs=None)
         raise UsageError(f"EPOCHS={settings.epochs:g} and MAX_ITERS={settings.max_iters} are both given; leave one out")
+    steps = math.ceil(settings.epochs * data.steps_in_epoch)
     say(f"EPOCHS={settings.epochs:g}: {steps:,} steps")
     warmup = settings.warmup_iters if given.explicit("warmup_iters") else min(settings.warmup_iters, steps // 5)
     return replace(settings, max_iters=steps, warmup_iters=warmup, epochs=None)

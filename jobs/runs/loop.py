@@ -91,7 +91,7 @@ class Training:
         """Fetch the loss from the device, log it and show it. Raises NonFiniteError where a step went wrong."""
         loss, state = self.stepper.read_loss(), self.state
         state.seconds = self.before + time.perf_counter() - self.clock
-        speed = self.job.tokens_per_step * (state.step - self.first) / (state.seconds - self.before)
+        speed = self.job.data.tokens_in_step * (state.step - self.first) / (state.seconds - self.before)
         rate = self.stepper.schedule(state.step - 1)
         self.log.add(state.step, loss=loss, lr=rate, seconds=round(state.seconds, 3), tokens_per_second=round(speed))
         self.progress.update(state.step, loss=f"{loss:.3f}", **{"tokens/s": f"{speed:,.0f}"})

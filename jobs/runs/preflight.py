@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from data.corpora import CORPORA, Corpus
+from data.text import TextData
 from jobs.runs.job import Job
 from runtime import report
 from runtime.console import say
@@ -26,7 +27,8 @@ def preflight(job: Job, run: Run) -> None:
     enough once `TextData` has been made.
     """
     check_room(job, run)
-    if job.settings.dataset not in CORPORA and (share := repeated_share(job.data.corpus)) > REPEATED:
+    own_text = isinstance(job.data, TextData) and job.settings.dataset not in CORPORA
+    if own_text and (share := repeated_share(job.data.corpus)) > REPEATED:
         say(
             f"warning: {100 * share:.0f} % of what is held out of {job.data.name} is in its training text too, "
             "so its validation loss says little about other text"

@@ -32,6 +32,9 @@ HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 HUB_LEGACY = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # names without an owner
 NAMED = "a name that any system takes for a folder (letters, digits, '_', '-', and '.' inside; at most 100)"
 SHAPE = ("architecture", "tokenizer", "vocab_size", "n_layer", "n_head", "n_embd", "block_size", "bias")
+RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")  # how the names of files of records end
+RECORD_SETS = ("folio-pairs",)
+READ_WITH_RECORDS = ("columns", "val_size", "template", "train_on_prompt", "packing", "long_records")
 WARMUP_SHARE = 5  # the default warm-up never takes more than a fifth of a run that was asked to be short
 HIGHEST_RANK = 4096
 
@@ -88,12 +91,15 @@ PRESETS = {
         "lora_train_embeddings": False,
     },
     "LoRA on a pretrained base": {"learning_rate": 5e-4},
+    "records": {"patience": 3},
+    "records on a pretrained base": {"batch_size": 8, "gradient_accumulation_steps": 2, "epochs": 2.0},
     "TEST_MODE on a pretrained base": {
         "block_size": 64,
         "max_iters": 10,
         "eval_interval": 5,
         "save_interval": 5,
         "eval_iters": 2,
+        "epochs": None,
     },
 }
 
@@ -158,9 +164,37 @@ class Settings(CommonSettings):
 
     dataset: str = setting(
         "shakespeare",
-        "Training text: shakespeare, folio, milton, tinyshakespeare, or the path of a .txt file",
+        "What to train on: shakespeare, folio, milton, tinyshakespeare or the path of a .txt file; or records of "
+        "instructions or chats: folio-pairs, or .jsonl, .json, .csv or .parquet files (with commas) or their folder",
         group=DATA,
         **A_FOLDER | {"allowed": "the name of a corpus or a path"},
+    )
+    columns: str = setting(
+        "", "Columns of records that have other names, as instruction=question,output=answer", group=DATA
+    )
+    val_size: float = setting(
+        0.1,
+        "Share of records held out for validation where no file has them",
+        group=DATA,
+        high=1,
+        high_open=True,
+        **ABOVE_0,
+    )
+    template: str = setting(
+        "",
+        "A file with the jinja2 template that writes records; if empty, the base's own chat template, or else the form "
+        "### Instruction, ### Input, ### Response",
+        group=DATA,
+        pattern=rf"|{FOLDER}",
+        allowed="empty or a path",
+        path=True,
+    )
+    train_on_prompt: bool = setting(False, "Learn the prompts of records too, not the answers alone", group=DATA)
+    packing: bool = setting(
+        False, "Fill each row with several records, which do not see each other; faster for short ones", group=DATA
+    )
+    long_records: str = setting(
+        "cut", "What becomes of records with more than BLOCK_SIZE tokens", group=DATA, choices=("cut", "skip")
     )
     tokenizer: str = setting(
         "char",
@@ -247,7 +281,7 @@ class Settings(CommonSettings):
         "linear",
         "How the learning rate falls after the warm-up",
         group=TRAINING,
-        choices=("cosine", "linear"),
+        choices=("cosine", "linear", "constant"),
     )
     min_lr: float = setting(0.0, "Learning rate at the end", group=TRAINING, low=0)
     warmup_iters: int = setting(
@@ -264,6 +298,9 @@ class Settings(CommonSettings):
 
     eval_interval: int = setting(400, "Steps between evaluations", group=SAVING, **STEPS)
     eval_iters: int = setting(40, "Validation batches per evaluation", group=SAVING, **STEPS)
+    eval_batch_size: int | None = setting(
+        None, "Sequences per validation batch; none is BATCH_SIZE", group=SAVING, low=1, high=10**6
+    )
     patience: int = setting(
         0, "Stop after this many evaluations without improvement; 0 never stops early", group=SAVING, low=0, high=10**9
     )
@@ -298,6 +335,8 @@ class Settings(CommonSettings):
         places = values["checkpoints_dir"], values["base"]
         pretrained = all(isinstance(place, str) for place in places) and bool(values["base"]) and is_pretrained(*places)
         holds |= {"a pretrained base": pretrained, "LoRA on a pretrained base": pretrained and lora}
+        records = isinstance(values["dataset"], str) and has_records(values["dataset"])
+        holds |= {"records": records, "records on a pretrained base": records and pretrained}
         holds |= {"TEST_MODE on a pretrained base": pretrained and test}
         return {label for label, active in holds.items() if active}
 
@@ -323,7 +362,21 @@ class Settings(CommonSettings):
             unread.add("compile")
         if self.optimizer != "muon":
             unread.add("muon_lr_ratio")
+        if not has_records(self.dataset):
+            unread |= set(READ_WITH_RECORDS)
+        if self.eval_batch_size in (None, self.batch_size):
+            unread.add("eval_batch_size")
         return {name: value for name, value in super().identity().items() if name not in unread}
+
+
+def has_records(dataset: str) -> bool:
+    """Whether DATASET names records of instructions or chats, rather than a text: files, or a folder of such."""
+    parts = [Path(part.strip()).expanduser() for part in dataset.split(",")]
+    return dataset in RECORD_SETS or all(part.suffix.lower() in RECORDS or _is_folder(part) for part in parts)
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 - for a name the system cannot have, pathlib raises
 
 
 def is_hub_name(name: str) -> bool:

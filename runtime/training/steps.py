@@ -33,7 +33,7 @@ class NonFiniteError(UserError):
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate of a step, counted from 0: linear warm-up, then down to `final`, by a `cosine` as in nanoGPT or
-    in a straight line (`linear`)."""
+    in a straight line (`linear`), or not at all (`constant`)."""
 
     peak: float
     final: float
@@ -44,6 +44,8 @@ class Schedule:
     def __call__(self, step: int) -> float:
         if step < self.warmup:
             return self.peak * (step + 1) / (self.warmup + 1)
+        if self.decay == "constant":
+            return self.peak
         done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
         left = 1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
         return self.final + (self.peak - self.final) * left

@@ -14,7 +14,7 @@ from compare import Options, lora_settings
 from jobs.comparing.comparison import base_windows, make_method
 from jobs.comparing.report import over_seeds
 from jobs.comparing.timing import ratio
-from jobs.runs.job import TEST_CHARACTERS
+from jobs.runs.source import TEST_CHARACTERS
 from lora.variants.registry import VARIANTS
 from runtime.device import pick_machine
 from runtime.settings.config import Settings

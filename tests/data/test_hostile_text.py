@@ -51,9 +51,9 @@ TINY += ("--eval-iters=1", "--dtype=fp32", "--vocab-size=300", "--test-mode")
 TRAIN = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-import jobs.runs.text_report, training
+import jobs.summaries.text, training
 from runtime.errors import run_command
-jobs.runs.text_report.TEST_SAMPLE_CHARACTERS = 20
+jobs.summaries.text.TEST_SAMPLE_CHARACTERS = 20
 for i, flags in enumerate(json.loads(sys.argv[2])):
     sys.argv = ["training.py", *flags]
     try:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import jobs.runs.job
-import jobs.runs.text_report
+import jobs.summaries.text
 import training
 from jobs.runs import loop
 from jobs.runs.job import Job
@@ -124,7 +124,7 @@ class Case:
         torch.manual_seed(12345 + moments.k)  # whatever was drawn before must not matter
         with moments.of_a_run(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop.Training, "all_steps", noted)
-            patch.setattr(jobs.runs.text_report, "TEST_SAMPLE_CHARACTERS", 2)
+            patch.setattr(jobs.summaries.text, "TEST_SAMPLE_CHARACTERS", 2)
             train(self.values)
 
     def left(self) -> dict:

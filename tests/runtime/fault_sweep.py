@@ -25,7 +25,7 @@ import torch
 import torch._dynamo  # what the first optimizer would import, in every child anew
 from faulty_disk import MODES, FaultyDisk, applies
 
-import jobs.runs.text_report
+import jobs.summaries.text
 import training
 from jobs.runs import loop
 from lora.peft_format import load_adapter, save_adapter
@@ -113,7 +113,7 @@ class Sweep:
             return state
 
         loop.Training.all_steps = noted
-        jobs.runs.text_report.TEST_SAMPLE_CHARACTERS = 4
+        jobs.summaries.text.TEST_SAMPLE_CHARACTERS = 4
         sys.argv = ["training.py", *self.flags]
         training.main()
 

@@ -20,8 +20,10 @@ def print_result(job: Job, run: Run, result: dict) -> None:
     print(f"   Peak memory: {report.size(result['peak_memory'])}")
     print(f"   Best validation loss: {result['best']:.4f} at step {result['best_step']:,}")
     base = f" (the base without the adapter: {result['base_val_loss']:.4f})" if "base_val_loss" in result else ""
-    print(f"   Loss over the whole held-out text: {result['val_loss']:.4f}{base}")
-    print(f"   Bits per character of it: {result['bits_per_character']:.4f}")
+    part = "text" if "bits_per_character" in result else "records' answers"
+    print(f"   Loss over the whole held-out {part}: {result['val_loss']:.4f}{base}")
+    if "bits_per_character" in result:
+        print(f"   Bits per character of it: {result['bits_per_character']:.4f}")
     print_ranks(job)
     files = sum(path.stat().st_size for path in run.artifact.iterdir())
     print(f"   Files: {run.artifact} ({report.size(files)}), {run.folder / 'metrics.jsonl'}")

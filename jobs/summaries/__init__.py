@@ -1,0 +1,1 @@
+"""What a finished run tells: its figures, and texts or answers."""
