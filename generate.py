@@ -7,6 +7,7 @@ python generate.py --adapter lora-folio-r8=0.5            half of what the adapt
 python generate.py --adapter lora-folio-r8 --adapter lora-milton-r8       the sum of what both add
 python generate.py --prompts prompts.jsonl                lines {"prompt": "O Romeo", "adapter": "lora-folio-r8"}
 python generate.py --run HuggingFaceTB/SmolLM2-135M-Instruct --chat       talk to a model that has a chat template
+python generate.py --instruction "Rewrite in First Folio spelling." --input "O for a muse of fire"
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
-from data.chat import encode_chat
+from data.chat import Template, encode_chat, template_of
+from data.instructions.records import asking
 from data.tokenizers import Tokenizer, listed
 from jobs.generating.chatting import chat
 from jobs.generating.choice import Choice, choose, in_words, parse_adapters
@@ -35,6 +37,8 @@ from runtime.settings.config import CommonSettings, from_command_line
 from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
 from runtime.training.metrics import Progress
+
+TUNED = {"temperature": 0.3, "top_p": 0.9, "top_k": 40}
 
 WHAT, HOW = ({"group": title, "env": False} for title in ("What to continue", "Sampling"))
 
@@ -54,13 +58,20 @@ class Options(CommonSettings):
         path=True,
         **WHAT,
     )
+    instruction: str = setting("", "What a run that was tuned on instructions is asked to do", **WHAT)
+    input: str = setting("", "What --instruction is to be done with", **WHAT)
     chat: bool = setting(False, "Talk to the model, which needs a chat template; a line is a message", **WHAT)
     system: str = setting("", "The system prompt of --chat", **WHAT)
     stop: tuple[str, ...] = setting((), "A text that ends what is generated; may be repeated", **WHAT)
     num_samples: int = setting(1, "Continuations of each prompt", low=1, high=10_000, **WHAT)
     max_new_tokens: int = setting(500, "Tokens to add", low=1, **WHAT)
     temperature: float = setting(
-        0.8, "Logits are divided by this: lower is safer, higher more surprising, 0 as --greedy", low=0, high=100, **HOW
+        0.8,
+        "Logits are divided by this: lower is safer, higher more surprising, 0 as --greedy; of a run that was tuned on "
+        "instructions 0.3, with --top-k 40 and --top-p 0.9",
+        low=0,
+        high=100,
+        **HOW,
     )
     top_k: int | None = setting(None, "Choose among this many likeliest tokens", low=1, **HOW)
     top_p: float | None = setting(
@@ -88,13 +99,13 @@ class Patience:
                 self.progress.close()
 
 
-def encode(tokenizer: Tokenizer, request: Request) -> list[int]:
+def encode(tokenizer: Tokenizer, template: Template | None, request: Request) -> list[int]:
     """A prompt as token ids, at least one. Raises UserError for characters that the tokenizer does not know."""
     if request.messages:
         try:
-            return encode_chat(tokenizer, request.messages)
+            return encode_chat(tokenizer, request.messages, template)
         except UserError as error:
-            raise UserError(f"{request.where}: {error}") from None
+            raise UserError(f"{request.where}: {error}" if request.where else str(error)) from None
     if unknown := tokenizer.unknown(request.prompt):
         where = f"{request.where}: " if request.where else ""
         known = "".join(token.decode() for token in tokenizer.tokens if not token.isascii())
@@ -145,10 +156,24 @@ def what_to_continue(given: Resolved) -> list[Request]:
         raise UsageError("--prompt and --prompts are both given; put all prompts into the file")
     if options.chat and (options.prompts or given.explicit("prompt") or given.explicit("num_samples")):
         raise UsageError("--chat takes its messages from the terminal, and goes with no prompts and no --num-samples")
-    if options.system and not options.chat:
-        raise UsageError("--system is the system prompt of a chat, and goes with --chat")
+    if options.system and not (options.chat or options.instruction):
+        raise UsageError("--system is the system prompt of a chat, and goes with --chat or --instruction")
+    if options.instruction and (options.chat or options.prompts or given.explicit("prompt")):
+        raise UsageError("--instruction is a prompt by itself, and goes with no --prompt, --prompts or --chat")
+    if options.input and not options.instruction:
+        raise UsageError("--input is what an instruction is to be done with, and goes with --instruction")
     found = read_requests(Path(options.prompts)) if options.prompts else [Request(text) for text in options.prompt]
+    if options.instruction:
+        system = [{"role": "system", "content": options.system}] if options.system else []
+        found = [Request("", messages=(*system, *asking(options.instruction, options.input)))]
     return [request for request in found for _ in range(options.num_samples)]
+
+
+def sampling(given: Resolved, choice: Choice) -> Sampling:
+    """How tokens are chosen: for a run that was tuned on instructions, as the guides say unless told otherwise."""
+    options, names = given.settings, ("temperature", "top_k", "top_p", "repetition_penalty", "greedy")
+    told = {name: getattr(options, name) for name in names if given.explicit(name) or not choice.tuned}
+    return Sampling(**(TUNED if choice.tuned else {}) | told, stop_ids=choice.base.tokenizer.stop_ids)
 
 
 def main() -> None:
@@ -162,9 +187,11 @@ def main() -> None:
     model, tokenizer = choice.base.model.requires_grad_(False).to(machine.device), choice.base.tokenizer
     adapters = f" with {in_words(choice.default)}" if choice.default else ""
     say(f"From {choice.base.run.name}{adapters}, on {machine}, seed {options.seed}")
-    prompts = [] if options.chat else [encode(tokenizer, request) for request in requests]
-    chosen = (options.temperature, options.top_k, options.top_p, options.repetition_penalty, options.greedy)
-    how = Sampling(*chosen, tokenizer.stop_ids)
+    template = choice.template or template_of(tokenizer) if options.chat or options.instruction else choice.template
+    prompts = [] if options.chat else [encode(tokenizer, template, request) for request in requests]
+    how = sampling(given, choice)
+    ends = [template.end] if choice.tuned and not tokenizer.stop_ids else []
+    stops = [*options.stop, *ends]
     # Samples of a prompt differ in their seed, and no text depends on what is beside it.
     rows = [choice.on_model(request.adapters) for request in requests]
     seeds = [options.seed + i % options.num_samples for i in range(len(requests))]
@@ -173,18 +200,18 @@ def main() -> None:
 
             def answer(prompt: list[int]) -> str:
                 tokens = stream(model, [prompt], options.max_new_tokens, how, seeds)
-                return print_streaming(tokenizer, tokens, options.stop)
+                return print_streaming(tokenizer, tokens, stops)
 
             with using(model, rows[0]):
                 if options.chat:
                     room = model.config.max_positions - min(options.max_new_tokens, model.config.max_positions // 2)
-                    chat(tokenizer, options.system, room, answer)
+                    chat(tokenizer, template, options.system, room, answer)
                 else:
                     print(requests[0].prompt, end="", flush=True)
                     answer(prompts[0])
             return
         found = generate_per_row(model, prompts, rows, options.max_new_tokens, how, seeds, Patience())
-    texts = [cut(tokenizer.decode(tokens), options.stop) for tokens in found]
+    texts = [cut(tokenizer.decode(tokens), stops) for tokens in found]
     if options.prompts:
         print_lines(choice, requests, texts)
     else:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 
-from data.chat import Message, shortened, template_of
-from data.pretrained_tokenizer import PretrainedTokenizer
+from data.chat import Message, Template, shortened
+from data.tokenizers import Tokenizer
 from runtime.console import say
 
 
@@ -21,19 +21,20 @@ def typed() -> Iterator[str]:
             yield line.strip()
 
 
-def chat(tokenizer: PretrainedTokenizer, system: str, longest: int, answer: Callable[[list[int]], str]) -> None:
+def chat(
+    tokenizer: Tokenizer, template: Template, system: str, longest: int, answer: Callable[[list[int]], str]
+) -> None:
     """Talk until the input ends. longest: tokens of a chat that leave room for an answer; answer(token ids) prints one
     and returns it.
 
-    Raises UserError for a model without a chat template, and a message that is too long.
+    Raises UserError for a message that is too long.
     """
-    template_of(tokenizer)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     if sys.stdin.isatty():
         say("Type a message; Ctrl-D ends the chat")
     for line in typed():
         messages.append({"role": "user", "content": line})
-        kept, ids = shortened(tokenizer, messages, longest)
+        kept, ids = shortened(tokenizer, messages, longest, template)
         if len(kept) < len(messages):
             say(f"(the {len(messages) - len(kept)} oldest messages no longer fit, and are forgotten)")
         messages = [*kept, {"role": "assistant", "content": answer(ids)}]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.chat import Template, own_template
 from jobs.adapting.adapted import base_name, open_adapters
 from jobs.runs.base import Base, base_of
 from lora.attach import Strengths
@@ -23,12 +24,15 @@ NONE = "none"
 class Choice:
     """A base whose model carries every adapter that was named, and what counts where nothing else is said.
 
-    attached: what each adapter is called on the model, which takes fewer names than a run may have.
+    attached: what each adapter is called on the model, which takes fewer names than a run may have. template: how
+    instructions and chats are written for it, or None. tuned: whether that is how a run of these was trained.
     """
 
     base: Base
     attached: dict[str, str]
     default: Strengths
+    template: Template | None = None
+    tuned: bool = False
 
     def on_model(self, strengths: Strengths | None) -> Strengths:
         """The strengths as `lora.attach.activate` takes them; None stands for the default."""
@@ -75,7 +79,8 @@ def choose(root: Path, run_name: str, wanted: Strengths | None, others: Iterable
         wanted = {_name_in(root, run): 1.0} if run and run.kind == "lora" else {}
     names = tuple(dict.fromkeys([*wanted, *others]))
     if not names:
-        return Choice(base_of(root, run) if run.kind == "lora" else Base.of(run), {}, {})
+        base = base_of(root, run) if run.kind == "lora" else Base.of(run)
+        return Choice(base, {}, {}, *_template(base, [run] if run.kind != "lora" else []))
     adapted = open_adapters(root, names)
     base = adapted[0].base
     if run and not _is_on(run, base):
@@ -84,7 +89,17 @@ def choose(root: Path, run_name: str, wanted: Strengths | None, others: Iterable
     attached = {name: f"adapter_{i}" for i, name in enumerate(names)}
     for name, item in zip(names, adapted, strict=True):
         item.adapter.attach_to(base.model, attached[name], base.sha256)
-    return Choice(base, attached, wanted)
+    return Choice(base, attached, wanted, *_template(base, [item.run for item in adapted]))
+
+
+def _template(base: Base, runs: Sequence[Run]) -> tuple[Template | None, bool]:
+    """How chats are written for a base and runs on it, and whether one of these was trained so. Raises UserError where
+    they were trained on different templates."""
+    told = {source: run.name for run in [base.run, *runs] if (source := run.metadata.get("template"))}
+    if len(told) > 1:
+        raise UserError(f"{' and '.join(told.values())} were trained on different templates, and do not go together")
+    found = [Template.of(source, base.tokenizer) for source in told]
+    return (found[0], True) if found else (own_template(base.tokenizer), False)
 
 
 def _is_on(run: Run, base: Base) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 # PENDING
-
 from data.chat import GUIDE, Template, own_template
 from data.corpora import Corpus, load_corpus
 from data.dataset import Dataset

@@ -47,12 +47,10 @@ class AnswerSummary:
             for title, text in told.items():
                 print(f"   {title}: {report.indented(text.strip()).strip()}")
         for title, found in samples.items():
-            wanted = {record.answer.strip() for record in asked}
-            copied = sum(text.strip() in known - wanted for text in found)
-            print(
-                f"   {copied} of {len(found)} answers {title}".rstrip()
-                + ", word for word, were learned for something else"
-            )
+            pairs = zip(found, asked, strict=True)
+            copied = sum(text.strip() in known and text.strip() != record.answer.strip() for text, record in pairs)
+            whose = f"{len(found)} answers {title}".rstrip()
+            print(f"   {copied} of {whose} are, word for word, what was learned for another prompt")
 
 
 def _last_asked(record: Record) -> str:
