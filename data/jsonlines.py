@@ -31,10 +31,20 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a file with where it stands, as `pairs.jsonl line 3`.
+    """Each object of a file with where it stands, as `pairs.jsonl line 3`. Empty lines are passed over.
+
+    Raises UserError that names the line for anything else.
+    """
+    for where, value in try_json_lines(path):
+        if isinstance(value, UserError):
+            raise value
+        yield where, value
+
+
+def try_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
+    """The same, but a line that is no object comes as the error that it is, and what follows it comes too.
 
     Only a newline ends a line: within JSON's strings other signs may stand that `str.splitlines` splits at, as U+2028.
-    Empty lines are passed over. Raises UserError that names the line for anything else.
     """
     with plain_errors(path, "read"), path.open("rb") as file:
         number = 0
@@ -42,7 +52,17 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             number += 1
             where = f"{path} line {number}"
             if len(line) > LONGEST:
-                raise UserError(f"{where}: it has more than {LONGEST // 2**20} MB; is it one record a line?")
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(LONGEST)
+                yield where, UserError(f"{where}: it has more than {LONGEST // 2**20} MB; is it one record a line?")
+                continue
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if line.strip():
-                yield where, _object(line, where)
+                yield where, _tried(line, where)
+
+
+def _tried(line: bytes, where: str) -> dict[str, Any] | UserError:
+    try:
+        return _object(line, where)
+    except UserError as error:
+        return error
