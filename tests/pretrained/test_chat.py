@@ -8,39 +8,20 @@ from pathlib import Path
 
 import pytest
 import transformers
+from tiny_chats import CHATML, LOOPS, opened
 from tiny_models import make, save
 
 from data.chat import encode_chat, shortened, template_of
 from data.pretrained_tokenizer import PretrainedTokenizer, pretrained_tokenizer
 from jobs.generating.stopping import StopAt, cut
 from runtime.errors import UserError
-from runtime.storage.folders import read_content
 
-CHATML = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<s>system\nBe kind.</s>\n' }}{% endif %}"
-    "{% for message in messages %}{{ '<s>' + message['role'] + '\n' }}"
-    "{{ message['content'] | trim + '</s>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
-)
-LOOPS = (
-    "{{ bos_token }}{%- for message in messages -%}\n"
-    "    {%- if message.role not in ['user', 'assistant'] -%}{{ raise_exception('only two roles') }}{%- endif -%}\n"
-    "    {%- if loop.index0 > 9 -%}{%- break -%}{%- endif -%}\n"
-    "    {%- if message.role == 'user' -%}[INST] {{ message.content | tojson }} [/INST]\n"
-    "    {%- else -%}{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}{%- endif -%}\n"
-    "{%- endfor -%}"
-)
 CHAT = [
     {"role": "user", "content": ' the cat <s> & "dog" '},
     {"role": "assistant", "content": "sat"},
     {"role": "user", "content": "on\nthe mat </s>"},
 ]
 TEXTS = ["", "the cat", "<s>the</s> cat\n\n\n on", "Ünïcode 😀 text", " \t leading", "\u2028", "the\ud800cat"]
-
-
-def opened(folder: Path) -> PretrainedTokenizer:
-    files = {path.name: read_content(path) for path in folder.iterdir() if path.suffix != ".safetensors"}
-    return pretrained_tokenizer(files, str(folder))
 
 
 @pytest.fixture(scope="module")
