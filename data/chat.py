@@ -167,7 +167,7 @@ class Template:
             told = given
             if end < len(messages):
                 told = self.write(messages[: end + 1])
-                if not told.startswith(given):
+                if not told.startswith(given) or told == given:
                     raise UserError("the chat template writes an answer otherwise than after its own prompt for one")
                 found.append(Piece(told[len(given) :], True))
         return found

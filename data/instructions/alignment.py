@@ -50,9 +50,8 @@ def _anchors(one: Words, other: Words) -> list[tuple[int, int]]:
 def _single_runs(words: Words) -> dict[tuple[Hashable, ...], int]:
     """The runs of RUN words that occur once -> where, in the order of the text."""
     starts: dict[tuple[Hashable, ...], int | None] = {}
-    for i in range(len(words) - RUN + 1):
-        run = tuple(words[i : i + RUN])
-        starts[run] = None if run in starts else i
+    for start, run in enumerate(zip(*(words[i:] for i in range(RUN)), strict=False)):
+        starts[run] = None if run in starts else start
     return {run: start for run, start in starts.items() if start is not None}
 
 

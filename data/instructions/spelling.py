@@ -8,7 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-WORD = re.compile(r"'[A-Za-z]+|[A-Za-zæ]+(?:['’][A-Za-z]+)*|&")  # 'tis, heav'n, and the printers' sign for "and"
+LETTERS = r"[^\W\d_]+"
+WORD = re.compile(rf"'{LETTERS}|{LETTERS}(?:['’]{LETTERS})*|&")  # 'tis, heav'n, and the printers' sign for "and"
 ONE_LETTER = str.maketrans("vjy", "uii")  # the Folio's printers put either where modern spelling has one
 
 
@@ -50,8 +51,8 @@ def score(answers: Sequence[str], references: Sequence[str]) -> SpellingScore:
 
     A word is right where it is the reference's, capitals and apostrophes included, in its order: `difflib` matches the
     words of both lines. The right words of all lines are divided by the words of the references or, of a line whose
-    answer has more words, by the answer's, so that neither stopping early nor running on pays. Signs between words count
-    for whole lines alone, blanks around a line nowhere. Raises ValueError where there is no word at all.
+    answer has more words, by the answer's, so that neither stopping early nor running on pays. Signs between words
+    count for whole lines alone, and blanks around a line nowhere. Raises ValueError where there is no word at all.
     """
     right = total = 0
     for answer, reference in zip(answers, references, strict=True):

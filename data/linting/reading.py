@@ -68,7 +68,8 @@ def _csv(path: Path) -> Tried:
                 yield where, UserError(f"{where}: no CSV: {error}")
                 continue
             except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file again as UTF-8") from None
+                told = f"after line {rows.line_num} it is not UTF-8 ({error.reason})"  # which is found out ahead of it
+                raise UserError(f"{path}: {told}; save it again as UTF-8") from None
             if len(row) == len(columns):
                 yield where, dict(zip(columns, row, strict=True))
             elif row:

@@ -29,9 +29,9 @@ def answers(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """A text for each record's prompt, of at most `longest` tokens, up to where an answer ends. how: its stop tokens
-    are the tokenizer's. A prompt that leaves no room for an answer loses its beginning."""
-    room = model.config.max_positions - min(longest, model.config.max_positions // 2)
-    prompts = [encode_prompt(record, template, tokenizer)[-room:] for record in records]
+    are the tokenizer's. A prompt that is as long as the context loses its beginning."""
+    room = model.config.max_positions - 1
+    prompts = [encode_prompt(record, template, tokenizer)[-max(1, room) :] for record in records]
     how, found = replace(how, stop_ids=tokenizer.stop_ids), {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for chosen in (order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)):

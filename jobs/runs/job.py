@@ -202,7 +202,7 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
         opened = None
         if not isinstance(source, Corpus):
             raise UsageError(
-                f"DATASET={settings.dataset} has records, which a base is adapted to: set BASE, or USE_LORA"
+                f"DATASET={settings.dataset} has records, to which a base is adapted: set BASE or USE_LORA"
             )
         known = source.text if settings.tokenizer == "char" else source.train  # held-out text may have rare characters
         tokenizer = build_tokenizer(settings.tokenizer, known, settings.vocab_size)

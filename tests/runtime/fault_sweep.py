@@ -36,7 +36,7 @@ from runtime.training.resume import OPTIMIZER, WEIGHTS, to_files
 from tests.pretrained import tiny_models
 
 CHANGES = ("fsync", "rename", "replace", "unlink", "rmdir")
-KINDS = ("base", "full", "lora", "pretrained", "adapter")
+KINDS = ("base", "full", "lora", "pretrained", "records", "adapter")
 TINY = ("--test-mode", "--n-layer=1", "--n-embd=8", "--n-head=1", "--block-size=8")
 SHORT = ("--test-mode", "--max-iters=4", "--save-interval=2", "--eval-interval=2", "--eval-iters=1", "--dtype=fp32")
 SHORT += ("--batch-size=2", "--gradient-accumulation-steps=2", "--dropout=0.1", "--keep-checkpoints=1", "--patience=9")
@@ -86,8 +86,15 @@ class Sweep:
     def __init__(self, folder: Path, kind: str, base: Path, adapter: Path | None) -> None:
         self.folder, self.kind, self.adapter, self.trained = folder, kind, adapter, folder / "trained"
         lora = (f"--base={base}", "--use-lora", "--lora-rank=2")
-        own = {"base": TINY, "full": (f"--base={base}",), "lora": lora, "pretrained": (*lora, "--block-size=8")}
-        self.flags = (*SHORT, f"--dataset={folder.parent / 'text.txt'}", "--data-dir=data", *own.get(kind, ()))
+        own = {
+            "base": TINY,
+            "full": (f"--base={base}",),
+            "lora": lora,
+            "pretrained": (*lora, "--block-size=8"),
+            "records": (*lora, "--packing"),
+        }
+        dataset = folder.parent / ("pairs.jsonl" if kind == "records" else "text.txt")
+        self.flags = (*SHORT, f"--dataset={dataset}", "--data-dir=data", *own.get(kind, ()))
         done = self.start()
         assert done.status == 0, done.told
         self.log, self.whole = done.log, self.left()
@@ -174,6 +181,9 @@ def sweep(folder: Path, kinds: list[str], modes: list[str], most: int | None, sk
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "text.txt").write_text(TEXT)
+    (folder / "pairs.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{i}", "completion": "To"}) + "\n" for i in range(60))
+    )
     problems, began = 0, time.perf_counter()
     base = Sweep(folder / "start", "base", Path(), None).folder / "case/checkpoints/test-base-text"
     adapter = Sweep(folder / "adapted", "lora", base, None).folder / "case/checkpoints/test-lora-text-r2/adapter"

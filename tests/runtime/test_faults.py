@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOAK = bool(os.environ.get("SOAK"))
-QUICK = ("--kinds", "base", "lora", "pretrained", "adapter", "--most", "4")
+QUICK = ("--kinds", "base", "lora", "pretrained", "records", "adapter", "--most", "4")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc/self/fd").exists(), reason="Linux is needed")
@@ -31,4 +31,4 @@ def test_a_fault_at_any_operation_loses_nothing(tmp_path):
             told += line
     assert sweep.returncode == 0, told
     counts = re.findall(r"(\d+) points counted, (\d+) struck, 0 bad", told)
-    assert len(counts) == (20 if SOAK else 16) and all(int(counted) == int(struck) > 0 for counted, struck in counts)
+    assert len(counts) == (24 if SOAK else 20) and all(int(counted) == int(struck) > 0 for counted, struck in counts)

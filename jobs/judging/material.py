@@ -1,0 +1,211 @@
+"""What a run is judged on: the prompts with the answers that are wanted, what it learned from, and its base's text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data.corpora import CORPORA, load_corpus
+from data.instructions.encoding import Encoded, encode_record
+from data.instructions.files import files_of
+from data.instructions.records import Record, parse_columns, told
+from data.instructions.splits import Records, read_records
+from data.instructions.tuning import InstructionData, Sizes
+from data.text import tokens_of
+from jobs.adapting.adapted import load_text
+from jobs.judging.losses import encode_windows
+from jobs.judging.sides import Opened
+from jobs.runs.source import load_source, read_source_records
+from runtime.errors import UsageError, UserError
+from runtime.settings.config import EARLIER, RECORD_SETS, Settings, has_records
+from runtime.storage.runs import Run
+
+WINDOW = 1024  # tokens of a window of the base's text, where the base takes more
+WINDOW_TOKENS = 2**15  # of the base's text that are measured on
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Records, chosen evenly, and each as tokens with the answer that is wanted. of: how many there were to choose from.
+    what: which these are, in words."""
+
+    records: Sequence[Record]
+    encoded: Sequence[Encoded]
+    of: int
+    what: str
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a run was trained on: all its records, and some of them as tokens, chosen evenly."""
+
+    records: Sequence[Record]
+    encoded: Sequence[Encoded]
+
+
+@dataclass(frozen=True)
+class Material:
+    """Prompts, what was learned, windows of the base's own text, and what a reader of the report must know of these."""
+
+    asked: Asked
+    learned: Learned | None
+    base_text: tuple[str, list[Encoded]] | None
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What was asked for. data: where the prompts are, or empty for the run's own. columns: None for the run's own.
+    limit: prompts at most, 0 for all. base_text: a text, or empty for the base's own."""
+
+    data: str
+    columns: str | None
+    limit: int
+    base_text: str
+    data_dir: Path
+
+
+def evenly(count: int, limit: int) -> list[int]:
+    """Which of so many to take, at most `limit` of them, or all where that is 0."""
+    kept = min(count, limit) if limit else count
+    return [i * count // kept for i in range(kept)]
+
+
+def gather(opened: Opened, wish: Wish) -> Material:
+    """All that a run is judged on.
+
+    Raises UsageError where it is not known what to ask, UserError for records that cannot be read or encoded, and for a
+    text that cannot be read.
+    """
+    notes: list[str] = []
+    learned, own = _own_records(opened, wish, notes)
+    if wish.data:
+        asked = _given_records(opened, wish)
+    elif own:
+        asked = _held_out(opened, own, wish, notes)
+    else:
+        raise UsageError(f"{opened.run.name} was not trained on records; say with --data FILE what to ask it")
+    if learned:
+        known = {record.asked for record in learned.records}
+        if seen := sum(record.asked in known for record in asked.records):
+            notes.append(
+                f"{seen} of the {len(asked)} prompts are among those that the run was trained on: its answers to them "
+                "show what it remembers."
+            )
+    return Material(asked, learned, _base_text(opened, wish, notes), notes)
+
+
+def run_settings(run: Run, data_dir: Path) -> Settings | None:
+    """The settings of a run that was trained on records; None for one that was not."""
+    settings = run.metadata["settings"]
+    if not settings.get("dataset") or not has_records(settings["dataset"]):
+        return None
+    return replace(Settings.from_dict(EARLIER | settings), data_dir=str(data_dir))
+
+
+def _own_records(opened: Opened, wish: Wish, notes: list[str]) -> tuple[Learned | None, InstructionData | None]:
+    """What a run was trained on, and that as data; nothing where it was trained on no records. Where they cannot be read
+    any more that is noted, or an error where the prompts are to come from them."""
+    settings = run_settings(opened.run, wish.data_dir)
+    if settings is None:
+        return None, None
+    try:
+        records = load_source(settings)
+    except UserError as error:
+        where = f"{error}; {opened.run.name} was trained on it"
+        if not wish.data:
+            raise UserError(f"{where}: go to the folder where that was, or say with --data FILE what to ask") from None
+        notes.append(f"Copying and overfitting are not measured: {where}.")
+        return None, None
+    skips = settings.long_records == "skip"
+    sizes = Sizes(opened.window, 1, 1, 0, all_count=settings.train_on_prompt, skip_long=skips)
+    data = InstructionData.load(records, opened.template, opened.tokenizer, wish.data_dir, sizes)
+    if data.sha256 != opened.run.metadata.get("dataset", {}).get("sha256", data.sha256):
+        notes.append(
+            f"{settings.dataset} is not what it was when the run was trained: what is held out now may have been learned."
+        )
+    chosen = evenly(len(data.train), wish.limit)
+    return Learned(data.records.train, [data.train[i] for i in chosen]), data
+
+
+def _held_out(opened: Opened, own: InstructionData, wish: Wish, notes: list[str]) -> Asked:
+    """The test records of a run's data where there are some, else its validation records."""
+    if own.records.test:
+        return _asked(opened, own.records.test, wish, f"test records of {own.name}")
+    notes.append(
+        "There are no test records, so these are the validation records, by which the run chose its weights: it looks "
+        "slightly better on them than on others."
+    )
+    return _asked(opened, own.records.validation, wish, f"validation records of {own.name}")
+
+
+def _given_records(opened: Opened, wish: Wish) -> Asked:
+    """All records that --data names."""
+    columns = wish.columns if wish.columns is not None else opened.run.metadata["settings"].get("columns", "")
+    try:
+        records = all_records(wish.data, columns, wish.data_dir)
+    except ValueError as error:
+        raise UsageError(f"--columns {columns}: {error}") from None
+    return _asked(opened, records, wish, f"records of {wish.data}")
+
+
+def all_records(dataset: str, columns: str, data_dir: Path) -> list[Record]:
+    """Every record of what DATASET may name, of all its splits. Raises ValueError for columns that are none, UsageError
+    for what has no records."""
+    if dataset in RECORD_SETS:
+        found: Records = read_source_records(dataset, columns, Settings().val_size, data_dir)
+        return [*found.train, *found.validation, *found.test]
+    if not has_records(dataset):
+        raise UsageError(f"--data {dataset}: give a file of records (.jsonl, .json, .csv, .parquet) or their folder")
+    named = parse_columns(columns)
+    return [record for paths in files_of(dataset).values() for record in read_records(paths, named)]
+
+
+def _asked(opened: Opened, records: Sequence[Record], wish: Wish, what: str) -> Asked:
+    """Some of the records that ask something. Raises UserError where none does, and for one that cannot be encoded."""
+    asking = [record for record in records if record.asked]
+    if not asking:
+        raise UserError(f"{what}: there is nothing to ask, as {told(records)} there have no prompt")
+    chosen = [asking[i] for i in evenly(len(asking), wish.limit)]
+    encoded = [encode_record(record, opened.template, opened.tokenizer).cut(opened.window + 1) for record in chosen]
+    return Asked(chosen, encoded, len(asking), what)
+
+
+def _base_text(opened: Opened, wish: Wish, notes: list[str]) -> tuple[str, list[Encoded]] | None:
+    """Windows of the text that forgetting is measured on: the one given, a file whole, else what was held out of the
+    base's own; None where there is no base, or nobody knows its text, which is noted."""
+    if not opened.base:
+        return None
+    own, name = opened.base.metadata["settings"].get("dataset", ""), wish.base_text
+    if not name and (not own or has_records(own)):
+        why = "it is not known what text" if not own else "records, not a text, are what"
+        notes.append(
+            f"Forgetting is not measured: {why} {opened.base.name} was trained on; --base-text FILE measures it on a text."
+        )
+        return None
+    try:
+        if name:
+            corpus = load_corpus(name, wish.data_dir)
+            text = corpus.validation if name in CORPORA else corpus.text
+        else:
+            text = load_text(own, opened.base, wish.data_dir).validation
+        tokens = tokens_of(text, opened.tokenizer, wish.data_dir)
+    except UserError as error:
+        if name:
+            raise UserError(f"--base-text {name}: {error}") from None
+        notes.append(f"Forgetting is not measured: the text of the base cannot be read: {error}.")
+        return None
+    if len(tokens) < 2:
+        raise UserError(f"--base-text {name}: it has {told_tokens(len(tokens))}, and nothing can be measured on it")
+    length = min(opened.tokens, WINDOW)
+    what = f"held-out text of {name or own}" if not name or name in CORPORA else f"the text {name}"
+    return what, encode_windows(tokens, length, max(1, WINDOW_TOKENS // length))
+
+
+def told_tokens(count: int) -> str:
+    """How many tokens, in words."""
+    return f"{count:,} token{'' if count == 1 else 's'}"
