@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# PENDING
+from data.instructions.folio_pairs import load_folio_pairs
 from data.chat import GUIDE, Template, own_template
 from data.corpora import Corpus, load_corpus
 from data.dataset import Dataset
@@ -37,7 +37,7 @@ def load_source(settings: Settings) -> Corpus | Records:
 def read_source_records(dataset: str, columns: str, val_size: float, data_dir: Path) -> Records:
     """The records that DATASET names. Raises UsageError for COLUMNS that are none."""
     if dataset == "folio-pairs":
-        raise NotImplementedError
+        return load_folio_pairs(data_dir)
     try:
         return load_records(dataset, parse_columns(columns), val_size)
     except ValueError as error:
