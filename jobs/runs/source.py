@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data.instructions.folio_pairs import load_folio_pairs
 from data.chat import GUIDE, Template, own_template
 from data.corpora import Corpus, load_corpus
 from data.dataset import Dataset
+from data.instructions.folio_pairs import load_folio_pairs
 from data.instructions.records import parse_columns
 from data.instructions.splits import Records, load_records
 from data.instructions.tuning import InstructionData, Sizes
