@@ -13,7 +13,6 @@ python generate.py --instruction "Rewrite in First Folio spelling." --input "O f
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ from runtime.errors import UsageError, UserError, run_command
 from runtime.settings.config import CommonSettings, from_command_line
 from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
-from runtime.training.metrics import Progress
+from runtime.training.metrics import Patience
 
 TUNED = {"temperature": 0.3, "top_p": 0.9, "top_k": 40}
 
@@ -81,22 +80,6 @@ class Options(CommonSettings):
         1.0, "Above 1, tokens that are in the window become less likely", low=0, low_open=True, high=100, **HOW
     )
     greedy: bool = setting(False, "Always take the likeliest token", **HOW)
-
-
-class Patience:
-    """Progress on stderr, but only of what takes longer than two seconds."""
-
-    def __init__(self) -> None:
-        self.began, self.progress = time.perf_counter(), None
-
-    def __call__(self, done: int, total: int) -> None:
-        """So much is done."""
-        if self.progress is None and time.perf_counter() - self.began > 2:
-            self.progress = Progress("generate", total, done, every_seconds=2)
-        if self.progress:
-            self.progress.update(done)
-            if done == total:
-                self.progress.close()
 
 
 def encode(tokenizer: Tokenizer, template: Template | None, request: Request) -> list[int]:
@@ -210,7 +193,7 @@ def main() -> None:
                     print(requests[0].prompt, end="", flush=True)
                     answer(prompts[0])
             return
-        found = generate_per_row(model, prompts, rows, options.max_new_tokens, how, seeds, Patience())
+        found = generate_per_row(model, prompts, rows, options.max_new_tokens, how, seeds, Patience("generate"))
     texts = [cut(tokenizer.decode(tokens), stops) for tokens in found]
     if options.prompts:
         print_lines(choice, requests, texts)

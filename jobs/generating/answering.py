@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from data.chat import Template
 from data.instructions.encoding import encode_prompt
@@ -17,6 +18,13 @@ from runtime.device import Machine
 TOGETHER = 32  # prompts that are answered at a time: those of similar length
 
 
+class Answer(NamedTuple):
+    """What a model says, and whether it came to an end within the tokens that it had."""
+
+    text: str
+    ended: bool
+
+
 def answers(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -26,30 +34,46 @@ def answers(
     longest: int,
     machine: Machine,
     seed: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[str]:
-    """A text for each record's prompt, of at most `longest` tokens, up to where an answer ends. how: its stop tokens
-    are the tokenizer's. A prompt that is as long as the context loses its beginning."""
-    room = model.config.max_positions - 1
-    prompts = [encode_prompt(record, template, tokenizer)[-max(1, room) :] for record in records]
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Answer]:
+    """An answer to each record's prompt, of at most `longest` tokens, up to where it ends. how: its stop tokens are the
+    tokenizer's. tell(done, total) is called as the work goes on."""
+    prompts = [prompt_tokens(record, template, tokenizer, model) for record in records]
     how, found = replace(how, stop_ids=tokenizer.stop_ids), {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for chosen in (order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)):
+    starts = range(0, len(order), TOGETHER)
+    for done, chosen in enumerate(order[start : start + TOGETHER] for start in starts):
         tokens = stream(model, [prompts[i] for i in chosen], longest, how, seed)
+
+        def step(made: int, before: int = done * longest) -> None:
+            tell(before + made, len(starts) * longest)
+
         with machine.autocast():
-            found |= zip(chosen, _texts(tokens, len(chosen), tokenizer, template.end), strict=True)
-        progress(len(found), len(prompts))
+            found |= zip(chosen, _answers(tokens, len(chosen), tokenizer, template.end, longest, step), strict=True)
+        step(longest)
     return [found[i] for i in range(len(prompts))]
 
 
-def _texts(tokens: Iterator[list[int | None]], rows: int, tokenizer: Tokenizer, end: str) -> list[str]:
-    """The texts of rows of tokens as they are made; where no token ends them, up to the text that does."""
+def prompt_tokens(record: Record, template: Template, tokenizer: Tokenizer, model: Transformer) -> list[int]:
+    """What a model is given of a record. A prompt that is as long as the context loses its beginning."""
+    room = model.config.max_positions - 1
+    return encode_prompt(record, template, tokenizer)[-max(1, room) :]
+
+
+def _answers(
+    tokens: Iterator[list[int | None]], rows: int, tokenizer: Tokenizer, end: str, longest: int,
+    step: Callable[[int], None],
+) -> list[Answer]:  # fmt: skip
+    """The answers in rows of tokens as they are made; where no token ends them, up to the text that does."""
     made: list[list[int]] = [[] for _ in range(rows)]
-    for new in tokens:
+    for i, new in enumerate(tokens, 1):
         for row, token in zip(made, new, strict=True):
-            row += [] if token is None or token in tokenizer.stop_ids else [token]
+            row += [] if token is None else [token]
         if not tokenizer.stop_ids and all(end in tokenizer.decode(row) for row in made):
             tokens.close()
             break
-    texts = map(tokenizer.decode, made)
-    return list(texts) if tokenizer.stop_ids else [cut(text, [end]) for text in texts]
+        step(min(i, longest - 1))
+    texts = [tokenizer.decode(row) for row in made]
+    if tokenizer.stop_ids:
+        return [Answer(text, len(row) < longest) for text, row in zip(texts, made, strict=True)]
+    return [Answer(cut(text, [end]), end in text) for text in texts]

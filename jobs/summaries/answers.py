@@ -35,7 +35,8 @@ class AnswerSummary:
         """The likeliest answer to each."""
         job = self.job
         how = Sampling(greedy=True)
-        return answers(job.model, job.tokenizer, job.data.template, self.asked, how, LONGEST, job.machine, 0)
+        found = answers(job.model, job.tokenizer, job.data.template, self.asked, how, LONGEST, job.machine, 0)
+        return [answer.text for answer in found]
 
     def print(self, samples: Mapping[str, Sequence[str]]) -> None:
         """Some of the answers by title, beside those that were wanted, and how many repeat an answer of the training

@@ -100,3 +100,19 @@ class Progress:
             self.bar.close()
         elif self.told != self.step:
             self.line()
+
+
+class Patience:
+    """Progress on stderr, but only of what takes longer than two seconds."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.began, self.progress = label, time.perf_counter(), None
+
+    def __call__(self, done: int, total: int) -> None:
+        """So much is done."""
+        if self.progress is None and time.perf_counter() - self.began > 2:
+            self.progress = Progress(self.label, total, done, every_seconds=2)
+        if self.progress:
+            self.progress.update(done)
+            if done == total:
+                self.progress.close()

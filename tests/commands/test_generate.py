@@ -14,6 +14,7 @@ import training
 from runtime.errors import run_command
 from runtime.settings.config import EARLIER, Settings
 from runtime.settings.sources import Resolved
+from runtime.training.metrics import Patience
 from tests.tiny import TINY
 
 FAST = {"test_mode": True, "device": "cpu", "dtype": "fp32", "batch_size": 4, "eval_iters": 2, "max_iters": 30}
@@ -198,7 +199,7 @@ def test_byte_order_mark_and_windows_line_ends_are_no_mistake(command, root: Pat
 
 
 def test_progress_is_told_on_stderr_of_what_takes_longer_than_two_seconds(capsys) -> None:
-    patience = generate.Patience()
+    patience = Patience("generate")
     patience(1, 3)
     assert capsys.readouterr() == ("", "")
     patience.began -= 3
