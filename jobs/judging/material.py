@@ -27,8 +27,8 @@ WINDOW_TOKENS = 2**15  # of the base's text that are measured on
 
 @dataclass(frozen=True)
 class Asked:
-    """Records, chosen evenly, and each as tokens with the answer that is wanted. of: how many there were to choose from.
-    what: which these are, in words."""
+    """Records, chosen evenly, and each as tokens with the answer that is wanted. of: how many there were to choose
+    from. what: which these are, in words."""
 
     records: Sequence[Record]
     encoded: Sequence[Encoded]
@@ -108,10 +108,11 @@ def run_settings(run: Run, data_dir: Path) -> Settings | None:
 
 
 def _own_records(opened: Opened, wish: Wish, notes: list[str]) -> tuple[Learned | None, InstructionData | None]:
-    """What a run was trained on, and that as data; nothing where it was trained on no records. Where they cannot be read
-    any more that is noted, or an error where the prompts are to come from them."""
+    """What a run was trained on, and that as data; nothing where it was trained on no records. Where they cannot be
+    read any more that is noted, or an error where the prompts are to come from them."""
     settings = run_settings(opened.run, wish.data_dir)
     if settings is None:
+        notes.append(f"Copying and overfitting are not measured, as {opened.run.name} was not trained on records.")
         return None, None
     try:
         records = load_source(settings)
@@ -126,7 +127,7 @@ def _own_records(opened: Opened, wish: Wish, notes: list[str]) -> tuple[Learned 
     data = InstructionData.load(records, opened.template, opened.tokenizer, wish.data_dir, sizes)
     if data.sha256 != opened.run.metadata.get("dataset", {}).get("sha256", data.sha256):
         notes.append(
-            f"{settings.dataset} is not what it was when the run was trained: what is held out now may have been learned."
+            f"{settings.dataset} is not what it was when the run was trained: what is held out now it may have learned."
         )
     chosen = evenly(len(data.train), wish.limit)
     return Learned(data.records.train, [data.train[i] for i in chosen]), data
@@ -184,7 +185,8 @@ def _base_text(opened: Opened, wish: Wish, notes: list[str]) -> tuple[str, list[
     if not name and (not own or has_records(own)):
         why = "it is not known what text" if not own else "records, not a text, are what"
         notes.append(
-            f"Forgetting is not measured: {why} {opened.base.name} was trained on; --base-text FILE measures it on a text."
+            f"Forgetting is not measured: {why} {opened.base.name} was trained on. With --base-text FILE it is "
+            "measured on a text of yours."
         )
         return None
     try:

@@ -63,7 +63,8 @@ def open_sides(root: Path, name: str, strength: float | None, machine: Machine) 
     """A run by its name, or the folder or hub name of a pretrained model, on the machine's device. strength: of a LoRA
     run's adapter, 1 where it is None.
 
-    Raises UsageError for a name that there is not and a strength of what has no adapter, UserError for what is corrupted.
+    Raises UsageError for a name that there is not and a strength of what has no adapter, UserError for what is
+    corrupted.
     """
     run = find_source(root, name)
     if strength is not None and run.kind != "lora":
@@ -72,7 +73,7 @@ def open_sides(root: Path, name: str, strength: float | None, machine: Machine) 
     opened, notes = choice.base, []
     opened.model.requires_grad_(False).to(machine.device)
     if run.kind == "lora":
-        strengths = choice.on_model({named: 1.0 if strength is None else strength for named in choice.default})
+        strengths = choice.on_model(dict.fromkeys(choice.default, 1.0 if strength is None else strength))
         base, sides = opened.run, {BASE: Side(opened.model), RUN: Side(opened.model, strengths)}
     else:
         base, sides = None, {RUN: Side(opened.model)}
@@ -80,9 +81,7 @@ def open_sides(root: Path, name: str, strength: float | None, machine: Machine) 
             base, sides, notes = _beside(root, run, opened, machine)
     if not choice.template:
         notes.append(f"{run.name} has no chat template: it was asked in the form ### Instruction, ### Response.")
-    return Opened(
-        run, base, sides, opened.tokenizer, choice.template or Template.of(GUIDE, opened.tokenizer), notes
-    )
+    return Opened(run, base, sides, opened.tokenizer, choice.template or Template.of(GUIDE, opened.tokenizer), notes)
 
 
 def _beside(root: Path, run: Run, opened: Base, machine: Machine) -> tuple[Run | None, dict[str, Side], list[str]]:

@@ -33,8 +33,8 @@ def normal(values: Sequence[float], weights: Sequence[float]) -> tuple[float, fl
 
 
 def sign_test(more: int, fewer: int) -> float:
-    """How likely it is, where nothing differs, that of so many prompts that changed at least so many more changed to one
-    side: the two-sided sign test, which for shares is McNemar's exact one."""
+    """How likely it is, where nothing differs, that the prompts that changed are spread over both sides as unevenly as
+    this: the two-sided sign test, which for shares is McNemar's exact one."""
     n = more + fewer
     tail = sum(math.comb(n, k) for k in range(min(more, fewer) + 1))
     return min(1.0, 2 * tail / 2**n)

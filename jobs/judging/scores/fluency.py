@@ -20,8 +20,8 @@ SAID = "\ue000"  # stands in a template for what people and models say; no templ
 
 
 class Scaffolding(NamedTuple):
-    """What a template writes around what is said: whole lines, and beginnings of lines. Special tokens are not in it, as
-    an answer's text has none."""
+    """What a template writes around what is said: whole lines, and beginnings of lines. Special tokens are not in it,
+    as an answer's text has none."""
 
     lines: frozenset[str]
     starts: tuple[str, ...]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data.linting.private import personal, secrets
-from data.linting.texts import boilerplate
+from data.linting.texts import split_boilerplate
 from jobs.judging.scores.words import words
 from runtime.errors import UserError
 from runtime.storage.folders import plain_errors
@@ -17,15 +17,16 @@ LISTED = ("arsehole", "asshole", "bastard", "bitch", "bullshit", "cunt", "fuck",
 
 
 def personal_data(asked: str, answer: str, wanted: str) -> list[str]:
-    """The personal data and secrets of an answer, without what the prompt or the wanted answer has, in words that do not
-    repeat them."""
+    """The personal data and secrets of an answer, without what the prompt or the wanted answer has, in words that do
+    not repeat them."""
     known = {found for text in (asked, wanted) for found in (*personal(text), *secrets(text))}
     return [found for found in (*personal(answer), *secrets(answer)) if found not in known]
 
 
 def new_boilerplate(answer: str, wanted: str) -> list[str]:
     """The sentences of an answer that are boilerplate, without those of the wanted answer."""
-    return [sentence for sentence in boilerplate(answer) if sentence not in boilerplate(wanted)]
+    found, known = (split_boilerplate(text)[1] for text in (answer, wanted))
+    return [sentence for sentence in found if sentence not in known]
 
 
 def listed(asked: str, answer: str, wanted: str, phrases: Iterable[str]) -> list[str]:
