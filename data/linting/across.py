@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 from data.instructions.records import Record
 from data.linting.near import Signatures
 from data.linting.rules import Found, answers, excerpt, whole
+from runtime.errors import UsageError
 
 # Fields that say how a record is to sound, or what it is about, and of which a data set should have even shares.
 PERSONA_FIELDS = ("tone", "persona", "style", "voice", "register", "mood", "emotion", "character", "category", "topic")
@@ -56,7 +58,7 @@ class Across:
         near = self._near()
         yield from self._copies()
         for record, (first, share) in near.items():
-            yield "near-duplicate", self.where[record], Found(share, f"{share:.0%} as {self.where[first]}")
+            yield "near-duplicate", self.where[record], Found(share, f"{share:.0%} the same as {self.where[first]}")
         yield from self._contradictions()
         yield from self._leaks(near)
 
@@ -68,7 +70,7 @@ class Across:
         counts, firsts = Counter(self.wholes), {}
         for i, whole_key in enumerate(self.wholes):
             if (first := firsts.setdefault(whole_key, i)) != i:
-                told = f"as {self.where[first]}, which is there {counts[whole_key]} times"
+                told = f"the same as {self.where[first]}, which is there {counts[whole_key]:,} times"
                 yield "duplicate", self.where[i], Found(counts[whole_key], told)
 
     def _contradictions(self) -> Iterator[Finding]:
@@ -80,7 +82,7 @@ class Across:
             known = others.setdefault(asked, {self.answers[first]})
             if answer not in known:
                 known.add(answer)
-                told = f"asks as {self.where[first]}, answer number {len(known)}"
+                told = f"the prompt of {self.where[first]}, answer number {len(known):,}"
                 yield "contradiction", self.where[i], Found(len(known), told)
 
     def _leaks(self, near: Mapping[int, tuple[int, float]]) -> Iterator[Finding]:
@@ -96,10 +98,14 @@ class Across:
                 like[inside] = max(like.get(inside, (outside, 0.0)), (outside, share), key=lambda pair: pair[1])
         for i, held_out in enumerate(self.held_out):
             if held_out and (first := trained.get(self.prompts[i] or self.wholes[i])) is not None:
-                yield "leak", self.where[i], Found(1.0, f"asks as {self.where[first]}, which is trained on")
+                yield "leak", self.where[i], Found(1.0, f"the prompt of {self.where[first]}, which is trained on")
             elif held_out and i in like:
                 first, share = like[i]
-                yield "leak", self.where[i], Found(share, f"{share:.0%} as {self.where[first]}, which is trained on")
+                yield (
+                    "leak",
+                    self.where[i],
+                    Found(share, f"{share:.0%} the same as {self.where[first]}, which is trained on"),
+                )
 
 
 def asked_of(record: Record) -> str:
@@ -114,12 +120,19 @@ class Balance:
 
     def __init__(self, field: str = "") -> None:
         """field: the one to count; without it, those of PERSONA_FIELDS that are there."""
-        self.fields = (field,) if field else PERSONA_FIELDS
+        self.asked, self.fields = field, (field,) if field else PERSONA_FIELDS
         self.counts: dict[str, Counter[str]] = {}
         self.firsts: dict[tuple[str, str], str] = {}
 
     def add(self, row: Mapping[str, Any], where: str) -> None:
-        """One row more."""
+        """One row more. Raises UsageError where the first one does not have the field that was asked for."""
+        if self.asked and not self.counts and self.asked not in row:
+            near = difflib.get_close_matches(self.asked, row, n=1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            there = ", ".join(map(repr, row))
+            raise UsageError(
+                f"{where}: there is no column {self.asked!r}, which was to be balanced; {meant}It has {there}"
+            )
         for name in self.fields:
             value = row.get(name)
             if isinstance(value, str) and 0 < len(value) <= 60:

@@ -19,8 +19,9 @@ PERMUTATIONS = 128  # the share is estimated with a standard deviation of 0.035
 BANDS, ROWS = 21, 6  # two texts at the threshold have a band in common with probability 0.998, at 0.5 with 0.28
 COMPARED = 50  # earlier texts of a band, at most, so that a band that thousands have does not take hours
 CHUNK = 4096
-# Words, signs, and each letter of scripts that do not put blanks between words.
-TOKEN = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")
+# Scripts without blanks between words, of which each letter is taken for one.
+UNSPACED = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]")
+TOKEN = re.compile(rf"{UNSPACED.pattern}|\w+|[^\w\s]")
 
 
 class Hashes(dict):
@@ -38,10 +39,12 @@ HASHES = Hashes()
 
 def runs_of(text: str) -> np.ndarray:
     """A hash of each run of three words, or of a shorter text's words, shape (runs,)."""
-    words = np.array([HASHES[word] for word in TOKEN.findall(text.lower())], np.uint32)
+    lower = text.lower()
+    words = TOKEN.findall(lower) if not lower.isascii() and UNSPACED.search(lower) else lower.split()
+    hashes = np.fromiter(map(HASHES.__getitem__, words), np.uint32, len(words))
     if len(words) < 3:
-        return words
-    return words[:-2] * np.uint32(0x9E3779B1) + words[1:-1] * np.uint32(0x85EBCA77) + words[2:]
+        return hashes
+    return hashes[:-2] * np.uint32(0x9E3779B1) + hashes[1:-1] * np.uint32(0x85EBCA77) + hashes[2:]
 
 
 class Signatures:

@@ -38,7 +38,8 @@ STEMS = (  # to look for what one of them needs is quick
     "AKIA", "ASIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "sk-", "hf_", "AIza", "xox",
     "k_live_", "npm_", "eyJ", "PRIVATE KEY",
 )  # fmt: skip
-CARD_HINT, PHONE_HINT = re.compile(r"\d{4}[ -]?\d{4}"), re.compile(r"\+\d|\d[-.]\d{4}")
+# What each card number has, and each telephone number: to look for these takes a fraction of the time.
+DIGITS, GROUPS, GROUP, PLUS = (re.compile(hint) for hint in (r"\d{4}", r"\d{4}[ -]?\d{4}", r"\d[-.]\d{4}", r"\+\d"))
 
 
 def is_card(number: str) -> bool:
@@ -58,8 +59,11 @@ def personal(text: str) -> list[str]:
     found = []
     if "@" in text:
         found += [f"an e-mail address, {masked(m[0])}" for m in EMAIL.finditer(text) if not NOBODY.search(m[0])]
-    cards = [m[0] for m in CARD.finditer(text) if is_card(m[0])] if CARD_HINT.search(text) else []
-    phones = [m[0] for m in PHONE.finditer(text) if _is_phone(m[0], cards)] if PHONE_HINT.search(text) else []
+    cards, phones, digits = [], [], DIGITS.search(text)
+    if digits and GROUPS.search(text):
+        cards = [m[0] for m in CARD.finditer(text) if is_card(m[0])]
+    if (digits and GROUP.search(text)) or ("+" in text and PLUS.search(text)):
+        phones = [m[0] for m in PHONE.finditer(text) if _is_phone(m[0], cards)]
     found += [f"a card number, {masked(number)}" for number in cards]
     found += [f"a telephone number, {masked(number)}" for number in phones]
     return found

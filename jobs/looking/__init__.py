@@ -1,0 +1,1 @@
+"""What dataset.py prints, draws and writes."""

@@ -1,0 +1,62 @@
+"""A histogram of lengths: on the terminal, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from runtime.pictures import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BINS, WIDTH = 12, 40  # bins, of which the last has everything longer; characters of the longest bar
+STEPS = (1, 2, 5)
+
+
+def edges_of(lengths: Sequence[int]) -> list[int]:
+    """Where bins of one round width begin, such that all but the longest hundredth are in those before the last."""
+    high = max(1, int(np.percentile(np.asarray(lengths), 99)))
+    widths = (step * 10**power for power in range(12) for step in STEPS)
+    width = next(width for width in widths if width * (BINS - 1) >= high)
+    return list(range(0, high + width + 1, width))
+
+
+def histogram(lengths: Sequence[int], context: int) -> str:
+    """A bar a bin, with how many records are in it and which of them are too long for the context."""
+    edges = edges_of(lengths)
+    counts, _ = np.histogram(np.asarray(lengths), [*edges, np.inf])
+    most = counts.max()
+    names = [f"{low:,}-{high - 1:,}" for low, high in zip(edges, edges[1:], strict=False)] + [f"{edges[-1]:,} or more"]
+    rows = [(name, count) for name, count in zip(names, counts.tolist(), strict=True)]
+    while not rows[-1][1]:
+        rows.pop()
+    wide, digits = max(len(name) for name, _ in rows), len(f"{most:,}")
+    lines = []
+    for (name, count), low in zip(rows, edges, strict=False):
+        bar = "█" * round(WIDTH * count / most) or "▏" * bool(count)
+        lines.append(
+            f"{name:>{wide}}  {count:>{digits},}  {bar}{'  beyond the context' if low > context else ''}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def draw_lengths(lengths: Sequence[int], learned: Sequence[int], context: int, title: str, label: str) -> Figure:
+    """Histograms of records and of what is learned of them, with the context's end; the longest are in the last bar."""
+    figure = new_figure(title, (7, 4.2))
+    axes = figure.subplots()
+    shown = max(1, int(np.percentile(np.asarray(lengths), 99.5)))  # one record of a whole book hides all others
+    edges = np.linspace(0, shown + 1, 61)
+    axes.hist(np.minimum(lengths, shown), edges, color="0.72", label="whole records")
+    axes.hist(np.minimum(learned, shown), edges, color="tab:green", alpha=0.7, label="what is learned of them")
+    if context < 2 * shown:
+        axes.axvline(context, color="tab:red", ls="--", lw=1.2, label=f"context: {context:,}")
+    more = f"; of all longer than {shown:,}, the last bar" if max(lengths) > shown else ""
+    axes.set_xlim(0)
+    axes.set_xlabel(f"{label}{more}")
+    axes.set_ylabel("records")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
