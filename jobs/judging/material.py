@@ -9,7 +9,7 @@ from pathlib import Path
 from data.corpora import CORPORA, load_corpus
 from data.instructions.encoding import Encoded, encode_record
 from data.instructions.files import files_of
-from data.instructions.records import Record, parse_columns, told
+from data.instructions.records import Record, parse_columns
 from data.instructions.splits import Records, read_records
 from data.instructions.tuning import InstructionData, Sizes
 from data.text import tokens_of
@@ -170,44 +170,44 @@ def _asked(opened: Opened, records: Sequence[Record], wish: Wish, what: str) -> 
     """Some of the records that ask something. Raises UserError where none does, and for one that cannot be encoded."""
     asking = [record for record in records if record.asked]
     if not asking:
-        raise UserError(f"{what}: there is nothing to ask, as {told(records)} there have no prompt")
+        raise UserError(f"{what}: none of them has a prompt, so there is nothing to ask")
     chosen = [asking[i] for i in evenly(len(asking), wish.limit)]
     encoded = [encode_record(record, opened.template, opened.tokenizer).cut(opened.window + 1) for record in chosen]
     return Asked(chosen, encoded, len(asking), what)
 
 
 def _base_text(opened: Opened, wish: Wish, notes: list[str]) -> tuple[str, list[Encoded]] | None:
-    """Windows of the text that forgetting is measured on: the one given, a file whole, else what was held out of the
-    base's own; None where there is no base, or nobody knows its text, which is noted."""
+    """Windows of the text that forgetting is measured on: the one given, or else the base's own; None where there is no
+    base, or its text is not known or cannot be read, which is noted. Raises UserError for a given one that is none."""
     if not opened.base:
         return None
-    own, name = opened.base.metadata["settings"].get("dataset", ""), wish.base_text
-    if not name and (not own or has_records(own)):
-        why = "it is not known what text" if not own else "records, not a text, are what"
-        notes.append(
-            f"Forgetting is not measured: {why} {opened.base.name} was trained on. With --base-text FILE it is "
-            "measured on a text of yours."
-        )
-        return None
-    try:
-        if name:
-            corpus = load_corpus(name, wish.data_dir)
-            text = corpus.validation if name in CORPORA else corpus.text
-        else:
+    if wish.base_text:
+        return _given_text(opened, wish.base_text, wish.data_dir)
+    own = opened.base.metadata["settings"].get("dataset", "")
+    if own and not has_records(own):
+        try:
             text = load_text(own, opened.base, wish.data_dir).validation
-        tokens = tokens_of(text, opened.tokenizer, wish.data_dir)
+            return f"held-out text of {own}", _windows(opened, text, wish.data_dir)
+        except UserError as error:
+            why = f"the text of the base cannot be read ({error})"
+    else:
+        why = f"{opened.base.name} was trained on {'records' if own else 'nobody knows what text'}"
+    notes.append(f"Forgetting is not measured: {why}. With --base-text FILE it is measured on a text of yours.")
+    return None
+
+
+def _given_text(opened: Opened, name: str, data_dir: Path) -> tuple[str, list[Encoded]]:
+    """What is held out of a corpus, or the whole text of a file."""
+    corpus = load_corpus(name, data_dir)
+    what, text = (f"held-out text of {name}", corpus.validation) if name in CORPORA else (name, corpus.text)
+    try:
+        return what, _windows(opened, text, data_dir)
     except UserError as error:
-        if name:
-            raise UserError(f"--base-text {name}: {error}") from None
-        notes.append(f"Forgetting is not measured: the text of the base cannot be read: {error}.")
-        return None
+        raise UserError(f"{name}: {error}") from None
+
+
+def _windows(opened: Opened, text: str, data_dir: Path) -> list[Encoded]:
+    tokens, length = tokens_of(text, opened.tokenizer, data_dir), min(opened.tokens, WINDOW)
     if len(tokens) < 2:
-        raise UserError(f"--base-text {name}: it has {told_tokens(len(tokens))}, and nothing can be measured on it")
-    length = min(opened.tokens, WINDOW)
-    what = f"held-out text of {name or own}" if not name or name in CORPORA else f"the text {name}"
-    return what, encode_windows(tokens, length, max(1, WINDOW_TOKENS // length))
-
-
-def told_tokens(count: int) -> str:
-    """How many tokens, in words."""
-    return f"{count:,} token{'' if count == 1 else 's'}"
+        raise UserError("it has less than two tokens, and nothing can be measured on it")
+    return encode_windows(tokens, length, max(1, WINDOW_TOKENS // length))
