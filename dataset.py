@@ -29,6 +29,7 @@ import runtime.start  # noqa: F401 - before what takes seconds to import
 from data.instructions.files import SPLITS, files_of
 from data.instructions.records import Record, parse_columns, to_record
 from data.instructions.splits import hold_out
+from data.linting.across import MANY
 from data.linting.cleaning import CHANGES, Cleaning
 from data.linting.forms import TARGETS, converted, others
 from data.linting.lint import How, lint, rows_of
@@ -67,9 +68,9 @@ class Command(CommonSettings):
 
     @property
     def names(self) -> dict[str, str]:
-        """COLUMNS. Raises UsageError where it names none."""
+        """COLUMNS. Raises UsageError where it names none. Shells give the terminal's width that name."""
         try:
-            return parse_columns(self.columns)
+            return {} if self.columns.isdecimal() else parse_columns(self.columns)
         except ValueError as error:
             raise UsageError(f"COLUMNS={self.columns}: {error}") from None
 
@@ -166,6 +167,8 @@ class Lint(Measured):
         how = How(self.names, self.val_size, measure.tokens, measure.context, self.persona_field, ignored, told)
         report = lint(files, how)
         print(linted.summary(self.file, report, measure.how))
+        if (field := self.persona_field) and field not in report.fields:
+            say(f"{field} has one value, or more than {MANY}, and no shares to look at")
         if not report.broken:
             return
         print(linted.examples(report))
@@ -252,9 +255,8 @@ class Split(Changed):
                 counts[side] += 1
                 files[side].add(record.row)
             if empty := [name for name in names if not counts[name]]:
-                raise UserError(
-                    f"{self.file}: of {counts.total():,} records none is for {empty[0]}; raise its share, or add more"
-                )
+                told_of = f"of {linted.counted(counts.total(), 'record')} none is in {empty[0]}"
+                raise UserError(f"{self.file}: {told_of}; give it a larger share, or add records")
         for name in names:
             print(f"{Path(self.out) / f'{name}{kind}'}: {linted.counted(counts[name], 'record')}")
 

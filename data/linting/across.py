@@ -130,9 +130,7 @@ class Balance:
             near = difflib.get_close_matches(self.asked, row, n=1)
             meant = f"did you mean {near[0]!r}? " if near else ""
             there = ", ".join(map(repr, row))
-            raise UsageError(
-                f"{where}: there is no column {self.asked!r}, which was to be balanced; {meant}It has {there}"
-            )
+            raise UsageError(f"--persona-field {self.asked}: {where} has no such column; {meant}it has {there}")
         for name in self.fields:
             value = row.get(name)
             if isinstance(value, str) and 0 < len(value) <= 60:

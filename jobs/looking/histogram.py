@@ -18,29 +18,30 @@ STEPS = (1, 2, 5)
 
 def edges_of(lengths: Sequence[int]) -> list[int]:
     """Where bins of one round width begin, such that all but the longest hundredth are in those before the last."""
-    high = max(1, int(np.percentile(np.asarray(lengths), 99)))
+    low, high = min(lengths), int(np.percentile(np.asarray(lengths), 99))
     widths = (step * 10**power for power in range(12) for step in STEPS)
-    width = next(width for width in widths if width * (BINS - 1) >= high)
-    return list(range(0, high + width + 1, width))
+    width = next(width for width in widths if low - low % width + width * (BINS - 1) > high)
+    return list(range(low - low % width, high + width + 1, width))
 
 
 def histogram(lengths: Sequence[int], context: int) -> str:
     """A bar a bin, with how many records are in it and which of them are too long for the context."""
     edges = edges_of(lengths)
-    counts, _ = np.histogram(np.asarray(lengths), [*edges, np.inf])
-    most = counts.max()
-    names = [f"{low:,}-{high - 1:,}" for low, high in zip(edges, edges[1:], strict=False)] + [f"{edges[-1]:,} or more"]
-    rows = [(name, count) for name, count in zip(names, counts.tolist(), strict=True)]
-    while not rows[-1][1]:
-        rows.pop()
-    wide, digits = max(len(name) for name, _ in rows), len(f"{most:,}")
+    counts = np.histogram(np.asarray(lengths), [*edges, np.inf])[0].tolist()
+    names = [_range(low, high - 1) for low, high in zip(edges, edges[1:], strict=False)] + [f"{edges[-1]:,} or more"]
+    while not counts[-1]:
+        counts.pop()
+    most, wide = max(counts), max(map(len, names[: len(counts)]))
     lines = []
-    for (name, count), low in zip(rows, edges, strict=False):
+    for name, low, count in zip(names, edges, counts, strict=False):
         bar = "█" * round(WIDTH * count / most) or "▏" * bool(count)
-        lines.append(
-            f"{name:>{wide}}  {count:>{digits},}  {bar}{'  beyond the context' if low > context else ''}".rstrip()
-        )
+        beyond = "  beyond the context" if low > context and count else ""
+        lines.append(f"{name:>{wide}}  {count:>{len(f'{most:,}')},}  {bar}{beyond}".rstrip())
     return "\n".join(lines)
+
+
+def _range(low: int, high: int) -> str:
+    return f"{low:,}-{high:,}" if low < high else f"{low:,}"
 
 
 def draw_lengths(lengths: Sequence[int], learned: Sequence[int], context: int, title: str, label: str) -> Figure:

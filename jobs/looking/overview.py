@@ -47,10 +47,9 @@ class Column:
         if len(self.values) <= VALUES:
             self.values[text[:40]] += 1
 
-    @property
-    def content(self) -> str:
-        """Its values with how often each is there, or the first of them."""
-        if 1 < len(self.values) <= VALUES and self.filled > 3 * len(self.values):
+    def content(self, free: bool) -> str:
+        """Its values with how often each is there, or the first of them, where they are free text or many."""
+        if not free and 1 < len(self.values) <= VALUES:
             return ", ".join(f"{_line(value, 16)} {count:,}" for value, count in self.values.most_common(5))
         return _line(self.example, 48)
 
@@ -127,8 +126,8 @@ def columns_told(overview: Overview) -> str:
     for name, column in overview.table.items():
         kind = "/".join(kind for kind, _ in column.kinds.most_common(2))
         mean = f"{column.characters / column.filled:,.0f}" if column.filled else ""
-        share = f"{column.filled / len(overview.lengths):.0%}"
-        rows.append((_line(name, 24), overview.used.get(name, ""), kind, share, mean, column.content))
+        share, used = f"{column.filled / len(overview.lengths):.0%}", overview.used.get(name, "")
+        rows.append((_line(name, 24), used, kind, share, mean, column.content(bool(used))))
     return table(rows)
 
 
@@ -147,11 +146,11 @@ def epoch_told(overview: Overview, settings: Settings) -> str:
     """How many steps go once through the records that are trained on."""
     rows = settings.batch_size * settings.gradient_accumulation_steps
     steps, packed = -(-overview.trained // rows), -(-overview.trained_tokens // (rows * overview.measure.context))
+    accumulated = f"GRADIENT_ACCUMULATION_STEPS={settings.gradient_accumulation_steps}"
     kept = f"; {overview.held_out:,} of {overview.splits['train']:,} are held out" if overview.held_out else ""
     return (
         f"An epoch: {steps:,} step{'' if steps == 1 else 's'} of {rows} records (BATCH_SIZE={settings.batch_size}, "
-        f"GRADIENT_ACCUMULATION_STEPS={settings.gradient_accumulation_steps}{kept}); with PACKING, rows of "
-        f"{overview.measure.context:,} tokens, {packed:,} or more"
+        f"{accumulated}{kept}); about {packed:,} with PACKING, which fills rows up to {overview.measure.context:,} tokens"
     )
 
 
