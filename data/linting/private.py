@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-EMAIL = re.compile(r"[\w.+-]*\w@(?:[a-z0-9-]+\.)+[a-z]{2,18}\b", re.IGNORECASE)
+EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}+@(?:[a-z0-9-]{1,63}\.){1,8}[a-z]{2,18}\b", re.IGNORECASE)
 # Domains that are kept free for examples (RFC 2606), so that nobody has an address there.
 NOBODY = re.compile(r"@(?:.*\.)?(?:example\.(?:com|org|net|edu)|(?:example|test|invalid|localhost))$", re.IGNORECASE)
 PHONE = re.compile(
@@ -24,7 +24,7 @@ SECRETS = {
     "an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b(?<!EXAMPLE)",
     "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{40,})",
     "a GitLab token": r"\bglpat-[A-Za-z0-9_-]{20,}",
-    "an API key": r"\bsk-(?=[\w-]*\d)[\w-]{0,80}[A-Za-z0-9]{20,}",
+    "an API key": r"\bsk-(?=[\w-]{0,100}\d)[\w-]{0,80}[A-Za-z0-9]{20,}",
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
     "a Google key": r"\bAIza[0-9A-Za-z_-]{35}",
     "a Slack token": r"\bxox[abprs]-[0-9A-Za-z-]{10,}",

@@ -8,9 +8,9 @@ import re
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
 # A sentence ends at a line's end, and at a stop with blanks after it, but an abbreviation's or a list's number's.
 END = re.compile(
-    r"[.!?]+(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\b[DM]r\.)(?<!\bMrs\.)(?<!\b\d\.)(?<!\b\d\d\.)[\"'”’)\]]*\s+"
-    r"|[。！？][”’」』]?\s*|\n\s*"
-)
+    r"(?<![.!?])[.!?]++(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\b[DM]r\.)(?<!\bMrs\.)(?<!\b\d\.)(?<!\b\d\d\.)"
+    r"[\"'”’)\]]*+\s++|[。！？][”’」』]?\s*+|\n\s*+"
+)  # nothing is looked at twice, as a text may be a million stops
 
 # --- boilerplate ----------------------------------------------------------------------------------------------------
 
@@ -86,13 +86,14 @@ def split_boilerplate(text: str) -> tuple[str, list[str]]:
 
 # --- URLs -----------------------------------------------------------------------------------------------------------
 
-URL = re.compile(r"(?:\b(?:https?|ftp)://|\bwww\.(?=\w))[^\s<>\"'`|\\]*[^\s<>\"'`|\\.,;:!?)\]}*_]", re.IGNORECASE)
-LINK = re.compile(rf"!?\[([^\]\n]*)\]\(\s*{URL.pattern}[^)\s]*\s*\)", re.IGNORECASE)
-ASIDE = re.compile(rf"[ \t]*(?:\(\s*{URL.pattern}\s*\)|\[\s*{URL.pattern}\s*\]|<{URL.pattern}>)", re.IGNORECASE)
+AT_URL = r"(?:\b(?:https?|ftp)://|\bwww\.(?=\w))[^\s<>\"'`|\\]{0,1000}[^\s<>\"'`|\\.,;:!?)\]}*_]"
+URL = re.compile(AT_URL, re.IGNORECASE)
+LINK = re.compile(rf"!?\[([^\[\]\n]{{0,300}})\]\(\s*{AT_URL}[^)\s]*\s*\)", re.IGNORECASE)
+ASIDE = re.compile(rf"(?:(?<![ \t])[ \t]++)?(?:\(\s*{AT_URL}\s*\)|\[\s*{AT_URL}\s*\]|<{AT_URL}>)", re.IGNORECASE)
 # A sentence that only points elsewhere: a URL by itself, or after a few words that name it.
 POINTER = re.compile(
     rf"^\W*(?:(?:please )?(?:see|visit|check out|read|learn more|more (?:info|information|details)|sources?|references?"
-    rf"|links?|website|url)\b[^.!?\n]{{0,60}}?|for (?:more|further|additional)\b[^.!?\n]{{0,80}}?)?{URL.pattern}\W*$",
+    rf"|links?|website|url)\b[^.!?\n]{{0,60}}?|for (?:more|further|additional)\b[^.!?\n]{{0,80}}?)?{AT_URL}\W*$",
     re.IGNORECASE,
 )
 
@@ -122,7 +123,7 @@ def without_urls(text: str) -> tuple[str, int]:
 SPACES = (
     (re.compile(r"\r\n?|[\x85\u2028\u2029]"), "\n"),
     (re.compile(r"[\ufeff\u200b]"), ""),  # which nobody sees
-    (re.compile(r"[ \t\xa0]+$", re.MULTILINE), ""),
+    (re.compile(r"(?<![ \t\xa0])[ \t\xa0]++$", re.MULTILINE), ""),
     (re.compile(r"\n{3,}"), "\n\n"),
 )
 

@@ -150,7 +150,7 @@ def epoch_told(overview: Overview, settings: Settings) -> str:
     kept = f"; {overview.held_out:,} of {overview.splits['train']:,} are held out" if overview.held_out else ""
     return (
         f"An epoch: {steps:,} step{'' if steps == 1 else 's'} of {rows} records (BATCH_SIZE={settings.batch_size}, "
-        f"{accumulated}{kept}); about {packed:,} with PACKING, which fills rows up to {overview.measure.context:,} tokens"
+        f"{accumulated}{kept}); about {packed:,} with PACKING, rows of up to {overview.measure.context:,} tokens"
     )
 
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from data.instructions.files import files_of, read_rows
-from data.instructions.records import to_record
+from data.instructions.records import Record, to_record
 from data.instructions.splits import load_records
 from data.jsonlines import LONGEST
 from data.linting import private, texts
 from data.linting.across import asked_of
-from data.linting.cleaning import Cleaning
+from data.linting.cleaning import Cleaning, mended_row
 from data.linting.forms import TARGETS, converted
 from data.linting.lint import How, Report, lint
 from data.linting.near import THRESHOLD, Signatures, runs_of
 from data.linting.reading import try_rows
-from data.linting.rules import RULES, answers, whole
+from data.linting.rules import RULES, answers, check, whole
 from runtime.errors import UserError
 
 TOKEN = "a1B2c3D4e5" * 5  # put together here, so that nobody takes a test for a leak
@@ -430,3 +431,18 @@ def test_what_training_holds_out_is_what_linting_takes_for_held_out(tmp_path: Pa
     assert report.tallies["leak"].count == len(held_out)
     assert {where for where, _ in report.tallies["leak"].examples()} <= held_out
     assert sum(1 for _ in read_rows(path)) == report.records
+
+
+@pytest.mark.parametrize(
+    "part", ["a", "1 ", "1-", "+1 ", "a@a.", ".", "?", ". ", "\t", "(", "[](", "(http://a", "see ", "`", "`a ", "sk-a-",
+             "eyJaaaaaaaaaaa.", "-----BEGIN ", "not be ", "as an ai ", "sure! here is ", "and write a b ", ".)", "。",
+             "<s>", "[a", "( "],
+)  # fmt: skip
+def test_no_text_takes_long(part: str) -> None:
+    """A rule whose time grew with the square of a text's length would take minutes here."""
+    text = part * (100_000 // len(part)) + " http://a.b/c (http://a.b) \x01"
+    record = Record("here", prompt=text, completion=text)
+    began = time.perf_counter()
+    list(check(record, RULES))
+    mended_row(Record("here", completion=text, row={"text": text}), {}, Counter())
+    assert time.perf_counter() - began < 5
