@@ -9,7 +9,7 @@ from data.instructions.records import Record
 from jobs.generating.answering import Answer, answers, prompt_tokens
 from jobs.judging.losses import count, encode_answer, loss_of_each
 from jobs.judging.material import Material
-from jobs.judging.rules import HELD_OUT_LOSS, LOSS, LOWER, TRAINING_LOSS, Judged, Limits, Rule, answer_rules
+from jobs.judging.rules import LOSS, LOWER, TRAINING_LOSS, WANTED_LOSS, Judged, Limits, Rule, answer_rules
 from jobs.judging.scorecard import WANTED, Row, answer_rows
 from jobs.judging.scores.copying import overlaps
 from jobs.judging.scores.words import words
@@ -115,11 +115,11 @@ def with_losses(
 def loss_rows(opened: Opened, material: Material, machine: Machine) -> list[Row]:
     """What each side loses on the wanted answers, on training records and on the base's own text."""
     asked, learned = material.asked, material.learned
-    given = "in nats a token of the wanted answers, given their prompts"
-    texts = {Rule("Loss", HELD_OUT_LOSS, given, LOWER, LOSS): asked.encoded}
+    given = "in nats a token, given the prompts"
+    texts = {Rule("Loss", WANTED_LOSS, given, LOWER, LOSS): asked.encoded}
     if learned:
         texts[Rule("Loss", TRAINING_LOSS, f"the same of {len(learned.encoded)} training records; the further below "
-                   "the held-out loss, the more was learned by heart", kind=LOSS)] = learned.encoded  # fmt: skip
+                   "that of wanted answers, the more was learned by heart", kind=LOSS)] = learned.encoded  # fmt: skip
     if material.base_text:
         what, windows = material.base_text
         texts[Rule("Forgetting", "loss on the base's text", f"in nats a token of {what}, without a prompt; n counts "

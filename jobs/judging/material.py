@@ -22,7 +22,7 @@ from runtime.settings.config import EARLIER, RECORD_SETS, Settings, has_records
 from runtime.storage.runs import Run
 
 WINDOW = 1024  # tokens of a window of the base's text, where the base takes more
-WINDOW_TOKENS = 2**15  # of the base's text that are measured on
+WINDOW_TOKENS = 2**14  # of the base's text that are measured on
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from jobs.judging.rules import CHRF, HIGHER, LOSS, LOWER, PERPLEXITY, SHARE
 from jobs.judging.scorecard import BASE, COLUMNS, RUN, WANTED
 
 LONGEST = 300  # characters of a text that is shown in a terminal
-SIGNS = "↑ higher is better, ↓ lower is better; (3 : 1) is better than the base on 3 prompts and worse on 1."
+ARROWS = "↑ higher is better, ↓ lower is better"
+COUNTS = "(3 : 1) is better than the base on 3 prompts and worse on 1"
 
 
 def shown(row: Mapping[str, Any], column: str, interval: bool = False) -> str:
@@ -41,15 +42,19 @@ def title(report: Mapping[str, Any]) -> str:
 def described(report: Mapping[str, Any]) -> list[str]:
     """What was asked, and how, a line each."""
     data, how = report["data"], report["how"]
-    some = "all" if data["prompts"] == data["of"] else f"{data['prompts']} of"
+    some = "all" if data["prompts"] == data["of"] else f"{data['prompts']:,} of"
     names = ("temperature", "top_p", "top_k", "seed")
     sampled = ", ".join(f"{name} {how[name]}" for name in names if how[name] is not None)
     chosen = "the likeliest token each time (greedy)" if how["greedy"] else sampled
     strength = f", the adapter at strength {how['strength']:g}" if how["strength"] not in (None, 1) else ""
     return [
-        f"Prompts: {some} {data['of']} {data['what']}",
+        f"Prompts: {some} {data['of']:,} {data['what']}",
         f"Answers: {chosen}, at most {how['max_new_tokens']} tokens, on {how['machine']}{strength}",
     ]
+
+
+def _signs(report: Mapping[str, Any]) -> str:
+    return f"{ARROWS}; {COUNTS}." if report["base"] else f"{ARROWS}."
 
 
 def _sign(row: Mapping[str, Any]) -> str:
@@ -77,7 +82,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         outcome = [_outcome(row)] if compared else []
         name = f"{row['group']}: {row['name']} {_sign(row)}".strip()
         lines.append(_cells([name, *figures, *outcome, _n(row), row["rule"]]))
-    lines += ["", SIGNS, "", *(f"* {note}" for note in report["notes"]), ""]
+    lines += ["", _signs(report), "", *(f"* {note}" for note in report["notes"]), ""]
     lines.append(f"## {_of_worst(report)}")
     for i, answer in enumerate(report["worst"], 1):
         near = answer["scores"][RUN][CHRF]
@@ -112,7 +117,7 @@ def _fenced(text: str) -> str:
 def plain(report: Mapping[str, Any]) -> str:
     """The same for a terminal, the verdict last: each rule's figures, and below them how it is measured."""
     width, columns = max(60, min(110, shutil.get_terminal_size().columns)), columns_of(report)
-    lines, group = [title(report), *described(report), SIGNS], ""
+    lines, group = [title(report), *described(report), _signs(report)], ""
     table = [_line(row, columns) for row in report["rules"]]
     widths = [max(map(len, column)) for column in zip(["", *columns, "", ""], *table, strict=True)]
     heads = _padded(["", *columns, "", "n"], widths)

@@ -9,19 +9,21 @@ from typing import Any
 from data.instructions.records import Record
 from jobs.judging.judge import Findings
 from jobs.judging.rendering import markdown, shown
-from jobs.judging.rules import BY_HEART, CHRF, EXACT, HELD_OUT_LOSS, HIGHER, LOWER, SHARE, TRAINING_LOSS
+from jobs.judging.rules import BY_HEART, CHRF, EXACT, HIGHER, LOWER, SHARE, TRAINING_LOSS, WANTED_LOSS
 from jobs.judging.scorecard import BASE, BETTER, EQUAL, RUN, UNCLEAR, WANTED, WORSE, Row
 from runtime.storage.encoding import to_json
 
 MOST = 10  # of the worst answers
+INTERVALS = "Intervals are of 95 %."
 CHANCE = (
-    "Intervals are of 95 %. A run is better or worse where it is so on clearly more prompts (sign test, p < 0.05, for "
+    "A run is better or worse where it is so on clearly more prompts (sign test, p < 0.05, for "
     "which at least 6 must differ), and one rule in twenty would be by chance. Rules overlap, so their number is no "
     "measure of how much better."
 )
 BLIND = (
     "Rules compare and count words. They cannot tell whether an answer is true, helpful or in the right tone, nor "
-    "whether another wording than the wanted one is as good: read the answers."
+    "whether another wording than the wanted one is as good, and they find personal data only by its form: read the "
+    "answers."
 )
 
 
@@ -32,7 +34,8 @@ def to_report(about: Mapping[str, Any], findings: Findings, records: Sequence[Re
     notes = [*_overfitting(rows), *notes]
     if findings.left_out:
         notes.append(f"Left out, as they apply to no answer here: {', '.join(findings.left_out)}.")
-    told = {"verdict": verdict(rows, len(records)), "rules": rows, "notes": [*notes, CHANCE, BLIND], "worst": worst}
+    notes += [f"{INTERVALS} {CHANCE}" if about["base"] else INTERVALS, BLIND]
+    told = {"verdict": verdict(rows, len(records)), "rules": rows, "notes": notes, "worst": worst}
     return dict(about) | told
 
 
@@ -41,7 +44,7 @@ def _overfitting(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     named = {row["name"]: row for row in rows}
     if TRAINING_LOSS not in named or BY_HEART not in named:
         return []
-    losses = [shown(named[name], RUN) for name in (HELD_OUT_LOSS, TRAINING_LOSS)]
+    losses = [shown(named[name], RUN) for name in (WANTED_LOSS, TRAINING_LOSS)]
     return [
         f"Overfitting: the loss of the run is {losses[0]} on these records and {losses[1]} on training records; "
         f"{shown(named[BY_HEART], RUN)} of the prompts got a training output word for word that was not wanted."

@@ -18,7 +18,7 @@ from jobs.judging.scores.words import words
 HIGHER, LOWER, NEITHER = "higher", "lower", ""
 SHARE, LOSS, PERPLEXITY = "share", "loss", "perplexity"  # kinds of figures; the first from 0 to 1
 # Rules that are looked at by name.
-HELD_OUT_LOSS, TRAINING_LOSS = "held-out loss", "training loss"
+WANTED_LOSS, TRAINING_LOSS = "loss of wanted answers", "loss on training records"
 EXACT, CHRF, BY_HEART = "exact match", "chrF", "answered by heart"
 
 
@@ -75,8 +75,8 @@ def answer_rules(limits: Limits) -> list[Rule]:
 def _fluency(limits: Limits) -> list[Rule]:
     group = "Fluency"
     return [
-        Rule(group, "perplexity", "exp of the loss a token under the base, given the prompt; loops are low, gibberish "
-             "is high, so neither is better", NEITHER, PERPLEXITY, lambda j: j.loss),
+        Rule(group, "perplexity", "exp of the loss a token under the base, given the prompt; loops and the base's own "
+             "answers are low, gibberish is high, so neither is better", NEITHER, PERPLEXITY, lambda j: j.loss),
         Rule(group, "repetition", f"share of an answer's runs of {REPEATED} words that it had before (seq-rep-4)",
              LOWER, score=lambda j: repetition(j.text)),
         Rule(group, "cut off", f"answers that did not end within {limits.max_new_tokens} tokens",

@@ -43,10 +43,11 @@ def root(tmp_path_factory) -> Path:
             f"It is {draw.choice(NAMES)} who has {draw.randint(2, 99)} {draw.choice(ANIMALS)}.\n" for _ in range(900)
         )
     )
+    asked = [(name, kind, n) for name in NAMES for kind in ANIMALS for n in range(5, 12)]
     rows = [
-        {"instruction": "Who has them?", "input": f"On the hill {name} has {n} {animals}.", "output": f"{name} has {n}."}  # noqa: E501
-        for name in NAMES for animals in ANIMALS for n in range(5, 12)
-    ]  # fmt: skip
+        {"instruction": "Who has them?", "input": f"On the hill {name} has {n} {kind}.", "output": f"{name} has {n}."}
+        for name, kind, n in asked
+    ]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "folder").mkdir()
     for name, some in (("train", rows[:100]), ("validation", rows[100:110]), ("test", rows[110:117])):
@@ -135,13 +136,15 @@ def test_terminal_markdown_and_json_have_the_same_figures(root: Path, done, repo
 
 def test_losses_are_those_that_training_came_to(root: Path, report: dict) -> None:
     found, result = rules(report), open_run(root / "checkpoints" / "tuned").result
-    assert found["held-out loss"]["run"]["value"] == pytest.approx(result["val_loss"], rel=1e-4)
-    assert found["held-out loss"]["base"]["value"] == pytest.approx(result["base_val_loss"], rel=1e-4)
+    assert found["loss of wanted answers"]["run"]["value"] == pytest.approx(result["val_loss"], rel=1e-4)
+    assert found["loss of wanted answers"]["base"]["value"] == pytest.approx(result["base_val_loss"], rel=1e-4)
     forgetting = found["loss on the base's text"]
     base_loss = open_run(root / "checkpoints" / "base").result["val_loss"]
     assert forgetting["base"]["value"] == pytest.approx(base_loss, rel=1e-3)
     assert forgetting["run"]["value"] > base_loss + 0.1 and forgetting["outcome"] == "worse"
-    assert found["training loss"]["run"]["n"] == 100 and found["held-out loss"]["run"]["n"] == HELD_OUT
+    assert (
+        found["loss on training records"]["run"]["n"] == 100 and found["loss of wanted answers"]["run"]["n"] == HELD_OUT
+    )
 
 
 def test_the_answers_are_those_that_the_run_gives_and_their_scores_make_the_figures(
@@ -190,7 +193,7 @@ def test_a_fully_tuned_run_is_beside_its_base_and_asked_its_test_records(judged,
     report = judged("full")
     assert (report["run"], report["base"]) == ("full", "base")
     assert report["data"] == {"what": "test records of folder", "prompts": 7, "of": 7}
-    assert rules(report)["held-out loss"]["outcome"] == "better"
+    assert rules(report)["loss of wanted answers"]["outcome"] == "better"
     assert not any("validation records" in note for note in report["notes"])
     (root / "checkpoints" / "base").rename(root / "elsewhere")
     try:
@@ -200,7 +203,7 @@ def test_a_fully_tuned_run_is_beside_its_base_and_asked_its_test_records(judged,
     assert alone["base"] is None and "no base to compare" in alone["verdict"]
     assert any("Its base is not beside it: the base of full is gone" in note for note in alone["notes"])
     assert not any("base" in row for row in alone["rules"]) and "perplexity" not in rules(alone)
-    assert rules(alone)["held-out loss"]["run"] == rules(report)["held-out loss"]["run"]
+    assert rules(alone)["loss of wanted answers"]["run"] == rules(report)["loss of wanted answers"]["run"]
 
 
 def test_a_base_by_itself_is_asked_what_is_given(judged) -> None:

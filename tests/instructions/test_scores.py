@@ -14,7 +14,10 @@ from torch.nn import functional as F
 
 from data.chat import GUIDE, Template
 from data.instructions.encoding import Encoded
+from data.instructions.records import Record
 from jobs.judging import losses
+from jobs.judging.judge import asked_text, with_overlaps
+from jobs.judging.material import Asked, Learned, Material
 from jobs.judging.report import verdict
 from jobs.judging.rules import HIGHER, LOSS, LOWER, PERPLEXITY, SHARE, Judged, Limits, Rule, answer_rules
 from jobs.judging.scorecard import BASE, RUN, WANTED, Row, answer_rows
@@ -158,6 +161,20 @@ def test_by_heart_is_a_training_output_where_another_was_wanted() -> None:
     asked = [("So be it", "No.", True), ("So be it", "so be it!", True), ("So be it", "No.", False), ("", "No.", None)]
     found = [rule.score(Judged("?", wanted, text, verbatim=verbatim)) for text, wanted, verbatim in asked]
     assert found == [1.0, 0.0, 0.0, None]
+
+
+def test_answers_are_compared_with_training_outputs() -> None:
+    learned = Learned([Record("a", prompt="?", completion=text) for text in ("So be it.", "a b c d e f g h i")], [])
+    judged = {RUN: [Judged("?", "No.", text) for text in ("so BE it", "be it", "a b c d e f g h x", "")]}
+    (found,) = with_overlaps(Material(Asked([], [], 0, ""), learned, None, []), judged).values()
+    assert [(j.overlap, j.verbatim) for j in found] == [(1.0, True), (1.0, False), (0.5, False), (None, False)]
+    assert with_overlaps(Material(Asked([], [], 0, ""), None, None, []), judged) == judged
+
+
+def test_what_is_asked_is_all_that_was_given_without_the_template() -> None:
+    said = ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who? ", "input": "Anna"})
+    assert asked_text(Record("a", (*said, {"role": "assistant", "content": "She."}))) == "Be kind.\n\nWho?\n\nAnna"
+    assert asked_text(Record("a", prompt="Once ", completion="more")) == "Once "
 
 
 def test_the_scores_of_wanted_answers_are_there_where_they_say_something() -> None:
