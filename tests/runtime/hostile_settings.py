@@ -18,6 +18,7 @@ from typing import Any
 
 import adapters
 import compare
+import evaluate
 import generate
 from runtime.errors import UsageError, run_command
 from runtime.settings.config import Settings
@@ -28,6 +29,7 @@ TABLES: dict[str, type[Table]] = {
     "training.py": Settings,
     "compare.py": compare.Options,
     "generate.py": generate.Options,
+    "evaluate.py": evaluate.Options,
 } | {f"adapters.py {word}": table for word, table in adapters.COMMANDS.items()}
 
 FLAG_FORMS = ("--flag=text", "--flag text", "--flag twice")
