@@ -31,6 +31,12 @@ GUIDE = (
     "{% else %}### Response:\n{{ m.content }}{{ eos_token }}\n\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}### Response:\n{% endif %}"
 )
+# Nothing but what is asked, a line break, and the answer: the fewest tokens, for a model that has one task.
+LINE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ m.input or m.content }}\n"
+    "{% elif m.role == 'assistant' %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+TEMPLATES = {"guide": GUIDE, "line": LINE}
 END_TEXT = "\n###"  # what ends an answer of a model whose tokenizer has no token for it
 APART = re.compile(r"\.input\b|\[['\"]input['\"]\]")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data.chat import GUIDE, Template, own_template
+from data.chat import GUIDE, TEMPLATES, Template, own_template
 from data.corpora import Corpus, load_corpus
 from data.dataset import Dataset
 from data.instructions.folio_pairs import load_folio_pairs
@@ -48,6 +48,8 @@ def template_for(settings: Settings, tokenizer: Tokenizer) -> Template:
     """The template that records are written with: TEMPLATE's, else the base's own, else `GUIDE`."""
     if not settings.template:
         return own_template(tokenizer) or Template.of(GUIDE, tokenizer)
+    if settings.template in TEMPLATES:
+        return Template.of(TEMPLATES[settings.template], tokenizer)
     with plain_errors(Path(settings.template), "read"):
         return Template.of(Path(settings.template).read_text("utf-8"), tokenizer)
 

@@ -182,12 +182,11 @@ class Settings(CommonSettings):
     )
     template: str = setting(
         "",
-        "A file with the jinja2 template that writes records; if empty, the base's own chat template, or else the form "
-        "### Instruction, ### Input, ### Response",
+        "How records are written: guide (### Instruction, ### Input, ### Response), line (what is asked, a line break, "
+        "the answer), or a file with a jinja2 template; if empty, the base's own chat template, or else guide",
         group=DATA,
         pattern=rf"|{FOLDER}",
-        allowed="empty or a path",
-        path=True,
+        allowed="empty, guide, line or a path",
     )
     train_on_prompt: bool = setting(False, "Learn the prompts of records too, not the answers alone", group=DATA)
     packing: bool = setting(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.chat import END_TEXT, GUIDE, Template, encode_chat, own_template
+from data.chat import END_TEXT, GUIDE, LINE, Template, encode_chat, own_template
 from data.instructions.encoding import encode_all, encode_prompt, encode_record
 from data.instructions.records import to_record
 from data.tokenizers import BPETokenizer, CharTokenizer, Tokenizer
@@ -28,7 +28,7 @@ NO_END = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
-TEMPLATES = {"guide": GUIDE, "chatml": CHATML, "loops": LOOPS, "forgets": FORGETS, "no end": NO_END}
+TEMPLATES = {"guide": GUIDE, "line": LINE, "chatml": CHATML, "loops": LOOPS, "forgets": FORGETS, "no end": NO_END}
 ROWS = {
     "instruction": {"instruction": "the cat", "output": "sat on the mat"},
     "input": {"instruction": "Which one?", "input": "a cat\nand a dog", "output": "the\n\ndog "},
