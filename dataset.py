@@ -42,8 +42,8 @@ from jobs.looking.writing import new_file, new_folder
 from runtime.console import say
 from runtime.errors import UsageError, UserError, run_command
 from runtime.pictures import save_picture, without_pictures
-from runtime.settings.config import FOLDER, CommonSettings, Settings, from_command_line
-from runtime.settings.fields import setting
+from runtime.settings.config import FOLDER, Settings, from_command_line
+from runtime.settings.fields import Table, setting
 from runtime.settings.flags import subcommand
 from runtime.start import command_line
 
@@ -53,14 +53,15 @@ A_PATH = {"pattern": FOLDER, "path": True, "allowed": "a path", **ONLY_HERE}
 A_SHARE = {"low": 0, "high": 1, "high_open": True, **ONLY_HERE}
 
 
-def of_training(name: str, **changed: Any) -> Any:
-    """A setting of training.py, which means the same here."""
+def of_training(name: str, help: str = "", **changed: Any) -> Any:
+    """A setting of training.py, which means the same here; from the environment and .env too."""
     row = Settings.__dataclass_fields__[name]
-    return dataclasses.field(**{"default": row.default, "metadata": row.metadata} | changed)
+    metadata = {**row.metadata, "group": "As in training"} | ({"help": help} if help else {})
+    return dataclasses.field(**{"default": row.default, "metadata": metadata} | changed)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command(CommonSettings):
+class Command(Table):
     """A command of dataset.py: its arguments, and what it does with them."""
 
     file: str = setting("", "Files of records", metavar="FILE", **A_PATH | {"allowed": "files, or a folder"})
@@ -88,10 +89,17 @@ class Command(CommonSettings):
 class Measured(Command):
     """A command that counts tokens."""
 
-    base: str = of_training("base")
+    base: str = of_training(
+        "base",
+        "The model that will be trained, whose tokenizer counts and whose template writes: a run, by name or folder, a "
+        "Hugging Face folder, or a name on their hub; if empty, a token is estimated as 4 characters",
+    )
     template: str = of_training("template")
-    block_size: int | None = of_training("block_size", default=None)
+    block_size: int | None = of_training(
+        "block_size", "Context length in tokens; none is what training takes on BASE, or 1024 without one", default=None
+    )
     val_size: float = of_training("val_size")
+    checkpoints_dir: str = of_training("checkpoints_dir")
 
     def settings(self) -> Settings:
         """Those of a training run on these records, as far as they are given here."""
@@ -107,8 +115,11 @@ class Look(Measured):
     """What is in files of records: columns, lengths in tokens, three records with what is learned marked, and how many
     steps an epoch has. The lengths are drawn too."""
 
-    batch_size: int | None = of_training("batch_size", default=None)
-    gradient_accumulation_steps: int | None = of_training("gradient_accumulation_steps", default=None)
+    batch_size: int | None = of_training("batch_size", "Sequences per batch; none is what training takes", default=None)
+    gradient_accumulation_steps: int | None = of_training(
+        "gradient_accumulation_steps", "Batches per training step; none is what training takes", default=None
+    )
+    seed: int = of_training("seed", "Which records are shown")
     out: str = setting("", "File for the picture; empty takes a new name here", **A_PATH | {"pattern": f"|{FOLDER}"})
     color: str = setting(
         "auto", "Colours; auto has them on a terminal", choices=("auto", "always", "never"), **ONLY_HERE

@@ -86,7 +86,11 @@ def split_boilerplate(text: str) -> tuple[str, list[str]]:
 
 # --- URLs -----------------------------------------------------------------------------------------------------------
 
-AT_URL = r"(?:\b(?:https?|ftp)://|\bwww\.(?=\w))[^\s<>\"'`|\\]{0,1000}[^\s<>\"'`|\\.,;:!?)\]}*_]"
+# Up to what no URL has in it, and without the sign that ends the sentence.
+AT_URL = (
+    r"(?:\b(?:https?|ftp)://|\bwww\.(?=\w))[^\s<>\"'`|\\\u3000-\u303f\uff00-\uffef]{0,1000}"
+    r"[^\s<>\"'`|\\\u3000-\u303f\uff00-\uffef.,;:!?)\]}*_]"
+)
 URL = re.compile(AT_URL, re.IGNORECASE)
 LINK = re.compile(rf"!?\[([^\[\]\n]{{0,300}})\]\(\s*{AT_URL}[^)\s]*\s*\)", re.IGNORECASE)
 ASIDE = re.compile(rf"(?:(?<![ \t])[ \t]++)?(?:\(\s*{AT_URL}\s*\)|\[\s*{AT_URL}\s*\]|<{AT_URL}>)", re.IGNORECASE)

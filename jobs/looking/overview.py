@@ -157,7 +157,7 @@ def epoch_told(overview: Overview, settings: Settings) -> str:
 def rendered(record: Record, measure: Measure, colour: bool) -> str:
     """A record as a model is given it, with what it learns marked, and coloured where the terminal has colours."""
     tokens, learned = measure.lengths(record)
-    lines = [f"{record.where}: {tokens:,} tokens, {learned:,} of them learned"]
+    lines = [f"{record.where}: {tokens:,} token{'' if tokens == 1 else 's'}, {learned:,} of them learned"]
     for text, said in measure.pieces(record):
         lines += _marked(text, said, colour)
     return "\n".join(lines)
