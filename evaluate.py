@@ -29,7 +29,7 @@ from jobs.judging.sides import Opened, open_sides
 from jobs.runs.preflight import check_writable
 from models.generation.choosing import Sampling
 from runtime.console import say
-from runtime.device import pick_machine
+from runtime.device import Machine, pick_machine
 from runtime.errors import UsageError, run_command
 from runtime.settings.config import FOLDER, CommonSettings, from_command_line
 from runtime.settings.fields import setting
@@ -49,7 +49,7 @@ class Options(CommonSettings):
     )  # fmt: skip
     data: str = setting("", "Records to ask, as DATASET names them; empty takes those that the run held out", **A_PATH)
     columns: str | None = setting(
-        None, "Columns of --data that have other names, as instruction=question; none are the run's", **WHAT
+        None, "Columns of --data that have other names, as instruction=question; none takes the run's", **WHAT
     )
     limit: int = setting(100, "Prompts at most, spread evenly; 0 takes all", low=0, high=10**6, **WHAT)
     base_text: str = setting(
@@ -101,7 +101,7 @@ def sampling(options: Options) -> Sampling:
     return Sampling(options.temperature, options.top_k, options.top_p)
 
 
-def about(options: Options, opened: Opened, asked: Asked, machine: Any) -> dict[str, Any]:
+def about(options: Options, opened: Opened, asked: Asked, machine: Machine) -> dict[str, Any]:
     """What the report says of the models, the prompts and how they were answered."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "strength")
     how = {"greedy": not options.temperature} | {name: getattr(options, name) for name in names}

@@ -69,6 +69,11 @@ def asked_text(record: Record) -> str:
     return "\n\n".join(filter(None, (text.strip() for m in given for text in (m["content"], m.get("input", "")))))
 
 
+def outputs_of(record: Record) -> list[str]:
+    """All that is learned of a record."""
+    return [m["content"] for m in record.messages if m["role"] == "assistant"] or [record.completion]
+
+
 def to_judge(records: Sequence[Record], said: dict[str, list[Answer]]) -> dict[str, list[Judged]]:
     """The wanted answers and those of each side, by column."""
     found = {WANTED: [Judged(asked_text(r), r.answer, r.answer) for r in records]}
@@ -82,7 +87,7 @@ def with_overlaps(material: Material, judged: dict[str, list[Judged]]) -> dict[s
     """The same with how much each answer has of a training output, where these are known."""
     if not material.learned:
         return judged
-    outputs = list(dict.fromkeys(record.answer for record in material.learned.records))
+    outputs = list(dict.fromkeys(text for record in material.learned.records for text in outputs_of(record)))
     known = {tuple(words(output)) for output in outputs}
     found = {}
     for name, each in judged.items():
@@ -115,8 +120,7 @@ def with_losses(
 def loss_rows(opened: Opened, material: Material, machine: Machine) -> list[Row]:
     """What each side loses on the wanted answers, on training records and on the base's own text."""
     asked, learned = material.asked, material.learned
-    given = "in nats a token, given the prompts"
-    texts = {Rule("Loss", WANTED_LOSS, given, LOWER, LOSS): asked.encoded}
+    texts = {Rule("Loss", WANTED_LOSS, "in nats a token, given the prompts", LOWER, LOSS): asked.encoded}
     if learned:
         texts[Rule("Loss", TRAINING_LOSS, f"the same of {len(learned.encoded)} training records; the further below "
                    "that of wanted answers, the more was learned by heart", kind=LOSS)] = learned.encoded  # fmt: skip

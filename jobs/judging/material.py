@@ -22,6 +22,7 @@ from runtime.settings.config import EARLIER, RECORD_SETS, Settings, has_records
 from runtime.storage.runs import Run
 
 WINDOW = 1024  # tokens of a window of the base's text, where the base takes more
+LEARNED = 100  # training records whose loss is measured, at most
 WINDOW_TOKENS = 2**14  # of the base's text that are measured on
 
 
@@ -129,7 +130,7 @@ def _own_records(opened: Opened, wish: Wish, notes: list[str]) -> tuple[Learned 
         notes.append(
             f"{settings.dataset} is not what it was when the run was trained: what is held out now it may have learned."
         )
-    chosen = evenly(len(data.train), wish.limit)
+    chosen = evenly(len(data.train), LEARNED)
     return Learned(data.records.train, [data.train[i] for i in chosen]), data
 
 

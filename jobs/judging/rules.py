@@ -157,8 +157,7 @@ def _copying() -> list[Rule]:
     group = "Copying"
     return [
         Rule(group, BY_HEART, "answers that are a training output word for word where another was wanted",
-             LOWER, score=_by_heart,
-             of_wanted=False),
+             LOWER, score=_by_heart, of_wanted=False),
         Rule(group, "overlap", f"runs of {COPIED} words (or all of fewer) found in one training output; compare it "
              "with that of the wanted answers", score=lambda j: j.overlap),
     ]  # fmt: skip

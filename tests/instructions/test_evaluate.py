@@ -17,6 +17,7 @@ import generate
 import training
 from data.instructions.records import Record
 from jobs.judging.rendering import shown
+from jobs.judging.scores import faithfulness
 from jobs.runs.source import load_source
 from runtime.errors import run_command
 from runtime.settings.config import Settings
@@ -54,8 +55,8 @@ def root(tmp_path_factory) -> Path:
         (root / "folder" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        train(dataset="text.txt", run_name="base", block_size=128, max_iters=100)
-        train(dataset="pairs.jsonl", run_name="tuned", base="base", use_lora=True, max_iters=80, learning_rate=0.02)
+        train(dataset="text.txt", run_name="base", block_size=128, max_iters=40)
+        train(dataset="pairs.jsonl", run_name="tuned", base="base", use_lora=True, max_iters=30, learning_rate=0.02)
         train(dataset="folder", run_name="full", base="base", max_iters=10)
     return root
 
@@ -283,3 +284,14 @@ def test_what_cannot_be_is_one_line(command, root: Path, words: tuple[str, ...],
     assert (found, out) == (status, "")
     (line,) = err.splitlines()
     assert line.startswith("error: ") and told in line
+
+
+@pytest.mark.parametrize(("package", "module"), [("rouge_score", "rouge_scorer"), ("sacrebleu", "metrics")])
+def test_a_missing_package_is_told_with_what_installs_it(command, monkeypatch, package: str, module: str) -> None:
+    monkeypatch.setitem(sys.modules, f"{package}.{module}", None)
+    for score in (faithfulness._rouge, faithfulness._chrf):
+        score.cache_clear()
+    status, out, err = command("tuned")
+    assert (status, out) == (1, "")
+    assert err.startswith(f"error: this needs the package {package}, which is not installed; get it with: ")
+    assert err.endswith("requirements-instructions.txt\n")

@@ -16,7 +16,7 @@ from data.chat import GUIDE, Template
 from data.instructions.encoding import Encoded
 from data.instructions.records import Record
 from jobs.judging import losses
-from jobs.judging.judge import asked_text, with_overlaps
+from jobs.judging.judge import asked_text, outputs_of, with_overlaps
 from jobs.judging.material import Asked, Learned, Material
 from jobs.judging.report import verdict
 from jobs.judging.rules import HIGHER, LOSS, LOWER, PERPLEXITY, SHARE, Judged, Limits, Rule, answer_rules
@@ -169,6 +169,8 @@ def test_answers_are_compared_with_training_outputs() -> None:
     (found,) = with_overlaps(Material(Asked([], [], 0, ""), learned, None, []), judged).values()
     assert [(j.overlap, j.verbatim) for j in found] == [(1.0, True), (1.0, False), (0.5, False), (None, False)]
     assert with_overlaps(Material(Asked([], [], 0, ""), None, None, []), judged) == judged
+    turns = [("user", "Hi?"), ("assistant", "Hi."), ("user", "So?"), ("assistant", "So.")]
+    assert outputs_of(Record("a", tuple({"role": role, "content": text} for role, text in turns))) == ["Hi.", "So."]
 
 
 def test_what_is_asked_is_all_that_was_given_without_the_template() -> None:
