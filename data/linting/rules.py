@@ -51,7 +51,7 @@ def prompt(record: Record) -> str:
 def whole(record: Record) -> str:
     """All of its text, a part a line."""
     if not record.messages:
-        return f"{record.prompt}\n{record.completion}"
+        return "\n".join(filter(None, (record.prompt, record.completion)))
     return "\n".join(text for m in record.messages for text in (m["content"], m.get("input", "")) if text)
 
 

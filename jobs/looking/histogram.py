@@ -54,7 +54,7 @@ def draw_lengths(lengths: Sequence[int], learned: Sequence[int], context: int, t
     axes.hist(np.minimum(learned, shown), edges, color="tab:green", alpha=0.7, label="what is learned of them")
     if context < 2 * shown:
         axes.axvline(context, color="tab:red", ls="--", lw=1.2, label=f"context: {context:,}")
-    more = f"; of all longer than {shown:,}, the last bar" if max(lengths) > shown else ""
+    more = f" (above {shown:,}: in the last bar)" if max(lengths) > shown else ""
     axes.set_xlim(0)
     axes.set_xlabel(f"{label}{more}")
     axes.set_ylabel("records")

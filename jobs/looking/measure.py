@@ -16,6 +16,7 @@ from runtime.settings.config import Settings
 
 CHARACTERS = 4  # of a token, about, in English
 CONTEXT = 1024  # tokens, where no base says how many it takes
+NO_TOKENIZER = Tokenizer("none", [])  # it has no special tokens, which a template might ask for
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Measure:
 
     def pieces(self, record: Record) -> list[Piece]:
         """A record as it is written for a model, in parts that are given and parts that are learned."""
-        tokenizer = self.tokenizer or Tokenizer("none", [])
+        tokenizer = self.tokenizer or NO_TOKENIZER
         with needs_package("jinja2", "pretrained"):
             return written(record, self.template or Template.of(GUIDE, tokenizer), tokenizer)
 
@@ -58,7 +59,7 @@ def measure_by(settings: Settings, context: int | None) -> Measure:
 
     Raises UsageError where there is no such base, or the context is more than it takes.
     """
-    if not settings.base:
+    if not settings.base and not settings.template:
         return Measure(context or CONTEXT)
     # Here, as this imports torch, and what needs no base comes without.
     from jobs.runs.base import tokenizer_in
@@ -66,6 +67,8 @@ def measure_by(settings: Settings, context: int | None) -> Measure:
     from models.files import config_from
     from models.pretrained.source import Pretrained, find_source
 
+    if not settings.base:
+        return Measure(context or CONTEXT, template=template_for(settings, NO_TOKENIZER))
     run = find_source(Path(settings.checkpoints_dir), settings.base)
     if run.kind == "lora":
         raise UsageError(f"{run.name} is a LoRA run; name the base it was trained on: {run.metadata['base']['run']}")

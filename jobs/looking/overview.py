@@ -23,6 +23,7 @@ SHOWN = 3  # records
 VALUES = 12  # different values of a column that are counted, before it is taken for free text
 GIVEN, LEARNED = "  │ ", "  ┃ "
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
+LONGEST = 2000  # characters of a part of a record that is shown
 
 
 @dataclass
@@ -164,9 +165,11 @@ def rendered(record: Record, measure: Measure, colour: bool) -> str:
 
 
 def _marked(text: str, said: bool, colour: bool) -> list[str]:
-    shown = "".join(char if char.isprintable() or char == "\n" else "�" for char in text.strip("\n"))
+    more = f" ... ({len(text) - LONGEST:,} characters more)" if len(text) > LONGEST else ""
+    shown = "".join(char if char.isprintable() or char == "\n" else "�" for char in text[:LONGEST].strip("\n"))
     start, end = (GREEN, PLAIN) if said and colour else ("", "")
-    return [f"{start}{LEARNED if said else GIVEN}{line}{end}" for line in shown.split("\n")] if text else []
+    lines = f"{shown}{more}".split("\n")
+    return [f"{start}{LEARNED if said else GIVEN}{line}{end}" for line in lines] if text else []
 
 
 def _line(text: str, longest: int) -> str:
