@@ -134,7 +134,7 @@ RULES: Mapping[str, Rule] = {
     "personal": Rule("e-mail addresses, telephone and card numbers", _personal),
     "secret": Rule("keys and tokens, which are to be withdrawn too", _secrets),
     "context": Rule("more tokens than the context has"),
-    "unwritable": Rule("what the base's template or tokenizer refuses, as its special tokens"),
+    "unwritable": Rule("what the base's template or tokenizer refuses: special tokens, unknown characters"),
     "duplicate": Rule("the same as an earlier record, white space aside", mended=True),
     "near-duplicate": Rule("nearly the same as an earlier record"),
     "contradiction": Rule("the prompt of an earlier record with another answer"),
