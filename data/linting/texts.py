@@ -92,7 +92,7 @@ AT_URL = (
     r"[^\s<>\"'`|\\\u3000-\u303f\uff00-\uffef.,;:!?)\]}*_]"
 )
 URL = re.compile(AT_URL, re.IGNORECASE)
-LINK = re.compile(rf"!?\[([^\[\]\n]{{0,300}})\]\(\s*{AT_URL}[^)\s]*\s*\)", re.IGNORECASE)
+LINK = re.compile(rf"!?\[([^\[\]\n]{{0,300}})\]\(\s*({AT_URL}[^)\s]*)\s*\)", re.IGNORECASE)
 ASIDE = re.compile(rf"(?:(?<![ \t])[ \t]++)?(?:\(\s*{AT_URL}\s*\)|\[\s*{AT_URL}\s*\]|<{AT_URL}>)", re.IGNORECASE)
 # A sentence that only points elsewhere: a URL by itself, or after a few words that name it.
 POINTER = re.compile(
@@ -117,8 +117,8 @@ def without_urls(text: str) -> tuple[str, int]:
     point to one. One that is part of what a sentence says stays, and so does a text that is nothing else."""
     if not (before := len(urls(text))) or "`" in text:
         return text, 0
-    found = ASIDE.sub("", LINK.sub(r"\1", text))
-    found = "".join(part for part in pieces(found) if not (has_url(part) and POINTER.search(part.strip()))).strip()
+    kept = [part for part in pieces(text) if not (has_url(part) and POINTER.search(LINK.sub(r"\2", part).strip()))]
+    found = ASIDE.sub("", LINK.sub(r"\1", "".join(kept))).strip()
     return (found, before - len(urls(found))) if found else (text, 0)
 
 

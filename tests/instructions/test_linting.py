@@ -329,6 +329,7 @@ def test_near_duplicates_in_scripts_without_blanks():
         ("Sure, here are two colours: blue and red.", "blue and red."),
         ("Blue. See [the guide](https://a.io/x) for more.", "Blue. See the guide for more."),
         ("Blue (https://a.io).", "Blue."),
+        ("Blue. See [here](https://a.io).", "Blue."),
         ("Blue.\n\nSource: https://a.io/b?c=d#e", "Blue."),
         ("Go to https://a.io and press the key.", "Go to https://a.io and press the key."),
         ("https://a.io", "https://a.io"),
