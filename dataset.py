@@ -69,9 +69,9 @@ class Command(Table):
 
     @property
     def names(self) -> dict[str, str]:
-        """COLUMNS. Raises UsageError where it names none. Shells give the terminal's width that name."""
+        """COLUMNS. Raises UsageError where it names none."""
         try:
-            return {} if self.columns.isdecimal() else parse_columns(self.columns)
+            return parse_columns(self.columns)
         except ValueError as error:
             raise UsageError(f"COLUMNS={self.columns}: {error}") from None
 

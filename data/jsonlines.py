@@ -23,6 +23,8 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line.decode(), object_pairs_hook=once)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: no JSON in UTF-8: {error.msg} at character {error.pos + 1}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: no JSON in UTF-8: {error}") from None
     if not isinstance(value, dict):

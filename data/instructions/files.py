@@ -8,17 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.jsonlines import once, read_json_lines
+from data.jsonlines import once, try_json_lines
 from runtime.errors import UserError
 from runtime.extras import needs_package
 from runtime.settings.config import RECORDS
 from runtime.storage.folders import plain_errors
 
 Rows = Iterator[tuple[str, dict[str, Any]]]  # each with where it stands
+Tried = Iterator[tuple[str, dict[str, Any] | UserError]]  # where it stands, and the row, or why it is none
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
-def _json(path: Path) -> Rows:
+def _json(path: Path) -> Tried:
     """The objects of one list, by itself or as the only list of an object."""
     try:
         with plain_errors(path, "read"):
@@ -32,38 +33,53 @@ def _json(path: Path) -> Rows:
     if len(lists) != 1:
         raise UserError(f"{path}: must hold one list of records")
     for i, row in enumerate(lists[0], 1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path} record {i}: must be an object in braces, and it is {json.dumps(row)[:40]}")
-        yield f"{path} record {i}", row
+        where = f"{path} record {i}"
+        told = "" if isinstance(row, dict) else json.dumps(row)[:40]
+        yield where, UserError(f"{where}: must be an object in braces, and it is {told}") if told else row
 
 
-def _csv(path: Path) -> Rows:
+def _csv(path: Path) -> Tried:
     """The lines after the first, which names the columns."""
     csv.field_size_limit(2**26)
-    try:
-        with plain_errors(path, "read"), path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, strict=True)
-            columns = next(rows, [])
-            if len(columns) < 2 and any(sign in "".join(columns) for sign in ";\t"):
-                raise UserError(f"{path} line 1: its columns must be separated by commas")
-            if len(set(columns)) < len(columns):
-                raise UserError(f"{path} line 1: a column's name is there twice")
-            last = rows.line_num
-            for row in rows:
-                where, last = f"{path} line {last + 1}", rows.line_num
-                if row and len(row) != len(columns):
-                    raise UserError(f"{where}: it has {len(row)} fields, and line 1 names {len(columns)} columns")
-                if row:
+    with plain_errors(path, "read"), path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        columns, last = _columns(path, rows), rows.line_num
+        while True:
+            where = f"{path} line {last + 1}"
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield where, UserError(f"{where}: no CSV: {error}")
+            except UnicodeDecodeError as error:  # which is found out some lines ahead of where it is
+                told = f"after line {last} it is not UTF-8 ({error.reason})"
+                raise UserError(f"{path}: {told}; save it again as UTF-8") from None
+            else:
+                if len(row) == len(columns):
                     yield where, dict(zip(columns, row, strict=True))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 ({error.reason} at byte {error.start:,}); save it again as UTF-8"
-        ) from None
+                elif row:
+                    told = f"it has {len(row)} fields, and line 1 names {len(columns)} columns"
+                    yield where, UserError(f"{where}: {told}")
+            last = rows.line_num
+
+
+def _columns(path: Path, rows: Iterator[list[str]]) -> list[str]:
+    """The first line of a CSV file. Raises UserError for one that cannot name columns."""
+    try:
+        columns = next(rows, [])
     except csv.Error as error:
-        raise UserError(f"{path} line {rows.line_num}: no CSV: {error}") from None
+        raise UserError(f"{path} line 1: no CSV: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason}); save it again as UTF-8") from None
+    if len(columns) < 2 and any(sign in "".join(columns) for sign in ";\t"):
+        raise UserError(f"{path} line 1: its columns must be separated by commas")
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{path} line 1: a column's name is there twice")
+    return columns
 
 
-def _parquet(path: Path) -> Rows:
+def _parquet(path: Path) -> Tried:
     with needs_package("pyarrow", "instructions"):
         import pyarrow
         import pyarrow.parquet
@@ -78,17 +94,28 @@ def _parquet(path: Path) -> Rows:
         raise UserError(f"{path} is no Parquet file: {str(error).partition(chr(10))[0]}") from None
 
 
-READERS = dict(zip(RECORDS, (read_json_lines, read_json_lines, _json, _csv, _parquet), strict=True))
+READERS = dict(zip(RECORDS, (try_json_lines, try_json_lines, _json, _csv, _parquet), strict=True))
 
 
-def read_rows(path: Path) -> Rows:
-    """The rows of one file. Raises UserError that names the file, and the line or record, for anything else."""
+def try_rows(path: Path) -> Tried:
+    """The rows of a file; where one cannot be read, the error in its place, and then the rows after it.
+
+    Raises UserError, which names the file, for what nothing can be read of or after, as an encoding that is not UTF-8.
+    """
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: it must end in {', '.join(READERS)}")
-    return reader(path)
+    yield from reader(path)
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows of a file. Raises UserError that names the file, and the line or record, at the first that is none."""
+    for where, row in try_rows(path):
+        if isinstance(row, UserError):
+            raise row
+        yield where, row
 
 
 def files_of(name: str) -> dict[str, list[Path]]:

@@ -17,7 +17,7 @@ from typing import Any
 from data.instructions.files import read_rows
 from data.instructions.records import Record
 from data.linting.across import Across, Balance
-from data.linting.reading import try_record, try_rows
+from data.linting.reading import tried, try_record
 from data.linting.rules import RULES, Found, check, rule_of
 from runtime.errors import UserError
 
@@ -121,7 +121,7 @@ def rows_of(files: Mapping[str, Sequence[Path]]) -> Rows:
     for split, paths in files.items():
         for path in paths:
             empty = True
-            for where, row in try_rows(path):
+            for where, row in tried(path):
                 empty = False
                 yield split, where, row
             if empty:

@@ -16,7 +16,7 @@ from runtime.console import say
 from runtime.errors import UsageError
 from runtime.settings.fields import ContradictionError, Setting, Table, format_value, resolve, settings_of
 from runtime.settings.flags import read_flags
-from runtime.settings.spelling import FOREIGN, is_ours, near_miss, suggestion
+from runtime.settings.spelling import FOREIGN, SHELLS_OWN, is_ours, near_miss, suggestion
 
 ENVIRONMENT, DOTENV = "environment", ".env"
 
@@ -74,7 +74,8 @@ def _find(row: Setting, flags: dict, environ: Mapping[str, str], dotenv: Mapping
     if row.name in flags:
         return flags[row.name], "argument" if row.metavar else f"flag {row.flag}"
     for source, values in ((ENVIRONMENT, environ), (DOTENV, dotenv)):
-        if row.env and row.variable in values:
+        others = source == ENVIRONMENT and SHELLS_OWN.get(row.variable, "(?!)")
+        if row.env and row.variable in values and not (others and re.fullmatch(others, values[row.variable].strip())):
             return values[row.variable].strip(), source  # cmd's `set A=8 && python ...` gives "8 "
     return None
 

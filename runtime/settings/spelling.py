@@ -45,6 +45,8 @@ ALIASES = {
 }
 CALLED = {alias: name for name, aliases in ALIASES.items() for alias in aliases.split()}
 FOREIGN = ("R", "RANK")  # set by R and by torchrun for their own use, so as variables they mean nothing to us
+# Settings that are another program's where the environment has such a value: shells tell the terminal's width so.
+SHELLS_OWN = {"COLUMNS": r"[0-9]+"}
 
 
 def plain(name: str) -> str:

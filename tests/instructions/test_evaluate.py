@@ -11,11 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional as F
 
 import evaluate
 import generate
 import training
 from data.instructions.records import Record
+from data.instructions.spelling import score as spelling_score
+from jobs.generating.load import load
 from jobs.judging.rendering import shown
 from jobs.judging.scores import faithfulness
 from jobs.runs.source import load_source
@@ -165,6 +169,9 @@ def test_the_answers_are_those_that_the_run_gives_and_their_scores_make_the_figu
         if row["group"] not in ("Loss", "Forgetting") and name not in ("perplexity", "words right"):
             counted = [score for score in scores if score is not None]
             assert row["run"]["value"] == pytest.approx(sum(counted) / len(counted))
+    spelled = spelling_score([line["run"] for line in lines], [line["wanted"] for line in lines])
+    assert rules(report)["words right"]["run"]["value"] == pytest.approx(spelled.words)
+    assert rules(report)["exact match"]["run"]["value"] == spelled.lines
     worst = [line["scores"]["run"]["chrF"] for line in report["worst"]]
     others = [
         line["scores"]["run"]["chrF"] for line in lines if line["where"] not in {w["where"] for w in report["worst"]}
@@ -173,6 +180,21 @@ def test_the_answers_are_those_that_the_run_gives_and_their_scores_make_the_figu
         worst == sorted(worst) and len(worst) <= 10 and all(line["run"] != line["wanted"] for line in report["worst"])
     )
     assert max(worst) <= min(others, default=1.0)
+
+
+def test_perplexity_is_under_the_base_and_cut_off_what_has_no_end(root: Path, report: dict) -> None:
+    model, tokenizer = load("base", root / "checkpoints")
+    lines = [json.loads(line) for line in (root / "report" / "answers.jsonl").read_text("utf-8").splitlines()]
+    for column in ("base", "run"):
+        for line in lines:
+            question, given = line["asked"].split("\n\n")
+            prompt = f"### Instruction:\n{question}\n\n### Input:\n{given}\n\n### Response:\n"
+            before, ids = len(tokenizer.encode(prompt)), torch.tensor(tokenizer.encode(prompt + line[column]))
+            with torch.no_grad():
+                each = F.cross_entropy(model(ids[None, :-1])[0][0], ids[1:], reduction="none")
+            expected = each[before - 1 :].mean().item() if line[column] else None
+            assert line["scores"][column]["perplexity"] == pytest.approx(expected, rel=1e-3)
+            assert line["scores"][column]["cut off"] == (len(line[column]) == 20)  # a token is a character
 
 
 def test_an_adapter_at_strength_0_is_the_base(judged) -> None:
@@ -196,6 +218,10 @@ def test_a_fully_tuned_run_is_beside_its_base_and_asked_its_test_records(judged,
     assert report["data"] == {"what": "test records of folder", "prompts": 7, "of": 7}
     assert rules(report)["loss of wanted answers"]["outcome"] == "better"
     assert not any("validation records" in note for note in report["notes"])
+    alone = judged("base", "--data", "folder/test.jsonl")
+    for name in ("perplexity", "loss of wanted answers"):
+        assert rules(alone)[name]["run"] == rules(report)[name]["base"]
+    assert rules(alone)["perplexity"]["wanted"] == rules(report)["perplexity"]["wanted"]
     (root / "checkpoints" / "base").rename(root / "elsewhere")
     try:
         alone = judged("full")

@@ -20,7 +20,7 @@ from data.linting.cleaning import Cleaning, mended_row
 from data.linting.forms import TARGETS, converted
 from data.linting.lint import How, Report, lint
 from data.linting.near import THRESHOLD, Signatures, runs_of
-from data.linting.reading import try_rows
+from data.linting.reading import tried
 from data.linting.rules import RULES, answers, check, whole
 from runtime.errors import UserError
 
@@ -200,11 +200,11 @@ def test_linting_goes_on_after_what_is_no_record(tmp_path: Path) -> None:
     report = linted(tmp_path)
     assert (report.records, report.rows) == (7, 13)
     assert report.broken.keys() == {"not-a-record"}
-    bad = [f"{where}: {row}" for path in sorted(tmp_path.iterdir()) for where, row in try_rows(path) if is_bad(row)]
+    bad = [f"{where}: {row}" for path in sorted(tmp_path.iterdir()) for where, row in tried(path) if is_bad(row)]
     told = (
         "a.jsonl line 2: it has more than 64 MB", "a.jsonl line 4: no JSON in UTF-8: ", "b.csv line 3: it has 1 fields",
         "b.csv line 7: it has 3 fields, and line 1 names 2 columns", "b.csv line 8: no CSV: ",
-        "c.json record 2: must be an object in braces, not 8",
+        "c.json record 2: must be an object in braces, and it is 8",
     )  # fmt: skip
     assert len(bad) == len(told)
     assert all(part in line for line, part in zip(bad, told, strict=True)), bad
@@ -229,7 +229,7 @@ def is_bad(row: object) -> bool:
 def test_a_file_that_cannot_be_read_is_one_line(name: str, data: bytes, told: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError) as error:
-        for _, row in try_rows(tmp_path / name):
+        for _, row in tried(tmp_path / name):
             if isinstance(row, UserError):
                 raise row
         linted(tmp_path)

@@ -15,14 +15,18 @@ from torch.nn import functional as F
 from data.chat import GUIDE, Template
 from data.instructions.encoding import Encoded
 from data.instructions.records import Record
+from data.tokenizers import CharTokenizer
+from jobs.generating.answering import answers
 from jobs.judging import losses
-from jobs.judging.judge import asked_text, outputs_of, with_overlaps
+from jobs.judging.judge import Findings, asked_text, outputs_of, with_overlaps
 from jobs.judging.material import Asked, Learned, Material
-from jobs.judging.report import verdict
+from jobs.judging.report import to_report, verdict
 from jobs.judging.rules import HIGHER, LOSS, LOWER, PERPLEXITY, SHARE, Judged, Limits, Rule, answer_rules
 from jobs.judging.scorecard import BASE, RUN, WANTED, Row, answer_rows
 from jobs.judging.scores import confidence, copying, faithfulness, fluency, lengths, safety
 from jobs.judging.scores.words import names, numbers, words
+from models.generation.choosing import Sampling
+from models.generation.sampling import generate
 from runtime.device import Machine
 from runtime.errors import UserError
 from tests.pretrained.tiny_chats import CHATML
@@ -288,3 +292,32 @@ def test_a_word_list_is_read_a_phrase_a_line(tmp_path) -> None:
         path.write_bytes(data)
         with pytest.raises(UserError, match=told):
             safety.read_word_list(path)
+
+
+def test_the_worst_answers_are_those_furthest_from_the_wanted_ones_and_never_these() -> None:
+    said = ["Anna has 3 owls.", "It is so.", "Anna has 4 owls.", "Anna", "Anna has 3 owls.\n"]
+    records = [Record(f"line {i}", prompt="Who?", completion="Anna has 3 owls.") for i in range(len(said))]
+    judged = {RUN: [Judged("Who?", "Anna has 3 owls.", text) for text in said]}
+    rows = [row for row in answer_rows(answer_rules(limits()), judged) if row.applies]
+    found = to_report({"run": "run", "base": None}, Findings(judged, rows, [], []), records, ["a note"])["worst"]
+    assert [answer["where"] for answer in found] == [f"line {i}" for i in (1, 3, 2)]
+    assert found[0]["run"] == "It is so." and "exact match" in found[0]["faults"]
+    assert set(found[2]["faults"]) == {"exact match", "numbers made up"}
+
+
+def test_an_answer_has_ended_where_a_stop_token_came(monkeypatch) -> None:
+    tokenizer = CharTokenizer.train("")
+    model = tiny(vocab_size=tokenizer.vocab_size, block_size=64)
+    records = [Record("a", prompt=text, completion="?") for text in ("a", "bc", "def", "to be", "or", "not")]
+    how, longest = Sampling(temperature=0.7), 12
+    prompts = sorted((tuple(tokenizer.encode(record.prompt)) for record in records), key=len)
+    rows = generate(model, prompts, longest, how, 3)
+    made = {prompt: row[len(prompt) :] for prompt, row in zip(prompts, rows, strict=True)}
+    stop = next(token for token in made[prompts[0]] if any(token not in tokens for tokens in made.values()))
+    monkeypatch.setattr(tokenizer, "stop_ids", (stop,), raising=False)
+    found = answers(model, tokenizer, Template("", ()), records, how, longest, CPU, 3)
+    for record, answer in zip(records, found, strict=True):
+        tokens = made[tuple(tokenizer.encode(record.prompt))]
+        assert answer.ended == (stop in tokens)
+        assert answer.text == tokenizer.decode(tokens).partition(tokenizer.decode([stop]))[0]
+    assert {answer.ended for answer in found} == {True, False}

@@ -414,6 +414,14 @@ def test_a_windows_folder_without_quotes_is_kept_letter_by_letter(dotenv):
         assert read(dotenv=dotenv(f"DATA_DIR={text}")).settings.data_dir == "C:\\new\\runs"
 
 
+def test_the_terminals_width_is_no_name_of_columns(dotenv):
+    """Shells and CI export it as COLUMNS, and so may a person what the columns of records are called."""
+    assert read(environ={"COLUMNS": "80"}).sources == {}
+    told = read(environ={"COLUMNS": "output=answer"})
+    assert (told.settings.columns, told.sources) == ("output=answer", {"COLUMNS": "environment"})
+    assert read(dotenv=dotenv("COLUMNS=output=answer"), environ={"COLUMNS": "80"}).settings.columns == "output=answer"
+
+
 def test_an_empty_text_setting_is_its_empty_default(dotenv):
     resolved = read(dotenv=dotenv("BASE=\nRUN_NAME=''"))
     assert (resolved.settings.base, resolved.settings.run_name) == ("", "")
