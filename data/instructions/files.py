@@ -25,9 +25,7 @@ def _json(path: Path) -> Tried:
         with plain_errors(path, "read"):
             value = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: no JSON in UTF-8: {error}; JSON lines belong into a file that ends in .jsonl"
-        ) from None
+        raise UserError(f"{path}: no JSON in UTF-8: {error}; JSON lines need a name in .jsonl") from None
     values = value.values() if isinstance(value, dict) else [value]
     lists = [each for each in values if isinstance(each, list)]
     if len(lists) != 1:
