@@ -80,7 +80,7 @@ def choose(root: Path, run_name: str, wanted: Strengths | None, others: Iterable
     names = tuple(dict.fromkeys([*wanted, *others]))
     if not names:
         base = base_of(root, run) if run.kind == "lora" else Base.of(run)
-        return Choice(base, {}, {}, *_template(base, [run] if run.kind != "lora" else []))
+        return Choice(base, {}, {}, *_template(base, [run]))  # the base is asked as its adapter would be
     adapted = open_adapters(root, names)
     base = adapted[0].base
     if run and not _is_on(run, base):

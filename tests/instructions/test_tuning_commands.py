@@ -65,6 +65,8 @@ def test_a_tuned_base_of_ours_answers_and_stops(tuned: Path) -> None:
     asked = ("--instruction", "Where?", "--input", "the ant and the emu", "--max-new-tokens", "60")
     assert run(tuned, "generate.py", "--run", "tuned", *asked).stdout == f"{ANSWER}\n"
     assert run(tuned, "generate.py", "--run", "tuned", *asked, "--num-samples", "2").stdout.count(ANSWER) == 2
+    plain = run(tuned, "generate.py", "--run", "tuned", "--adapter", "none", *asked).stdout
+    assert plain.strip() not in ("", ANSWER)
     chat = run(tuned, "generate.py", "--run", "tuned", "--chat", "--max-new-tokens", "30", typed="Where?\n")
     assert chat.returncode == 0
     assert chat.stdout.startswith("It ")
