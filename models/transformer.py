@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -298,16 +298,24 @@ class Transformer(nn.Module):
         return torch.tensor([row + [*how.stop_ids[:1]] * (longest - len(row)) for row in rows], device=idx.device)
 
     def generate_text(self, prompt: str, max_new_tokens: int = 500, seed: int | None = None, **options) -> str:
-        """The text that follows the prompt, which ends at a stop token where the tokenizer has one.
+        """The text that `stream_text` yields, whole."""
+        return "".join(self.stream_text(prompt, max_new_tokens, seed, **options))
+
+    def stream_text(self, prompt: str, max_new_tokens: int = 500, seed: int | None = None, **options) -> Iterator[str]:
+        """The text that follows the prompt, piece by piece as it is made; it ends at a stop token where the tokenizer
+        has one.
 
         options: as for `generate`. Raises ValueError for a model that `load` did not give a tokenizer, UserError for
         characters that the tokenizer does not know.
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: jobs.generating.load.load gives a run's model its own")
-        idx = torch.tensor([self.tokenizer.encode(prompt or "\n")], device=self.token_embedding.weight.device)
-        options = {"temperature": 0.8, "stop_ids": self.tokenizer.stop_ids} | options
-        return self.tokenizer.decode(self.generate(idx, max_new_tokens, seed, **options)[0, idx.shape[1] :].tolist())
+        ids, decoder = self.tokenizer.encode(prompt or "\n"), self.tokenizer.stream()
+        how = sampling.Sampling(**{"temperature": 0.8, "stop_ids": self.tokenizer.stop_ids} | options)
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        for (token,) in sampling.stream(self, [ids], max_new_tokens, how, seed):
+            yield decoder.feed(token)
+        yield decoder.flush()
 
     def get_parameter_info(self) -> dict[str, int | float]:
         """Counts of parameters: `lora` + `embedding` + `frozen` = `total` where adapters are attached, active or not.

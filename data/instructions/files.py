@@ -11,7 +11,8 @@ from typing import Any
 from data.jsonlines import once, try_json_lines
 from runtime.errors import UserError
 from runtime.extras import needs_package
-from runtime.settings.config import RECORDS
+from runtime.hub import fetch_records
+from runtime.settings.config import RECORDS, is_hub_records
 from runtime.storage.folders import plain_errors
 
 Rows = Iterator[tuple[str, dict[str, Any]]]  # each with where it stands
@@ -118,15 +119,24 @@ def read_rows(path: Path) -> Rows:
 
 def files_of(name: str) -> dict[str, list[Path]]:
     """The files that DATASET names, by the split that the first word of their names says: train, validation or test;
-    those that say nothing are in `train`. Raises UserError for a folder without any."""
+    those that say nothing are in `train`. Raises UserError for a folder without any, and where the hub has none."""
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    for part in (Path(part.strip()).expanduser() for part in name.split(",")):
-        inside = sorted(p for p in part.iterdir() if p.suffix.lower() in READERS) if part.is_dir() else [part]
+    parts = (
+        [fetch_records(name)] if is_hub_records(name) else [Path(part.strip()).expanduser() for part in name.split(",")]
+    )
+    for part in parts:
+        inside = (_inside(part) or _inside(part / "data")) if part.is_dir() else [part]
         if not inside:
             raise UserError(f"{part} is a folder without a file that ends in {', '.join(READERS)}")
         for path in inside:
             found[split_of(path)].append(path)
     return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The files of records in a folder; one that the hub keeps about them is none."""
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in there if path.suffix.lower() in READERS and path.name != "dataset_infos.json"]
 
 
 def split_of(path: Path) -> str:

@@ -12,8 +12,8 @@ from torch import nn
 from lora.attach import base_tensors
 from models.files import CONFIG, INDEX, WEIGHTS
 from models.pretrained.fingerprints import known_fingerprint
-from models.pretrained.hub import fetch
 from runtime.errors import UserError
+from runtime.hub import fetch_model
 from runtime.settings.config import is_hub_name
 from runtime.storage import folders
 from runtime.storage.encoding import read_json
@@ -89,5 +89,5 @@ def find_source(root: Path, name: str) -> Run:
         if run := open_run(folder) or open_pretrained(folder):
             return run
     if is_hub_name(name) and not Path(name).exists():
-        return Pretrained(fetch(name), name)
+        return Pretrained(fetch_model(name), name)
     return find_run(root, name)

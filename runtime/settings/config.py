@@ -165,7 +165,8 @@ class Settings(CommonSettings):
     dataset: str = setting(
         "shakespeare",
         "What to train on: shakespeare, folio, milton, tinyshakespeare or the path of a .txt file; or records of "
-        "instructions or chats: folio-pairs, or .jsonl, .json, .csv or .parquet files (with commas) or their folder",
+        "instructions or chats: folio-pairs, .jsonl, .json, .csv or .parquet files (with commas), their folder, or a "
+        "data set's name on the Hugging Face hub",
         group=DATA,
         **A_FOLDER | {"allowed": "the name of a corpus or a path"},
     )
@@ -369,9 +370,18 @@ class Settings(CommonSettings):
 
 
 def has_records(dataset: str) -> bool:
-    """Whether DATASET names records of instructions or chats, rather than a text: files, or a folder of such."""
+    """Whether DATASET names records of instructions or chats, rather than a text: files, a folder of such, or a name on
+    the Hugging Face hub."""
+    if dataset in RECORD_SETS or is_hub_records(dataset):
+        return True
     parts = [Path(part.strip()).expanduser() for part in dataset.split(",")]
-    return dataset in RECORD_SETS or all(part.suffix.lower() in RECORDS or _is_folder(part) for part in parts)
+    return all(part.suffix.lower() in RECORDS or _is_folder(part) for part in parts)
+
+
+def is_hub_records(dataset: str) -> bool:
+    """Whether DATASET can only be a name on the hub: owner/name, where there is no such file."""
+    named = re.fullmatch(HUB_NAME, dataset) and Path(dataset).suffix.lower() not in (".txt", *RECORDS)
+    return bool(named) and not Path(dataset).exists()
 
 
 def _is_folder(path: Path) -> bool:

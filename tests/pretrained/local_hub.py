@@ -1,4 +1,4 @@
-"""As much of the Hugging Face hub as a download asks for, on a local port; models are folders owner/name in a root."""
+"""As much of the Hugging Face hub as a download asks for, on a local port; repositories are folders owner/name in a root."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
-        found = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?", path)
+        found = re.fullmatch(
+            r"(?:/api/models|(?:/api)?/datasets)?/([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?", path
+        )
         folder = self.root / found[1] if found else self.root / "none"
         if not folder.is_dir():
             return self.answer(404, {"error": "not found"}, X_Error_Code="RepoNotFound")

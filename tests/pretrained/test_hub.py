@@ -23,6 +23,10 @@ def hub(tmp_path_factory) -> Iterator[str]:
     (root / "Owner" / "tiny" / "pytorch_model.bin").write_bytes(b"never fetched")
     save(make("llama"), root / "Owner" / "gated")
     (root / "Owner" / "gated" / ".gated").touch()
+    (root / "Owner" / "pairs").mkdir()
+    (root / "Owner" / "pairs" / "README.md").write_text("never fetched")
+    rows = "".join(json.dumps({"prompt": f"the {i}", "completion": " cat"}) + "\n" for i in range(30))
+    (root / "Owner" / "pairs" / "train.jsonl").write_text(rows)
     with serving(root) as address:
         yield address
 
@@ -58,6 +62,18 @@ def test_a_base_is_fetched_once_and_its_adapter_finds_it_again_offline(hub: str,
         done = run(tmp_path, hub, "generate.py", "--run", "lora", "--max-new-tokens", "3", **settings)
         assert done.returncode == 0, done.stderr
         assert "Fetching" not in done.stderr
+
+
+def test_records_are_fetched_once(hub: str, tmp_path: Path) -> None:
+    words = ("--test-mode", "--use-lora", "--base", "Owner/tiny", "--dataset", "Owner/pairs", "--block-size", "16")
+    for settings in ({}, {"HF_HUB_OFFLINE": "1", "FRESH": "True"}):
+        done = run(tmp_path, hub, "training.py", *words, "--max-iters", "2", **settings)
+        assert done.returncode == 0, done.stderr
+        assert "Base: tiny, records: pairs" in done.stdout
+        assert ("Fetching Owner/pairs from the Hugging Face hub" in done.stderr) == (not settings)
+    assert not list((tmp_path / "hf").rglob("README.md"))
+    done = run(tmp_path, hub, "training.py", *words[:-3], "Owner/none")
+    assert "error: there is no Owner/none on the hub, no file of that name here, or it is private" in done.stderr
 
 
 @pytest.mark.parametrize("place", ["environment", ".env"])
