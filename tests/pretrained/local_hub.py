@@ -1,4 +1,4 @@
-"""As much of the Hugging Face hub as a download asks for, on a local port; repositories are folders owner/name in a root."""
+"""As much of the Hugging Face hub as a download asks for, on a local port; repositories are folders owner/name."""
 
 from __future__ import annotations
 
