@@ -92,7 +92,7 @@ PRESETS = {
     },
     "LoRA on a pretrained base": {"learning_rate": 5e-4},
     "records": {"patience": 3},
-    "records on a pretrained base": {"batch_size": 8, "gradient_accumulation_steps": 2, "epochs": 2.0},
+    "records on a pretrained base": {"batch_size": 8, "epochs": 3.0},
     "TEST_MODE on a pretrained base": {
         "block_size": 64,
         "max_iters": 10,

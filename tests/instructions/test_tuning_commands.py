@@ -83,11 +83,11 @@ def test_the_template_travels_with_the_run_and_the_adapter(tuned: Path) -> None:
     assert run_.result["val_loss"] < 0.1 < run_.result["base_val_loss"]
 
 
-def test_a_pretrained_base_is_tuned_by_its_own_template_for_two_epochs(made: Path) -> None:
+def test_a_pretrained_base_is_tuned_by_its_own_template_for_three_epochs(made: Path) -> None:
     settings = {"USE_LORA": "True", "BASE": "theirs", "DATASET": "pairs.jsonl", "RUN_NAME": "theirs-tuned"}
     settings |= {"BLOCK_SIZE": "64", "EVAL_ITERS": "2", "LEARNING_RATE": "3e-2", "GRADIENT_ACCUMULATION_STEPS": "2"}
     told = good(made, "training.py", **settings, **FAST)
-    assert "EPOCHS=2: 12 steps" in told  # 91 or so of 100, 16 a step
+    assert "EPOCHS=3: 18 steps" in told  # 91 or so of 100, 16 a step
     run_ = open_run(made / "checkpoints" / "theirs-tuned")
     assert run_.metadata["template"] == CHATML
     assert (run_.artifact / "chat_template.jinja").read_text() == CHATML
