@@ -18,6 +18,7 @@ from typing import Any
 
 import adapters
 import compare
+import dataset
 import evaluate
 import generate
 from runtime.errors import UsageError, run_command
@@ -30,7 +31,9 @@ TABLES: dict[str, type[Table]] = {
     "compare.py": compare.Options,
     "generate.py": generate.Options,
     "evaluate.py": evaluate.Options,
-} | {f"adapters.py {word}": table for word, table in adapters.COMMANDS.items()}
+}
+TABLES |= {f"adapters.py {word}": table for word, table in adapters.COMMANDS.items()}
+TABLES |= {f"dataset.py {word}": table for word, table in dataset.COMMANDS.items()}
 
 FLAG_FORMS = ("--flag=text", "--flag text", "--flag twice")
 VARIABLE_FORMS = ("environment", ".env", ".env unquoted")

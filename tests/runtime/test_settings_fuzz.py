@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from hypothesis import example, given
 
 from runtime.settings.config import Settings
 from runtime.settings.fields import ContradictionError, resolve, settings_of
+from runtime.settings.spelling import SHELLS_OWN
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,6 +78,9 @@ def strike(table, row, form, text, folder) -> str:
     if not is_plain(row, form, text):
         named = (row.flag, shown(text), ".env" if form == ".env unquoted" else "are required: ")
         assert not isinstance(came_to, str) or any(part in came_to for part in named)
+        return "other"
+    if form == "environment" and re.fullmatch(SHELLS_OWN.get(row.variable, "(?!)"), text.strip()):
+        assert row.variable not in came_to.sources  # a shell's, and none of ours
         return "other"
     right, text = meaning(row, form, text), as_read(form, text)
     if isinstance(came_to, str):
