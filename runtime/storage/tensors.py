@@ -93,7 +93,7 @@ class TensorFile(Mapping[str, Tensor]):
         try:
             self._read_header()
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
-            why = str(error).partition("\n")[0]  # torch adds a stack to some
+            why = ascii(str(error).partition("\n")[0])[1:-1]  # torch adds a stack to some, a header anything
             raise CorruptedError(f"{name} is not a whole safetensors file: {why}") from None
 
     def __getitem__(self, name: str) -> Tensor:
