@@ -161,7 +161,7 @@ class Merge(Command):
         check_free(self.root / self.out)
         (adapted,) = open_adapters(self.root, (self.name,))
         text = text_for(adapted, self.dataset)
-        windows = held_out(text, adapted.base, Path(self.data_dir), 1)
+        windows = held_out(text, adapted.run, adapted.base, Path(self.data_dir), 1)
         run, errors = making.merge_run(adapted, self.root / self.out, windows)
         print(f"{run.artifact}: {adapted.base.run.name} with {self.name} merged into it")
         off = max(errors.read_back, errors.rounding)

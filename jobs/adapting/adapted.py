@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.chat import Template
 from data.corpora import Corpus, load_corpus
+from data.instructions.tuning import InstructionData, Sizes
 from data.text import tokens_of, validation_windows
 from jobs.runs.base import Base, base_of, reference
 from jobs.runs.job import IN_CONFIG, run_metadata
-from jobs.runs.source import TEST_CHARACTERS
+from jobs.runs.source import TEST_CHARACTERS, load_source, template_for
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from models.pretrained.families import family_with
 from runtime.errors import UsageError, UserError, join_problems
+from runtime.settings.config import EARLIER, Settings, has_records
 from runtime.storage import folders
 from runtime.storage.encoding import to_sealed_json
 from runtime.storage.runs import ARTIFACTS, Run, all_runs, open_run, suggest
@@ -88,13 +91,26 @@ def load_text(name: str, run: Run, data_dir: Path) -> Corpus:
     return corpus.head(*TEST_CHARACTERS) if run.metadata["settings"].get("test_mode") else corpus
 
 
-def held_out(name: str, base: Base, data_dir: Path, batches: int) -> list[Batch]:
-    """At most so many batches of 16 windows of a text's held-out part; fewer windows a batch where they are long."""
+def held_out(name: str, run: Run, base: Base, data_dir: Path, batches: int) -> list[Batch]:
+    """At most so many batches of 16 windows of a text's held-out part, fewer windows a batch where they are long; of
+    records, 16 of those that are held out, written as the run had them. run: the one that was trained on it."""
+    if has_records(name):
+        return _held_out_records(name, run, base, data_dir, batches)
     tokens = tokens_of(load_text(name, base.run, data_dir).validation, base.tokenizer, data_dir)
     if len(tokens) < 2:
         raise UserError(f"the held-out part of {name} has {len(tokens)} tokens, and nothing can be measured on it")
     length = min(base.model.config.max_positions, LONGEST, len(tokens) - 1)
     return validation_windows(tokens, length, 16 if length <= 256 else max(1, 2048 // length), batches)
+
+
+def _held_out_records(name: str, run: Run, base: Base, data_dir: Path, batches: int) -> list[Batch]:
+    told = {"dataset": name, "data_dir": str(data_dir), "template": ""}
+    settings = Settings.from_dict(EARLIER | run.metadata["settings"] | told)
+    source = run.metadata.get("template")
+    template = Template.of(source, base.tokenizer) if source else template_for(settings, base.tokenizer)
+    length = min(base.model.config.max_positions, LONGEST)
+    sizes = Sizes(length, 16 if length <= 256 else max(1, 2048 // length), 1, settings.seed)
+    return InstructionData.load(load_source(settings), template, base.tokenizer, data_dir, sizes).validation(batches)
 
 
 # --- new runs -----------------------------------------------------------------------------------------------------
@@ -112,6 +128,13 @@ def metadata_of_made(root: Path, kind: str, base: Base, adapter: Adapter, texts:
         settings |= {f"lora_{name}": getattr(adapter.config, name) for name in IN_CONFIG}
     named = reference(base, root)
     return run_metadata(kind, settings, base.model.config, named, base.tokenizer, texts=texts, made=made)
+
+
+def shared_template(runs: Sequence[Run]) -> dict[str, str]:
+    """What `run.json` says of the template that all of these runs were trained with; nothing where they differ."""
+    told = {run.metadata.get("template") for run in runs}
+    (source,) = told if len(told) == 1 else (None,)
+    return {"template": source} if source else {}
 
 
 def check_free(folder: Path) -> None:

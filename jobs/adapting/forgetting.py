@@ -29,7 +29,7 @@ def measure(
     adapted: Adapted, texts: list[str], strengths: list[float], batches: int, data_dir: Path, machine: Machine
 ) -> Curves:
     """Held-out loss on each text at each strength."""
-    windows = {text: held_out(text, adapted.base, data_dir, batches) for text in texts}
+    windows = {text: held_out(text, adapted.run, adapted.base, data_dir, batches) for text in texts}
     model = adapted.base.model
     adapted.adapter.attach_to(model, base_sha256=adapted.base.sha256)
     model.to(machine.device)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from data.corpora import CORPORA
-from jobs.adapting.adapted import Adapted, Base, check_free, metadata_of_made, publish, texts_of
+from data.pretrained_tokenizer import TEMPLATE
+from jobs.adapting.adapted import Adapted, Base, check_free, metadata_of_made, publish, shared_template, texts_of
 from jobs.runs.job import to_adapter_files, to_model_files
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
@@ -53,11 +54,11 @@ def merge_run(adapted: Adapted, folder: Path, windows: list[Batch]) -> tuple[Run
     check_free(folder)
     model, adapter, base = adapted.base.model, adapted.adapter, adapted.base
     texts, origin = texts_of(adapted.run), {"how": "merge", "adapter": adapted.run.name, "sha256": adapter.sha256}
-    about = metadata_of_made(folder.parent, "full", base, adapter, texts, origin)
+    about = metadata_of_made(folder.parent, "full", base, adapter, texts, origin) | shared_template([adapted.run])
     adapter.attach_to(model, base_sha256=base.sha256)
     unmerged = _logits(model, windows)
     merge(model)
-    merged, files = _logits(model, windows), to_model_files(model, base.tokenizer, base)
+    merged, files = _logits(model, windows), to_model_files(model, base.tokenizer, base) | _written(about)
     errors = MergeErrors(0.0, _off(merged, unmerged))
 
     def verify(run: Run) -> None:
@@ -89,9 +90,15 @@ def combine_runs(parts: list[Adapted], weights: list[float], method: str, rank: 
     notes = {"combined": f"{told}, by {method}", "trained on": ", ".join(texts) or "not known"}
     if method == "svd":
         notes["relative error of svd"] = f"{made.error:.3g}"
-    files = to_adapter_files(made.adapter, base, notes)
-    publish(folder, metadata_of_made(folder.parent, "lora", base, made.adapter, texts, origin), files, {})
+    about = metadata_of_made(folder.parent, "lora", base, made.adapter, texts, origin)
+    about |= shared_template([part.run for part in parts])
+    publish(folder, about, to_adapter_files(made.adapter, base, notes) | _written(about), {})
     return made
+
+
+def _written(about: dict) -> folders.Files:
+    """The template that a run says it was trained with, as a file."""
+    return {TEMPLATE: about["template"].encode()} if "template" in about else {}
 
 
 def import_folder(source: Path, base: Base, folder: Path) -> Adapter:

@@ -16,6 +16,7 @@ from models.pretrained.families import family_with
 from models.transformer import presets_of_run
 from runtime import report
 from runtime.errors import UserError
+from runtime.settings.config import has_records
 from runtime.start import command_line
 from runtime.storage.runs import Run, all_runs
 
@@ -41,7 +42,8 @@ def _row(run: Run, tokens: str, depth: int) -> tuple[str, ...]:
             kind, targets = f"{adapter.config.variant} {ranks_in_words(adapter)}", targets_in_words(adapter, run)
         steps = result.get("step") or max((step for step, _ in run.saved("step")), default="")
         loss = result.get("val_loss")
-        bits = result.get("bits_per_character") or (loss / math.log(2) if loss and tokens == "char" else None)
+        per_character = tokens == "char" and not any(map(has_records, texts_of(run)))
+        bits = result.get("bits_per_character") or (loss / math.log(2) if loss and per_character else None)
         losses = (f"{value:.4f}" if isinstance(value, float) else "" for value in (loss, bits))
         texts = ",".join(Path(text).name for text in texts_of(run))
         finished = f"{datetime.fromtimestamp(run.written):%Y-%m-%d}" if run.finished else "unfinished"

@@ -97,6 +97,18 @@ def test_a_pretrained_base_is_tuned_by_its_own_template_for_three_epochs(made: P
     good(made, "generate.py", "--run", "theirs-tuned", "--instruction", "Where?", "--max-new-tokens", "5")
 
 
+def test_adapters_measure_on_the_records_and_a_merged_run_is_asked_the_same(tuned: Path) -> None:
+    told = good(tuned, "adapters.py", "merge", "tuned", "--out", "merged", DATA_DIR="cache")
+    assert "Verified on held-out text of pairs.jsonl" in told
+    assert (tuned / "checkpoints/merged/model/chat_template.jinja").read_text() == GUIDE
+    asked = ("--instruction", "Where?", "--input", "the ant and the emu", "--max-new-tokens", "60")
+    assert run(tuned, "generate.py", "--run", "merged", *asked).stdout == f"{ANSWER}\n"
+    told = good(tuned, "adapters.py", "strength", "tuned", "--strengths", "0,1", DATA_DIR="cache")
+    none, whole = (float(line.split()[1]) for line in told.splitlines() if line.split()[:1] in (["0"], ["1"]))
+    result = open_run(tuned / "checkpoints" / "tuned").result
+    assert (none, whole) == pytest.approx((result["base_val_loss"], result["val_loss"]), abs=1e-3)
+
+
 def test_compare_takes_records(tuned: Path) -> None:
     told = good(
         tuned, "compare.py", "--base", "test-base-letters", "--test-mode", "--dataset", "pairs.jsonl",
