@@ -31,6 +31,11 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def answers(self) -> int:
+        """How many answers are said, one after the other."""
+        return int(np.diff(self.said.astype(np.int8), prepend=0).clip(0).sum())
+
     def cut(self, longest: int) -> Encoded:
         """The first tokens, at most so many."""
         return Encoded(self.ids[:longest], self.said[:longest])

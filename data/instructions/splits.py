@@ -46,7 +46,10 @@ def read_records(paths: Iterable[Path], columns: Mapping[str, str]) -> list[Reco
 def hold_out(records: list[Record], share: float) -> tuple[list[Record], list[Record]]:
     """What stays, and about that share of what is asked; records that ask the same are never on both sides, and each
     keeps its side when others are added."""
-    return [r for r in records if r.fraction() >= share], [r for r in records if r.fraction() < share]
+    sides: tuple[list[Record], list[Record]] = [], []
+    for record in records:
+        sides[record.fraction() < share].append(record)
+    return sides
 
 
 def load_records(dataset: str, columns: Mapping[str, str], val_size: float) -> Records:

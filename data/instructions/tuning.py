@@ -129,8 +129,9 @@ class InstructionData:
 def fit(records: Sequence[Record], encoded: Sequence[Encoded], sizes: Sizes) -> list[tuple[Record, Encoded]]:
     """The records that fit, and the rest cut at their end, or left out: where SKIP_LONG asks for it, and where nothing
     that is learned would be left. How many these are is said."""
-    longest, found, cut, lost = sizes.block_size + 1, [], 0, []
+    longest, found, cut, lost, rewritten = sizes.block_size + 1, [], 0, [], 0
     for record, each in zip(records, encoded, strict=True):
+        rewritten += each.answers < sum(message["role"] == "assistant" for message in record.messages)
         short = each.cut(longest)
         learned = len(short) > 1 and (sizes.all_count or short.said[1:].any())
         if len(each) > longest and (sizes.skip_long or not learned):
@@ -138,6 +139,8 @@ def fit(records: Sequence[Record], encoded: Sequence[Encoded], sizes: Sizes) -> 
         elif learned:
             found.append((record, short))
             cut += len(each) > longest
+    if rewritten:
+        say(f"Of {rewritten:,} of {told(records)} only the last answer is learned, as the template rewrites older ones")
     if cut:
         say(f"{cut:,} of {told(records)} have more than BLOCK_SIZE={sizes.block_size} tokens, and are cut at the end")
     if lost:

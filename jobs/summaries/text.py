@@ -47,7 +47,7 @@ class TextSummary:
         for title, text in samples.items():
             found, count = [word for word in words(text) if word in counted], max(1, len(words(text)))
             some = f": {', '.join(list(dict.fromkeys(found))[:8])}" if foreign and found else ""
-            print(f"📝 Sample {title}:\n{report.indented(text)}".replace("Sample :", "Sample:"))
+            print(f"📝 {f'Sample {title}'.strip()}:\n{report.indented(text)}")
             print(f"   {len(found)} of {count} words ({100 * len(found) / count:.0f} %) are words {which}{some}")
 
 

@@ -11,6 +11,7 @@ import torch
 from data.chat import END_TEXT, GUIDE, LINE, Template, encode_chat, own_template
 from data.instructions.encoding import encode_all, encode_prompt, encode_record
 from data.instructions.records import to_record
+from data.instructions.tuning import Sizes, fit
 from data.tokenizers import BPETokenizer, CharTokenizer, Tokenizer
 from runtime.errors import UserError
 from tests.pretrained.tiny_chats import CHATML, LOOPS, opened
@@ -88,6 +89,18 @@ def test_training_sees_what_inference_sees_and_learns_the_answers(row: str, name
         assert last[-1] in tokenizer.stop_ids
     elif name == "guide":
         assert written == record.answer + END_TEXT + "\n\n"
+
+
+@pytest.mark.parametrize(("name", "count"), [("guide", 2), ("chatml", 2), ("forgets", 1)])
+def test_answers_that_the_template_rewrites_are_not_learned_and_that_is_told(
+    name: str, count: int, tokenizers, capsys
+) -> None:
+    tokenizer, record = tokenizers["pretrained"], to_record(ROWS["messages"], "here", {})
+    found = encode_record(record, Template.of(TEMPLATES[name], tokenizer), tokenizer)
+    assert found.answers == count
+    fit([record], [found], Sizes(1024, 1, 1, 0))
+    told = "Of 1 of 1 record only the last answer is learned, as the template rewrites older ones"
+    assert (told in capsys.readouterr().err) == (count == 1)
 
 
 def test_pieces_would_merge_across_the_seam(tokenizers) -> None:
