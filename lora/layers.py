@@ -25,6 +25,7 @@ from lora.functional import (
 )
 from lora.variants.lora import AdapterModule, LoRA
 from runtime.errors import UsageError
+from runtime.storage.quantized import Quantized
 
 MERGED, CACHED = "merged", "cached_weights"  # the context managers that lock a layer
 SMALL = 2**20  # values of weights up to which concatenating them for one matmul pays
@@ -171,6 +172,8 @@ def _is_plain(layer: nn.Module) -> bool:
 def joined(tensors: Sequence[Tensor]) -> Tensor | None:
     """Return tensors (n, m) as one, uncopied, where they lie one after the other in memory; else None."""
     first, place = tensors[0], tensors[0].storage_offset()
+    if any(isinstance(t, Quantized) for t in tensors):
+        return None
     for t in tensors:
         here = t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and t.storage_offset() == place
         if not (here and t.is_contiguous() and t.dtype == first.dtype):

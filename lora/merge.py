@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from lora.attach import adaptable_layers, adapter_names, check_unlocked, detach, using
 from lora.functional import storage_key
-from lora.layers import CACHED, MERGED, LoRALinear
+from lora.layers import CACHED, MERGED, Adaptable, LoRALinear
 from runtime.errors import UsageError
+from runtime.storage.quantized import Quantized
 
 
-def _merged_tensors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each base tensor that the active adapters change, with its effective value.
+def _merged_tensors(model: nn.Module) -> Iterator[tuple[Adaptable, str, Tensor]]:
+    """Yield each base tensor that the active adapters change, as its layer and name, with its effective value.
 
     Raises UsageError at a tensor that another layer shares, since merging would change that layer too.
     """
@@ -36,7 +37,25 @@ def _merged_tensors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
                     f"{' and '.join(shared)} are one tensor, and merging into one of them would change all; "
                     f"untie them first: {owner}.{own} = torch.nn.Parameter({owner}.{own}.detach().clone())"
                 )
-            yield base, effective
+            yield layer, name, effective
+
+
+def _undo(layer: Adaptable, name: str) -> Callable[[], None]:
+    """What gives a layer's own tensor back the values that it has now, after `_write`."""
+    base = getattr(layer, name)
+    if isinstance(base, Quantized):
+        return lambda: setattr(layer, name, base)
+    before = base.clone()
+    return lambda: base.copy_(before)
+
+
+def _write(layer: Adaptable, name: str, effective: Tensor) -> None:
+    """Give a layer's own tensor these values; one in 4 or 8 bits is replaced by a dense one."""
+    base = getattr(layer, name)
+    if isinstance(base, Quantized):
+        setattr(layer, name, nn.Parameter(effective.to(base.dtype), requires_grad=False))
+    else:
+        base.copy_(effective)
 
 
 @contextmanager
@@ -60,30 +79,30 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     base, attaching, detaching and activating raise UsageError too.
     """
     check_unlocked(model)
-    saved: list[tuple[Tensor, Tensor]] = []
+    undo: list[Callable[[], None]] = []
     try:
         with torch.no_grad():
-            for base, effective in _merged_tensors(model):
-                saved.append((base, base.clone()))
-                base.copy_(effective)
+            for layer, name, effective in _merged_tensors(model):
+                undo.append(_undo(layer, name))
+                _write(layer, name, effective)
         with using(model), _locked(model, MERGED):
             yield model
     finally:
         with torch.no_grad():
-            for base, before in saved:
-                base.copy_(before)
+            for take_back in undo:
+                take_back()
 
 
 def merge(model: nn.Module) -> None:
     """Merge the active adapters into the weights for good, in fp32, and detach all adapters.
 
-    Inactive adapters are detached too, since their base has changed. The model stays frozen. Raises UsageError inside
+    Weights in 4 or 8 bits become dense ones. Inactive adapters are detached too, since their base has changed. The model stays frozen. Raises UsageError inside
     `merged` or `cached_weights`, and for a tensor to merge into that several layers share; then nothing is merged.
     """
     check_unlocked(model)
     with torch.no_grad():
-        for base, effective in list(_merged_tensors(model)):  # all computed before the first is written
-            base.copy_(effective)
+        for changed in list(_merged_tensors(model)):  # all computed before the first is written
+            _write(*changed)
     for name in adapter_names(model):
         detach(model, name)
 

@@ -6,7 +6,7 @@ Both are ours or a family's (`models/pretrained/families.py`); `config.json` tel
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from lora.attach import base_tensors
 from models.config import ModelConfig
-from models.pretrained.families import BUFFERS, Family, config_of, family_of
+from models.pretrained.families import Family, config_of, family_of
+from models.stored import EMBEDDING, HEAD, INDEX, WEIGHTS, StoredTensors
 from models.transformer import Transformer
 from runtime.errors import UserError, join_problems
 from runtime.storage.encoding import read_json, to_json
 from runtime.storage.folders import CorruptedError, Files
+from runtime.storage.quantized import Quantized, config_of_form, quantize
 from runtime.storage.tensors import NAMES as DTYPE_NAMES
-from runtime.storage.tensors import TensorFile, differences, fingerprint, pack
+from runtime.storage.tensors import differences, fingerprint, pack
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"  # which file has which tensor, where there are several
+CONFIG = "config.json"
 KEPT = (CONFIG, "generation_config.json")  # what a model that is made from a pretrained one has of its files
-HEAD, EMBEDDING = "lm_head.weight", "token_embedding.weight"
 
 
 def read_values(files: Files, where: str) -> dict[str, Any]:
@@ -53,93 +53,6 @@ def config_from(files: Files, where: str) -> ModelConfig:
         raise CorruptedError(f"{name} is corrupted: {error}") from None
 
 
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a model's folder by our names, each read when it is asked for.
-
-    described: the same on the meta device, with nothing read. A tied head is not among them.
-    """
-
-    def __init__(self, files: Files, where: str, family: Family | None, tied: bool) -> None:
-        """Raises UserError for shards that are missing or cut, and a head that is not what the config says."""
-        self.family, self.where = family, where
-        self.described: dict[str, Tensor] = {}
-        self._places: dict[str, tuple[TensorFile, str]] = {}
-        for file, stored in self._stored(files):
-            if not (family and _is_buffer(stored)):
-                name = self._our_name(stored)
-                described = file.described[stored]
-                self._places[name] = file, stored
-                self.described[name] = described.t() if self._is_transposed(name, described) else described
-        if family and tied:
-            self._tie()
-        elif family and HEAD not in self.described:
-            raise UserError(f"{where}: tie_word_embeddings is false, and there is no {family.theirs('lm_head')}.weight")
-
-    def _stored(self, files: Files) -> Iterator[tuple[TensorFile, str]]:
-        """Every tensor's file and name there."""
-        if INDEX not in files:
-            file = TensorFile(files[WEIGHTS], f"{self.where}/{WEIGHTS}")
-            yield from ((file, name) for name in file)
-            return
-        places = read_json(files[INDEX], f"{self.where}/{INDEX}").get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-            raise CorruptedError(f"{self.where}/{INDEX} is corrupted: weight_map is {places!r:.60}")
-        if gone := sorted(set(places.values()) - files.keys()):
-            raise UserError(f"{self.where}: {join_problems(gone)} is missing, which {INDEX} names")
-        shards = {name: TensorFile(files[name], f"{self.where}/{name}") for name in sorted(set(places.values()))}
-        for name, place in places.items():
-            if name not in shards[place]:
-                raise UserError(f"{self.where}/{place}: {name} is missing, which {INDEX} says is there")
-            yield shards[place], name
-
-    def _our_name(self, stored: str) -> str:
-        if self.family is None:
-            return stored
-        path, _, leaf = stored.rpartition(".")
-        try:
-            return f"{self.family.ours(path)}.{leaf}"
-        except KeyError:
-            return stored  # which no model has
-
-    def _is_transposed(self, name: str, tensor: Tensor) -> bool:
-        path, _, leaf = name.rpartition(".")
-        return bool(self.family) and leaf == "weight" and self.family.is_transposed(path) and tensor.dim() == 2
-
-    def _tie(self) -> None:
-        """Leave out the head of a tied model. Raises UserError where it is stored and is not the embedding."""
-        if HEAD not in self.described:
-            return
-        if EMBEDDING not in self.described:
-            self._places[EMBEDDING], self.described[EMBEDDING] = self._places[HEAD], self.described[HEAD]
-        elif not torch.equal(self[HEAD], self[EMBEDDING]):
-            theirs = [f"{self.family.theirs(path)}.weight" for path in ("lm_head", "token_embedding")]
-            raise UserError(f"{self.where}: tie_word_embeddings is true, and {' and '.join(theirs)} differ")
-        del self._places[HEAD], self.described[HEAD]
-
-    def __getitem__(self, name: str) -> Tensor:
-        file, stored = self._places[name]
-        tensor = file[stored]
-        return tensor.t().contiguous() if self._is_transposed(name, tensor) else tensor
-
-    def read_into(self, name: str, tensor: Tensor) -> None:
-        """Read a tensor into another of its shape, in any dtype, without holding it twice where that can be."""
-        file, stored = self._places[name]
-        if tensor.dtype == self.described[name].dtype and not self._is_transposed(name, tensor):
-            file.read_into(stored, tensor)
-        else:
-            tensor.copy_(self[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.described)
-
-    def __len__(self) -> int:
-        return len(self.described)
-
-
-def _is_buffer(stored: str) -> bool:
-    return bool(BUFFERS.fullmatch(stored))
-
-
 def to_files(model: Transformer, like: Files | None = None) -> Files:
     """The model's base as files, ready to be committed; adapters are not in it.
 
@@ -154,19 +67,32 @@ def to_files(model: Transformer, like: Files | None = None) -> Files:
         del tensors[HEAD]
     values = read_json(like[CONFIG], CONFIG) if like else {}
     if not (family := family_of(values, CONFIG) if values else None):
-        return {CONFIG: to_json(model.config.as_dict()), WEIGHTS: pack(tensors)}
-    values = {name: value for name, value in values.items() if name not in ("dtype", "torch_dtype")}
+        return {CONFIG: to_json(model.config.as_dict()), WEIGHTS: pack(_file_tensors(tensors, None))}
+    described = ("dtype", "torch_dtype", "quantization_config")
+    values = {name: value for name, value in values.items() if name not in described}
     values["torch_dtype"] = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
-    return {**like, CONFIG: to_json(values), WEIGHTS: pack(_their_tensors(tensors, family), {"format": "pt"})}
+    if (form := form_of(model)) != "none":
+        values["quantization_config"] = config_of_form(form, values["torch_dtype"])
+    return {**like, CONFIG: to_json(values), WEIGHTS: pack(_file_tensors(tensors, family), {"format": "pt"})}
 
 
-def _their_tensors(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+def form_of(model: Transformer) -> str:
+    """The form in which the matrices inside the blocks are stored: nf4, int8, or none of these."""
+    forms = (p.form for p in model.parameters() if isinstance(p, Quantized))
+    return next(forms, "none")
+
+
+def _file_tensors(tensors: Mapping[str, Tensor], family: Family | None) -> dict[str, Tensor]:
+    """The tensors by the names that they have in a file of this family's."""
     found = {}
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
-        found[f"{family.theirs(path)}.{leaf}"] = (
-            tensor.t() if leaf == "weight" and family.is_transposed(path) else tensor
-        )
+        place = family.theirs(path) if family else path
+        if isinstance(tensor, Quantized):
+            found |= {f"{place}.{part}": values for part, values in tensor.parts.items()}
+        else:
+            transposed = family and leaf == "weight" and family.is_transposed(path)
+            found[f"{place}.{leaf}"] = tensor.t() if transposed else tensor
     return found
 
 
@@ -220,25 +146,54 @@ def _check_fit(model: Transformer, tensors: StoredTensors, where: str) -> None:
 
 
 def from_files(
-    files: Files, where: str, dropout: float = 0.0, dtype: torch.dtype | None = torch.float32
+    files: Files, where: str, dropout: float = 0.0, dtype: torch.dtype | None = torch.float32, form: str = "none"
 ) -> Transformer:
-    """The model that these files hold, on the CPU, with no adapter, in a dtype, or None for the files' own."""
+    """The model that these files hold, on the CPU, with no adapter, in a dtype, or None for the files' own.
+
+    form: nf4 or int8 for the matrices inside the blocks, which are then quantised one at a time; where they are stored
+    in one of these, they keep it. Raises UserError where they are stored in another.
+    """
     config = config_from(files, where)
     tensors = stored_tensors(files, where, config)
     _check_size(config, tensors, where)
     model = Transformer(config, dropout, "meta")  # nothing is drawn that would be overwritten
     _check_fit(model, tensors, where)
+    forms = _forms(model, tensors, where, form)
     for names in model.weights_of_one_input():
-        described = [tensors.described[name] for name in names]
-        dtypes = {dtype or tensor.dtype for tensor in described}
-        if len(dtypes) == 1:  # together in memory, so that one matmul serves them uncopied
-            whole = torch.empty(sum(map(len, described)), *described[0].shape[1:], dtype=dtypes.pop())
-            parts = whole.split([len(tensor) for tensor in described])
-        else:
-            parts = [torch.empty(tensor.shape, dtype=dtype or tensor.dtype) for tensor in described]
-        for name, part in zip(names, parts, strict=True):
-            tensors.read_into(name, part)
+        for name, values in _read_together(tensors, names, dtype, forms, where).items():
             path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, torch.nn.Parameter(part))
+            setattr(model.get_submodule(path), leaf, torch.nn.Parameter(values, values.is_floating_point()))
     model.tie_head()
     return model
+
+
+def _forms(model: Transformer, tensors: StoredTensors, where: str, form: str) -> dict[str, str]:
+    """The form that each matrix is to have, of those that are in one. Raises UserError where it is stored in another."""
+    if form == "none":
+        return tensors.forms
+    if other := next((stored for stored in tensors.forms.values() if stored != form), None):
+        raise UserError(f"{where} is stored in {other}, which cannot become {form}; leave QUANTIZE out")
+    return tensors.forms | dict.fromkeys(model.linears_of_blocks(), form)
+
+
+def _read_together(
+    tensors: StoredTensors, names: list[str], dtype: torch.dtype | None, forms: Mapping[str, str], where: str
+) -> dict[str, Tensor]:
+    """Weights that have one input, in a dtype or the files' own: where it is one, they are together in memory, so that
+    one matmul serves them uncopied; quantised ones are alone."""
+    described = [tensors.described[name] for name in names]
+    dtypes = {dtype or tensor.dtype for tensor in described}
+    if forms.keys() & set(names):
+        return {name: _quantized(tensors[name], dtype, forms[name], f"{where}: {name}") for name in names}
+    if len(dtypes) == 1:
+        whole = torch.empty(sum(map(len, described)), *described[0].shape[1:], dtype=dtypes.pop())
+        parts = whole.split([len(tensor) for tensor in described])
+    else:
+        parts = [torch.empty(tensor.shape, dtype=dtype or tensor.dtype) for tensor in described]
+    for name, part in zip(names, parts, strict=True):
+        tensors.read_into(name, part)
+    return dict(zip(names, parts, strict=True))
+
+
+def _quantized(W: Tensor, dtype: torch.dtype | None, form: str, name: str) -> Quantized:
+    return W if isinstance(W, Quantized) else quantize(form, W.to(dtype or W.dtype), name)

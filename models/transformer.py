@@ -210,6 +210,11 @@ class Transformer(nn.Module):
         groups = [group for group in groups if names.keys() >= set(group)]
         return groups + [[name] for name in names.keys() - set(itertools.chain(*groups))]
 
+    def linears_of_blocks(self) -> list[str]:
+        """The names of the matrices that QUANTIZE stores in fewer bits: not the head nor the embeddings, as elsewhere."""
+        linears = (name for name, module in self.blocks.named_modules() if isinstance(module, LoRALinear))
+        return [f"blocks.{name}.weight" for name in linears]
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Normal weights of deviation 0.02, as in GPT-2; what writes into the stream shrinks with the depth."""

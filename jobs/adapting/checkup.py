@@ -17,6 +17,7 @@ from lora.variants.registry import VARIANTS
 from models import files as model_files
 from models.pretrained.families import family_with
 from models.pretrained.source import open_pretrained
+from models.stored import WEIGHTS
 from models.transformer import Transformer
 from runtime.errors import UserError
 from runtime.settings.config import NAME
@@ -25,7 +26,7 @@ from runtime.storage.content import sha256
 from runtime.storage.runs import Run, open_run
 from runtime.storage.tensors import unpack
 
-READ = (adapter_files.CONFIG, adapter_files.TENSORS, model_files.CONFIG, model_files.WEIGHTS, TOKENIZER)
+READ = (adapter_files.CONFIG, adapter_files.TENSORS, model_files.CONFIG, WEIGHTS, TOKENIZER)
 UNREADABLE = ("adapter_model.bin", "pytorch_model.bin")
 
 
@@ -49,7 +50,7 @@ class Checkup:
         there = {name.name for name in path.iterdir()} if path.is_dir() else set()
         if there & {adapter_files.CONFIG, adapter_files.TENSORS, *UNREADABLE[:1]}:
             self.adapter(path, self.base)
-        elif there & {model_files.CONFIG, model_files.WEIGHTS}:
+        elif there & {model_files.CONFIG, WEIGHTS}:
             self.model(path)
         else:
             raise UserError(f"{path} is no run, adapter or model: there is no such file, or none of theirs in it")

@@ -36,13 +36,14 @@ def tokenizer_in(files: Files, where: str) -> Tokenizer:
     return load_tokenizer(bytes(files[TOKENIZER]))
 
 
-def load_trained(run: Run, dropout: float = 0.0) -> tuple[Transformer, Tokenizer]:
-    """The model and tokenizer of a base or a fully fine-tuned run, in the dtype in which it is stored.
+def load_trained(run: Run, form: str = "none") -> tuple[Transformer, Tokenizer]:
+    """The model and tokenizer of a base or a fully fine-tuned run, in the dtype in which it is stored; the matrices
+    inside its blocks in 4 or 8 bits where `form` is nf4 or int8.
 
     Raises UserError where files are corrupted.
     """
     files, where = run.read(), str(run.artifact)
-    return model_files.from_files(files, where, dropout, None), tokenizer_in(files, where)
+    return model_files.from_files(files, where, 0.0, None, form), tokenizer_in(files, where)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Base:
     """An opened base: its run, the model as it was read, on the CPU and without adapters, tokenizer and fingerprint.
 
     family: the pretrained family whose format it is in, or None. kept: its files but for the weights, which what is
-    made from it carries along; empty for a format of ours.
+    made from it carries along; empty for a format of ours. The fingerprint is that of its files, also where the model
+    holds matrices in 4 or 8 bits.
     """
 
     run: Run
@@ -66,8 +68,9 @@ class Base:
         return cls.of(find_source(root, name))
 
     @classmethod
-    def of(cls, run: Run, dropout: float = 0.0) -> Base:
-        """A run as a base, its weights in the dtype in which they are stored.
+    def of(cls, run: Run, dropout: float = 0.0, form: str = "none") -> Base:
+        """A run as a base, its weights in the dtype in which they are stored; the matrices inside its blocks in 4 or 8
+        bits where `form` is nf4 or int8.
 
         Raises UsageError where it is an adapter, UserError where it is corrupted.
         """
@@ -76,11 +79,15 @@ class Base:
             raise UsageError(f"{run.name} is a LoRA run; name the base it was trained on: {named}")
         files, where = run.read(), str(run.artifact)
         family = model_files.family_in(files, where)
-        model, tokenizer = model_files.from_files(files, where, dropout, None), tokenizer_in(files, where)
+        model, tokenizer = model_files.from_files(files, where, dropout, None, form), tokenizer_in(files, where)
         kept = {name: files[name] for name in model_files.KEPT if name in files} | sidecar(files) if family else {}
         model.lora_aliases = family.aliases() if family else {}
-        known = isinstance(run, Pretrained)
-        sha256 = run.fingerprint(files, model) if known else fingerprint(base_tensors(model))
+
+        def compute() -> str:
+            stored = model_files.form_of(model) == "none"
+            return fingerprint(base_tensors(model)) if stored else model_files.stored_fingerprint(files, where)
+
+        sha256 = run.fingerprint(files, compute) if isinstance(run, Pretrained) else compute()
         return cls(run, model, tokenizer, sha256, family, kept)
 
     @property
@@ -115,13 +122,15 @@ def _unchanged(base: Base, run: Run) -> Base:
 
 
 def base_of(root: Path, run: Run) -> Base:
-    """The base that an adapter was trained on: by its name, by its path, else the run with its fingerprint.
+    """The base that an adapter was trained on, in the form in which it was: by its name, by its path, else the run with
+    its fingerprint.
 
     Where it is not under its name, stderr tells where it is. Raises UserError where it is nowhere.
     """
     said, opened, error = run.metadata["base"], None, None
+    form = run.metadata["settings"].get("quantize", "none")
     if "hub" in said:
-        return _unchanged(Base.of(find_source(root, said["hub"])), run)
+        return _unchanged(Base.of(find_source(root, said["hub"]), form=form), run)
     places = [root / said["run"], run.folder.parent / said["run"], *([Path(said["path"])] if "path" in said else [])]
     named = len(places)
     for folder in {run.folder.parent: None, root: None}:
@@ -129,7 +138,7 @@ def base_of(root: Path, run: Run) -> Base:
     for i, folder in enumerate(places):
         try:
             there = None if folder in places[:i] else open_run(folder) or open_pretrained(folder)
-            base = Base.of(there) if there else None
+            base = Base.of(there, form=form) if there else None
         except UserError as problem:
             error = error or problem
             continue

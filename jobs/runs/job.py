@@ -189,13 +189,14 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
     source = load_source(settings)
     torch.manual_seed(settings.seed)
     if base:
-        opened = Base.of(base, settings.dropout)
+        opened = Base.of(base, settings.dropout, settings.quantize)
         model, tokenizer = opened.model, opened.tokenizer
         check_shape(given, opened)
         if not opened.family:
             # A run's A matrices are drawn after what a fresh base draws, so that a seed gives what it always gave.
             Transformer(model.config)
         if not settings.use_lora:
+            check_trains_whole(opened)
             model.float()
         settings = replace(settings, block_size=block_size_for(given, opened))
     else:

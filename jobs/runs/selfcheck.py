@@ -18,6 +18,7 @@ from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.attach import adaptable_layers, base_tensors, using
 from lora.variants.lora import LoRA
+from models.files import stored_fingerprint
 from models.pretrained.families import family_with
 from models.transformer import Transformer
 from runtime.errors import UserError, join_problems
@@ -72,10 +73,10 @@ def read_back(job: Job, run: Run) -> tuple[Transformer, folders.Files, Adapter]:
     """
     if not (saved := run.saved("best")):
         raise UserError("the best weights that it saved are gone")
-    fresh, _ = load_trained(job.base.run)
+    fresh, _ = load_trained(job.base.run, job.settings.quantize)
     memory, disk = (base_tensors(model) for model in (job.model, fresh))
     if differences(memory, disk) or not all(torch.equal(t.cpu(), disk[name]) for name, t in memory.items()):
-        if fingerprint(disk) == job.base.sha256:  # which nobody needs to know where both are equal
+        if stored_fingerprint(job.base.run.read(), "") == job.base.sha256:  # not asked where both are equal
             raise UserError("the base's weights changed, which must never be")
         raise UserError(f"the base in {job.base.run.artifact} is no longer the one that this run began with")
     folder = saved[-1][1]

@@ -13,6 +13,7 @@ from typing import Any
 
 from models.config import ROPE_SCALINGS, ModelConfig
 from runtime.errors import UserError
+from runtime.storage.quantized import check_config
 
 Values = Mapping[str, Any]  # a config.json
 
@@ -46,7 +47,7 @@ BUFFERS = re.compile(
 
 UNSUPPORTED = (  # fields that change what a model computes, and that nothing here implements
     "attn_logit_softcapping", "final_logit_softcapping", "num_experts", "num_local_experts", "n_routed_experts",
-    "quantization_config", "logit_scale", "residual_multiplier", "embedding_multiplier", "attention_multiplier",
+    "logit_scale", "residual_multiplier", "embedding_multiplier", "attention_multiplier",
     "auto_map",
 )  # fmt: skip
 
@@ -243,6 +244,8 @@ def family_of(values: Values, where: str) -> Family | None:
 def config_of(family: Family, values: Values, where: str) -> ModelConfig:
     """A config.json of a family as ours. Raises UserError that names field and value of what is not supported."""
     try:
+        if quantization := values.get("quantization_config"):
+            check_config(quantization)
         return family.config(values)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: {error}") from None

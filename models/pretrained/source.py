@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from lora.attach import base_tensors
-from models.files import CONFIG, INDEX, WEIGHTS
+from models.files import CONFIG
 from models.pretrained.fingerprints import known_fingerprint
+from models.stored import INDEX, WEIGHTS
 from runtime.errors import UserError
 from runtime.hub import fetch_model
 from runtime.settings.config import is_hub_name
 from runtime.storage import folders
 from runtime.storage.encoding import read_json
 from runtime.storage.runs import Run, find_run, open_run
-from runtime.storage.tensors import fingerprint
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "tf_model.h5")
 SMALL_FILES = r".*\.(json|jinja|txt|model)"
@@ -58,10 +55,10 @@ class Pretrained(Run):
                 raise UserError(f"{self.folder} has {why}; save the model with transformers: save_pretrained(folder)")
             return {name: folders.read_content(path) for name, path in there.items() if self._is_read(name, names)}
 
-    def fingerprint(self, files: folders.Files, model: nn.Module) -> str:
-        """The fingerprint of the model that was read from these files, kept from one time to the next."""
+    def fingerprint(self, files: folders.Files, compute: Callable[[], str]) -> str:
+        """The fingerprint of the model in these files, computed or kept from an earlier time."""
         paths = [self.folder / name for name in files if name == CONFIG or name.endswith(".safetensors")]
-        return known_fingerprint(paths, lambda: fingerprint(base_tensors(model)))
+        return known_fingerprint(paths, compute)
 
     def _is_read(self, name: str, names: Collection[str]) -> bool:
         """Whether a file belongs to the model: small ones, and the weights, of which a folder may have two forms."""

@@ -234,6 +234,13 @@ class Settings(CommonSettings):
         pattern=MODULES,
         allowed="minimal, standard, all-linear, all, or module names separated by commas",
     )
+    quantize: str = setting(
+        "none",
+        "Keep the matrices of the base's blocks in 4 bits (nf4) or 8 (int8) while adapters train on them: less memory, "
+        "a little rounding",
+        group=LORA,
+        choices=("none", "nf4", "int8"),
+    )
     lora_variant: str = setting(
         "lora",
         "Kind of adapter: rslora scales by alpha / sqrt(rank), dora also trains the norm of each weight row, vera "

@@ -16,7 +16,7 @@ from jobs.runs import loop
 from jobs.runs.job import Job
 from lora.adapter import Adapter
 from lora.peft_format import CONFIG, TENSORS, load_adapter
-from models.files import WEIGHTS
+from models.stored import WEIGHTS
 from runtime.errors import UserError
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved

@@ -11,7 +11,7 @@ import torch
 from lora.attach import attach
 from lora.config import LoRAConfig
 from models.config import ModelConfig
-from models.files import CONFIG, WEIGHTS, config_from, from_files, load_weights, to_files
+from models.files import CONFIG, config_from, from_files, load_weights, to_files
 from models.transformer import Transformer
 from runtime.errors import UserError
 from runtime.storage.folders import CorruptedError

@@ -1,0 +1,249 @@
+"""Frozen matrices that are stored in 4 or 8 bits, as bitsandbytes stores them and transformers writes them to files.
+
+A quantised matrix is a tensor like any other: it has the shape, the dtype and, rounded, the values of the matrix that
+it was made of. Whatever is computed with it is computed with its dequantised values, which are made for that and not
+kept. It cannot be changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import logging
+import re
+from collections.abc import Callable, Collection, Mapping
+from functools import cache
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from runtime.errors import UserError
+from runtime.extras import needs_package
+
+BLOCK = 64  # values that have one scale in nf4
+WEIGHT = "weight"
+
+aten = torch.ops.aten
+
+
+@cache
+def bitsandbytes() -> ModuleType:
+    """Its functions. Raises UserError where it is not installed. Importing it takes seconds."""
+    # It tells of a package with other kernels, which nobody who reads that here asked for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    with needs_package("bitsandbytes", "memory"):
+        return importlib.import_module("bitsandbytes.functional")
+
+
+class Quantized(Tensor):
+    """A matrix (out, in) in one of the FORMS. parts: the tensors that hold it, by what a file calls them after the path
+    of the linear; the values are in `weight`.
+    """
+
+    form: ClassVar[str]
+    names: ClassVar[re.Pattern]  # of parts
+    mark: ClassVar[str]  # the part by which a file's matrices in this form are told
+    parts: dict[str, Tensor]
+
+    @staticmethod
+    def __new__(cls, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Quantized:
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=parts[WEIGHT].device)
+
+    def __init__(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
+        self.parts = dict(parts)
+
+    @classmethod
+    def quantize(cls, W: Tensor) -> Quantized:
+        """The matrix W (out, in) in this form."""
+        raise NotImplementedError
+
+    @classmethod
+    def described(cls, parts: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[torch.Size, torch.dtype]:
+        """Shape and dtype of the matrix that a file's parts hold; `dtype` where they do not tell it. Of the values only
+        their description is needed, which may be on the meta device.
+
+        Raises ValueError for parts that do not fit together: the kernels read memory as they are told.
+        """
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Its values (out, in) as a new tensor, in a dtype or in its own."""
+        raise NotImplementedError
+
+    @property
+    def stored_bytes(self) -> int:
+        """What it takes in memory."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Quantized:
+        """The same with each part moved or copied."""
+        return type(self)({name: move(part) for name, part in self.parts.items()}, self.shape, self.dtype)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple]:
+        for name, part in self.parts.items():
+            setattr(self, f"part_{name}", part)
+        return [f"part_{name}" for name in self.parts], (self.dtype,)
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: Mapping[str, Tensor], about: tuple, size: torch.Size, stride: Any) -> Tensor:
+        return cls({name.removeprefix("part_"): part for name, part in inner.items()}, size, *about)
+
+    def __deepcopy__(self, memo: dict) -> Quantized:
+        return self.moved(torch.clone)
+
+    def __repr__(self, **_: Any) -> str:
+        return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype}, {self.device})"
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if op is aten.detach.default:
+            return args[0].moved(lambda part: part)
+        if op is aten.clone.default:
+            return args[0].moved(torch.clone)
+        if op is aten._to_copy.default and isinstance(args[0], Quantized):
+            values = args[0] if kwargs.get("dtype") is None else args[0].dense(kwargs["dtype"])
+            if kwargs.get("device") is None:
+                return values
+            return (
+                values.moved(lambda part: part.to(kwargs["device"]))
+                if values is args[0]
+                else values.to(kwargs["device"])
+            )
+        if op._schema.is_mutable and isinstance(args[0], Quantized):
+            raise TypeError(f"a matrix in {args[0].form} cannot be changed")
+        dense = pytree.tree_map_only(Quantized, lambda matrix: matrix.dense(), (args, kwargs))
+        return op(*dense[0], **dense[1])
+
+
+class NF4(Quantized):
+    """4 bits a value, whose 16 levels are quantiles of a normal distribution, and a scale for each 64 values, which
+    is itself kept in 8 bits: 4.127 bits in all. Files whose scales are in fp32 are read too.
+
+    Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314.
+    """
+
+    form = "nf4"
+    names = re.compile(r"weight(\..+)?")
+    mark = "weight.quant_state.bitsandbytes__nf4"  # a JSON object as bytes
+
+    @classmethod
+    def quantize(cls, W: Tensor) -> NF4:
+        data, state = bitsandbytes().quantize_4bit(W, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+        parts = {f"{WEIGHT}.{name}": part.clone() for name, part in state.as_dict(packed=True).items()}
+        return cls({WEIGHT: data} | parts, W.shape, W.dtype)
+
+    def __init__(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
+        super().__init__(parts, shape, dtype)
+        state = {name.removeprefix(f"{WEIGHT}."): part for name, part in parts.items() if name != WEIGHT}
+        self.state = bitsandbytes().QuantState.from_dict(state, parts[WEIGHT].device)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        dtype, state = dtype or self.dtype, copy.copy(self.state)
+        state.dtype = dtype if dtype.itemsize <= 4 else torch.float32  # no kernel has doubles
+        return bitsandbytes().dequantize_4bit(self.parts[WEIGHT], state).to(dtype)
+
+    @classmethod
+    def described(cls, parts: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[torch.Size, torch.dtype]:
+        about = json.loads(bytes(parts[cls.mark].tolist()))
+        shape, dtype = torch.Size(about["shape"]), getattr(torch, about["dtype"])
+        blocks = -(-shape.numel() // about["blocksize"])
+        wanted = {WEIGHT: (torch.uint8, -(-shape.numel() // 2)), "weight.quant_map": (torch.float32, 16)}
+        if nested := about.get("nested_blocksize"):
+            wanted |= {"weight.absmax": (torch.uint8, blocks), "weight.nested_quant_map": (torch.float32, 256)}
+            wanted |= {"weight.nested_absmax": (torch.float32, -(-blocks // nested))}
+        else:
+            wanted |= {"weight.absmax": (torch.float32, blocks)}
+        _check(parts, wanted)
+        return shape, dtype
+
+
+class Int8(Quantized):
+    """8 bits a value, and a scale for each row.
+
+    Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", arXiv 2208.07339, whose
+    form of a weight this is; products are made with the dequantised weight.
+    """
+
+    form = "int8"
+    names = re.compile("weight|weight_format|SCB")
+    mark = "SCB"  # the scales (out,)
+
+    @classmethod
+    def quantize(cls, W: Tensor) -> Int8:
+        data, scales, _ = bitsandbytes().int8_vectorwise_quant(W.half())  # in fp16, as transformers does it
+        return cls({WEIGHT: data, cls.mark: scales}, W.shape, W.dtype)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        return bitsandbytes().int8_vectorwise_dequant(self.parts[WEIGHT], self.parts[self.mark]).to(dtype or self.dtype)
+
+    @classmethod
+    def described(cls, parts: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[torch.Size, torch.dtype]:
+        shape = parts[WEIGHT].shape
+        _check(parts, {WEIGHT: (torch.int8, shape.numel()), cls.mark: (torch.float32, shape[0])})
+        if "weight_format" in parts and parts["weight_format"].item():  # of CUDA cards before 2018
+            raise ValueError("its values are not in rows")
+        return shape, dtype
+
+
+FORMS: dict[str, type[Quantized]] = {cls.form: cls for cls in (NF4, Int8)}
+
+
+def _check(parts: Mapping[str, Tensor], wanted: Mapping[str, tuple[torch.dtype, int]]) -> None:
+    """Raises ValueError for a part that is missing, or of another dtype or length."""
+    for name, what in wanted.items():
+        if name not in parts:
+            raise ValueError(f"{name} is missing")
+        if (parts[name].dtype, parts[name].numel()) != what:
+            raise ValueError(
+                f"{name} has {parts[name].numel():,} values in {parts[name].dtype}, not {what[1]:,} in {what[0]}"
+            )
+
+
+def parts_among(names: Collection[str]) -> dict[str, tuple[str, dict[str, str]]]:
+    """Of the names in a file, those of matrices in 4 or 8 bits: of each its form, and its parts' names there by what
+    they are called."""
+    found = {}
+    for form, cls in FORMS.items():
+        for path in (name.removesuffix(f".{cls.mark}") for name in names if name.endswith(f".{cls.mark}")):
+            parts = {name.removeprefix(f"{path}."): name for name in names if name.startswith(f"{path}.")}
+            found[f"{path}.{WEIGHT}"] = form, {part: name for part, name in parts.items() if cls.names.fullmatch(part)}
+    return found
+
+
+def quantize(form: str, W: Tensor, name: str) -> Quantized:
+    """The matrix W (out, in) in one of the FORMS. name: what messages call it.
+
+    Raises UserError for a matrix that is not finite, since one value would spoil its block, or does not divide into
+    blocks.
+    """
+    if not W.isfinite().all():
+        raise UserError(f"{name} has values that are not finite, and cannot be quantised")
+    if form == NF4.form and W.numel() % BLOCK:
+        raise UserError(f"{name} has {W.numel():,} values, which do not divide into blocks of {BLOCK} for {form}")
+    return FORMS[form].quantize(W.detach().contiguous())
+
+
+def config_of_form(form: str, dtype: str) -> dict[str, Any]:
+    """What a config.json says as `quantization_config`, so that transformers reads the matrices of a file so."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": form == NF4.form,
+        "load_in_8bit": form == Int8.form,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+    }
+
+
+def check_config(values: Mapping[str, Any]) -> None:
+    """Raises ValueError for a `quantization_config` of which we read no matrices."""
+    method = values.get("quant_method")
+    if method != "bitsandbytes":
+        raise ValueError(f"quantization_config.quant_method={method!r} is not supported; bitsandbytes is")
+    if values.get("load_in_4bit") and (kind := values.get("bnb_4bit_quant_type", "fp4")) != "nf4":
+        raise ValueError(f"quantization_config.bnb_4bit_quant_type={kind!r} is not supported; nf4 is")
