@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from runtime.storage.quantized import Quantized
+from runtime.training.recompute import recomputable, recomputing
+
 MIN_SAVED = 40e6  # multiplications that low-rank gradients must save: see `low_rank_gradients_pay`
 
 
@@ -107,54 +110,98 @@ def storage_key(tensor: Tensor) -> tuple:
     return tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride()
 
 
-def fuse(parts: Sequence[LowRankLinear]) -> LowRankLinear:
-    """Fuse linears of the same input into one whose output is theirs, concatenated.
+def fused_update(parts: Sequence[LowRankLinear]) -> tuple[Tensor, Tensor, float, Tensor | None]:
+    """Return A, B, scale and magnitude of linears of the same input as of one, whose output is theirs, concatenated.
 
     The As are stacked and the scaled Bs form a block diagonal; where all share one A, the scaled Bs are stacked.
     """
     if len(parts) == 1:
-        return parts[0]
-    Ws, biases, As, Bs, scales, magnitudes = zip(*parts, strict=True)
+        return parts[0].A, parts[0].B, parts[0].scale, parts[0].magnitude
+    _, _, As, Bs, scales, magnitudes = zip(*parts, strict=True)
     Bs = [B if scale == 1 else B * scale for B, scale in zip(Bs, scales, strict=True)]
     A, B = (As[0], torch.cat(Bs)) if len(set(map(storage_key, As))) == 1 else (torch.cat(As), torch.block_diag(*Bs))
-    return LowRankLinear(torch.cat(Ws), cat_or_none(biases), A, B, 1.0, cat_or_none(magnitudes))
+    return A, B, 1.0, cat_or_none(magnitudes)
+
+
+def forgotten(W: Tensor) -> bool:
+    """Return whether a frozen weight in the compute dtype is made anew for the backward pass, and not kept for it."""
+    return recomputing() or isinstance(W, Quantized)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """x W^T + bias, for x (tokens, in) in the compute dtype and a frozen W (out, in) in any, in one part or several."""
+
+    @staticmethod
+    def forward(ctx, x, bias, *Ws):
+        ctx.save_for_backward(*Ws)
+        return F.linear(x, FrozenLinear.whole(Ws, x.dtype), bias)
+
+    @staticmethod
+    def whole(Ws, dtype):
+        """The parts in a dtype, under each other."""
+        return cat_or_none([W.to(dtype) for W in Ws])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        need_x, need_bias, *_ = ctx.needs_input_grad
+        dx = g @ FrozenLinear.whole(ctx.saved_tensors, g.dtype) if need_x else None
+        return dx, g.sum(0) if need_bias else None, *[None] * len(ctx.saved_tensors)
+
+
+def frozen_linear(x: Tensor, Ws: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """Apply frozen linears to one input (..., in), in the compute dtype, keeping no copy of their weights: their
+    outputs, concatenated."""
+    with torch.autocast(x.device.type, enabled=False):
+        y = FrozenLinear.apply(x.reshape(-1, x.shape[-1]), bias, *Ws)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class EffectiveLinear(torch.autograd.Function):
-    """Compute a `LowRankLinear` of x (tokens, in); called with x and the tuple's fields.
+    """Compute a `LowRankLinear` of x (tokens, in); called with x and the tuple's fields but W, which comes last, cut
+    into any number of parts.
 
     x comes in the compute dtype. W + scale B A is summed in W's dtype, so that a small update is not rounded twice.
     """
 
     @staticmethod
-    def forward(ctx, x, W, bias, A, B, scale, magnitude):
-        part = LowRankLinear(W, bias, A, B, scale, magnitude)
+    def forward(ctx, x, bias, A, B, scale, magnitude, *Ws):
+        W_c, row_scale = EffectiveLinear.rounded(x.dtype, A, B, scale, magnitude, Ws)
+        y = F.linear(x, W_c, bias)
+        kept = (None, None) if any(map(forgotten, Ws)) else (W_c, row_scale)
+        ctx.save_for_backward(x, A, B, magnitude, *kept, *((None, None) if magnitude is None else (y, bias)), *Ws)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def rounded(dtype, A, B, scale, magnitude, Ws):
+        """The effective weight in a dtype, and the factor of each row, or None without a magnitude."""
+        part = LowRankLinear(Ws[0] if len(Ws) == 1 else torch.cat(Ws), None, A, B, scale, magnitude)
         V = part.updated_weight()
         row_scale = part.row_scale(V)
-        if row_scale is not None:
-            V, B = V * row_scale.to(V.dtype), B * row_scale
-        A_c, Bt_c = A.to(x.dtype), (B * scale).to(x.dtype).t().contiguous()  # (rank, out): the rows backward reads
-        W_c = V.to(x.dtype)
-        y = F.linear(x, W_c, bias)
-        ctx.save_for_backward(x, W_c, A_c, Bt_c, *(() if row_scale is None else (row_scale, magnitude, y, bias)))
-        ctx.scale, ctx.dtypes = scale, (A.dtype, W.dtype)
-        return y
+        return (V if row_scale is None else V * row_scale.to(V.dtype)).to(dtype), row_scale
 
     @staticmethod
     @once_differentiable  # a second derivative would miss what flows through the copies
     def backward(ctx, g):
-        x, W_c, A_c, Bt_c, *scaled = ctx.saved_tensors
-        need_x, need_W, need_bias, need_A, *_ = ctx.needs_input_grad
+        x, A, B, magnitude, W_c, row_scale, y, bias, *Ws = ctx.saved_tensors
+        need_x, need_bias, need_A, *_ = ctx.needs_input_grad
+        if W_c is None:
+            W_c, row_scale = EffectiveLinear.rounded(x.dtype, A, B, ctx.scale, magnitude, Ws)
+        scaled_B = B if row_scale is None else B * row_scale
+        A_c, Bt_c = A.to(x.dtype), (scaled_B * ctx.scale).to(x.dtype).t().contiguous()  # (rank, out): its rows are read
         low = x @ A_c.t()  # (tokens, rank): this way round it reads rows
-        dW = (g.t() @ x).to(ctx.dtypes[1]) if need_W else None
-        dB, dm = (low.t() @ g).t().to(ctx.dtypes[0]) * ctx.scale, None
-        if scaled:
-            row_scale, magnitude, y, bias = scaled
-            dB, dW = dB * row_scale, None if dW is None else dW * row_scale.to(dW.dtype)
+        dB, dm, dWs = (low.t() @ g).t().to(A.dtype) * ctx.scale, None, [None] * len(Ws)
+        if any(ctx.needs_input_grad[6:]):
+            dW = g.t() @ x
+            dW = dW if row_scale is None else dW * row_scale.to(dW.dtype)
+            dWs = [part.to(W.dtype) for part, W in zip(dW.split([len(W) for W in Ws]), Ws, strict=True)]
+        if magnitude is not None:
+            dB = dB * row_scale
             dm = (g * (y if bias is None else y - bias)).sum(0, dtype=magnitude.dtype)  # y is linear in it
             dm = torch.where(magnitude == 0, 0, dm / magnitude)
-        dA = ((g @ Bt_c.t()).t() @ x).to(ctx.dtypes[0]) if need_A else None
-        return g @ W_c if need_x else None, dW, g.sum(0) if need_bias else None, dA, dB, None, dm
+        dA = ((g @ Bt_c.t()).t() @ x).to(A.dtype) if need_A else None
+        return g @ W_c if need_x else None, g.sum(0) if need_bias else None, dA, dB, None, dm, *dWs
 
 
 def low_rank_gradients_pay(tokens: int, parts: Sequence[LowRankLinear]) -> bool:
@@ -220,10 +267,12 @@ class AddedLinear(torch.autograd.Function):
         x_low, mask, keep_scale = dropped(x, p)
         A_c = torch.cat([A.to(x.dtype) for A in As])
         Bs_c = [(B * scale).to(x.dtype) for B, scale in zip(Bs, scales, strict=True)]
-        Ws_c = [W.to(x.dtype) for W in Ws]
+        Ws_c = [W if forgotten(W) else W.to(x.dtype) for W in Ws]
         low = x_low @ A_c.t()  # (tokens, rank): this way round it reads rows
         lows = low.split([len(A) for A in As], 1)
-        ys = tuple(map(added_product, [x] * len(Ws), lows, Ws_c, Bs_c, biases))
+        ys = tuple(
+            added_product(x, *each) for each in zip(lows, (W.to(x.dtype) for W in Ws_c), Bs_c, biases, strict=True)
+        )
         trained = [x] if mask is not None and any(ctx.needs_input_grad[2::5]) else []
         ctx.save_for_backward(x_low, low, A_c, mask, *Ws_c, *Bs_c, *trained)
         ctx.keep_scale, ctx.ranks, ctx.scales = keep_scale, [len(A) for A in As], scales
@@ -239,13 +288,13 @@ class AddedLinear(torch.autograd.Function):
         low_gs = torch.cat([g @ B_c for g, B_c in zip(gs, Bs_c, strict=True)], 1)  # (tokens, rank)
         dx = None
         if needs[0] and mask is None and _rounds_first(A_c):
-            dx = torch.cat((low_gs, *gs), 1) @ torch.cat((A_c, *Ws_c))
+            dx = torch.cat((low_gs, *gs), 1) @ torch.cat((A_c, *(W.to(A_c.dtype) for W in Ws_c)))
         elif needs[0]:
             dx = low_gs @ A_c
             if mask is not None:
                 dx = dx.mul_(mask).mul_(ctx.keep_scale)
             for g, W_c in zip(gs, Ws_c, strict=True):
-                dx.addmm_(g, W_c)
+                dx.addmm_(g, W_c.to(g.dtype))
         dAs = (low_gs.t() @ x_low).split(ctx.ranks) if any(needs[4::5]) else [None] * n
         found = []
         for i, (g, dA, low_i, scale) in enumerate(zip(gs, dAs, low.split(ctx.ranks, 1), ctx.scales, strict=True)):
@@ -280,12 +329,14 @@ def lora_linear(x: Tensor, parts: Sequence[LowRankLinear], p: float = 0.0) -> li
         tokens = x.reshape(-1, x.shape[-1])
         if p or any(needs_adding(part.W, x.dtype) for part in parts):
             return [y.view(*x.shape[:-1], y.shape[-1]) for y in _added(tokens, parts, p)]
-        if low_rank_gradients_pay(len(tokens), parts):
-            whole = fuse(parts)
-            y = EffectiveLinear.apply(
-                tokens, *whole._replace(bias=None if whole.bias is None else whole.bias.to(x.dtype))
-            )
+        bias = cat_or_none([part.bias for part in parts])
+        bias = None if bias is None else bias.to(x.dtype)
+        if low_rank_gradients_pay(len(tokens), parts) or any(isinstance(part.W, Quantized) for part in parts):
+            y = EffectiveLinear.apply(tokens, bias, *fused_update(parts), *(part.W for part in parts))
         else:
-            bias, weights = cat_or_none([part.bias for part in parts]), [part.effective_weight() for part in parts]
-            y = F.linear(tokens, cat_or_none(weights).to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+            def weight() -> Tensor:
+                return cat_or_none([part.effective_weight() for part in parts]).to(x.dtype)
+
+            y = F.linear(tokens, recomputable(weight(), weight), bias)
         return list(y.view(*x.shape[:-1], y.shape[-1]).split([len(part.W) for part in parts], -1))

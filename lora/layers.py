@@ -20,12 +20,15 @@ from lora.functional import (
     at_least_fp32,
     cat_or_none,
     compute_dtype,
+    forgotten,
+    frozen_linear,
     lora_linear,
     needs_adding,
 )
 from lora.variants.lora import AdapterModule, LoRA
 from runtime.errors import UsageError
 from runtime.storage.quantized import Quantized
+from runtime.training.recompute import recomputable
 
 MERGED, CACHED = "merged", "cached_weights"  # the context managers that lock a layer
 SMALL = 2**20  # values of weights up to which concatenating them for one matmul pays
@@ -152,7 +155,10 @@ class LoRALinear(Adaptable, nn.Linear):
         if self.cache is not None and not torch.is_grad_enabled():
             return _cached_product((self,), x.to(dtype))[0]
         if not self.variants():
-            return F.linear(x, self.dense_weight(dtype), self.bias_in(dtype))
+            W, bias = self.dense_weight(), self.bias_in(dtype)
+            if not W.requires_grad and forgotten(W):
+                return frozen_linear(x.to(dtype), [W], bias)
+            return F.linear(x, recomputable(W.to(dtype), lambda: W.to(dtype)), bias)
         if variant := self.sole_variant():
             return variant(x.to(dtype), self.dense_weight(), self.effective("bias"))
         if not needs_adding(self.dense_weight(), dtype):
@@ -252,17 +258,26 @@ def fused_projection(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
         biases = [layer.bias_in(dtype) for layer in layers]
         if not any(layer.variants() for layer in layers):
             if sum(layer.weight.numel() for layer in layers) > SMALL:
-                return [
-                    F.linear(x, layer.dense_weight(dtype), bias) for layer, bias in zip(layers, biases, strict=True)
-                ]
-            weight = torch.cat([layer.dense_weight(dtype) for layer in layers])
-            return list(F.linear(x, weight, cat_or_none(biases)).split([layer.out_features for layer in layers], -1))
+                return [layer(x) for layer in layers]
+            y = _joined_projection([layer.dense_weight() for layer in layers], x.to(dtype), cat_or_none(biases))
+            return list(y.split([layer.out_features for layer in layers], -1))
         variants = [layer.sole_variant() for layer in layers]
         if len({type(v) for v in variants}) == 1 and None not in variants and torch.is_grad_enabled():
             weights = [layer.dense_weight() for layer in layers]
             parts = [v.low_rank_linear(W, bias) for v, W, bias in zip(variants, weights, biases, strict=True)]
             return lora_linear(x.to(dtype), parts, variants[0].dropout)
     return [layer(x) for layer in layers]
+
+
+def _joined_projection(Ws: list[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+    """x times weights under each other, for x (..., in) in the compute dtype."""
+
+    def weight() -> Tensor:
+        return torch.cat([W.to(x.dtype) for W in Ws])
+
+    if any(map(forgotten, Ws)) and not any(W.requires_grad for W in Ws):
+        return frozen_linear(x, Ws, bias)
+    return F.linear(x, recomputable(weight(), weight), bias)
 
 
 class LoRAEmbedding(Adaptable, nn.Embedding):

@@ -96,8 +96,9 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
 def merge(model: nn.Module) -> None:
     """Merge the active adapters into the weights for good, in fp32, and detach all adapters.
 
-    Weights in 4 or 8 bits become dense ones. Inactive adapters are detached too, since their base has changed. The model stays frozen. Raises UsageError inside
-    `merged` or `cached_weights`, and for a tensor to merge into that several layers share; then nothing is merged.
+    Weights in 4 or 8 bits become dense ones. Inactive adapters are detached too, since their base has changed. The
+    model stays frozen. Raises UsageError inside `merged` or `cached_weights`, and for a tensor to merge into that
+    several layers share; then nothing is merged.
     """
     check_unlocked(model)
     with torch.no_grad():

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lora.functional import dropout_mask
+from runtime.training.recompute import recomputing
 
 # Queries that are taken at once on the CPU. Of the keys, those after the last of them are never looked at, which
 # saves 1/4 of all work with two blocks and 3/8 with four; smaller blocks lose it again to more and smaller matmuls.
@@ -66,29 +67,35 @@ class AttentionByBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, dropout, segments):
-        y, saved = torch.empty_like(q), []
+        y, saved, ctx.scale, keep = torch.empty_like(q), [], 1.0, not recomputing()
         for a in range(0, q.shape[2], BLOCK):
-            q_block = q[:, :, a : a + BLOCK]
-            b = a + q_block.shape[2]
-            hidden = _hidden(segments, a, b, q)
-            keys = k[:, :b].transpose(1, 2)
-            P = torch.baddbmm(hidden, q_block.flatten(1, 2), keys, alpha=q.shape[-1] ** -0.5).softmax(-1)
+            P, mask = AttentionByBlocks.weights(q, k, segments, a), None
             if dropout:
                 mask, ctx.scale = dropout_mask(P, dropout)
-                saved += P, P * mask * ctx.scale, mask
-            else:
-                saved += P, P, None
-            y[:, :, a:b] = (saved[-2] @ v[:, :b]).view(q_block.shape)
-        ctx.save_for_backward(q, k, v, *saved)
+            b, dropped = P.shape[2], P if mask is None else P * mask * ctx.scale
+            y[:, :, a:b] = (dropped @ v[:, :b]).view(y[:, :, a:b].shape)
+            saved += P if keep else None, dropped if keep else None, mask
+        ctx.save_for_backward(q, k, v, segments, *saved)
         return y
+
+    @staticmethod
+    def weights(q, k, segments, a):
+        """The softmax (N, S (b - a), b) of the queries from a to b, where the block that begins at a ends."""
+        q_block = q[:, :, a : a + BLOCK]
+        b = a + q_block.shape[2]
+        hidden, keys = _hidden(segments, a, b, q), k[:, :b].transpose(1, 2)
+        return torch.baddbmm(hidden, q_block.flatten(1, 2), keys, alpha=q.shape[-1] ** -0.5).softmax(-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        q, k, v, *saved = ctx.saved_tensors
+        q, k, v, segments, *saved = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for i, a in enumerate(range(0, q.shape[2], BLOCK)):
             P, P_dropped, mask = saved[3 * i : 3 * i + 3]
+            if P is None:
+                P = AttentionByBlocks.weights(q, k, segments, a)
+                P_dropped = P if mask is None else P * mask * ctx.scale
             b = a + P.shape[1] // q.shape[1]
             q_block, g_block = (t[:, :, a:b].flatten(1, 2) for t in (q, g))
             dP = g_block @ v[:, :b].transpose(1, 2)

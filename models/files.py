@@ -168,7 +168,7 @@ def from_files(
 
 
 def _forms(model: Transformer, tensors: StoredTensors, where: str, form: str) -> dict[str, str]:
-    """The form that each matrix is to have, of those that are in one. Raises UserError where it is stored in another."""
+    """The form of each matrix that is to have one. Raises UserError where it is stored in another."""
     if form == "none":
         return tensors.forms
     if other := next((stored for stored in tensors.forms.values() if stored != form), None):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lora.attach import adapter_parameters
 from lora.functional import at_least_fp32, compute_dtype, dropout
@@ -27,6 +28,7 @@ from models.loss import WHOLE, chunked_cross_entropy
 from models.rotary import Rotary, rotate
 from runtime.device import existing_device
 from runtime.training.batch import mean_cross_entropy
+from runtime.training.recompute import recomputable, recompute
 
 
 class RMSNorm(nn.RMSNorm):
@@ -109,7 +111,8 @@ class MLP(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return self.down_proj(self.activation(self.up_proj(x_BTC)))
+        up_BTI = self.up_proj(x_BTC)
+        return self.down_proj(recomputable(self.activation(up_BTI), lambda: self.activation(up_BTI)))
 
 
 class GatedMLP(nn.Module):
@@ -128,7 +131,8 @@ class GatedMLP(nn.Module):
     def forward(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         gate_BTI, up_BTI = fused_projection((self.gate_proj, self.up_proj), x_BTC)
-        return self.down_proj(F.silu(gate_BTI) * up_BTI)
+        active_BTI = recomputable(F.silu(gate_BTI), lambda: F.silu(gate_BTI))
+        return self.down_proj(recomputable(active_BTI * up_BTI, lambda: F.silu(gate_BTI) * up_BTI))
 
 
 class Block(nn.Module):
@@ -147,9 +151,15 @@ class Block(nn.Module):
 
         positions_and_past: what else attention takes.
         """
-        dtype, p = compute_dtype(x_BTC), self.dropout if self.training else 0.0
-        x_BTC = x_BTC + dropout(self.attention(self.norm_1(x_BTC).to(dtype), *positions_and_past), p)
-        return x_BTC + dropout(self.mlp(self.norm_2(x_BTC).to(dtype)), p)
+        p = self.dropout if self.training else 0.0
+        x_BTC = x_BTC + dropout(self.attention(normalised(self.norm_1, x_BTC), *positions_and_past), p)
+        return x_BTC + dropout(self.mlp(normalised(self.norm_2, x_BTC)), p)
+
+
+def normalised(norm: nn.Module, x_BTC: Tensor) -> Tensor:
+    """The norm of the stream, in the dtype of matmuls."""
+    dtype = compute_dtype(x_BTC)
+    return recomputable(norm(x_BTC).to(dtype), lambda: norm(x_BTC).to(dtype))
 
 
 def lora_presets(config: ModelConfig) -> dict[str, tuple[str, ...]]:
@@ -181,6 +191,7 @@ class Transformer(nn.Module):
     """
 
     tokenizer = None  # of the run that the model was loaded from
+    checkpoint_activations = "none"  # what training makes again for the backward pass: none, cheap or block
 
     def __init__(self, config: ModelConfig, dropout: float = 0.0, device: str | torch.device = "cpu") -> None:
         super().__init__()
@@ -211,7 +222,7 @@ class Transformer(nn.Module):
         return groups + [[name] for name in names.keys() - set(itertools.chain(*groups))]
 
     def linears_of_blocks(self) -> list[str]:
-        """The names of the matrices that QUANTIZE stores in fewer bits: not the head nor the embeddings, as elsewhere."""
+        """The names of the matrices that QUANTIZE stores in fewer bits: not the head, nor embeddings, as elsewhere."""
         linears = (name for name, module in self.blocks.named_modules() if isinstance(module, LoRALinear))
         return [f"blocks.{name}.weight" for name in linears]
 
@@ -254,12 +265,14 @@ class Transformer(nn.Module):
         else:
             x_BTC = x_BTC + self.position_embedding(positions)
         x_BTC = dropout(x_BTC, self.dropout if self.training else 0.0)
-        for i, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, cos_sin, None if cache is None else cache.layers[i], segments)
-        if cache is not None:
-            x_BTC = cache.last(x_BTC)
-        x_BTC = self.norm(x_BTC)
-        x_BTC = x_BTC.to(compute_dtype(x_BTC))
+        keeps = self.checkpoint_activations if torch.is_grad_enabled() and cache is None else "none"
+        with recompute(keeps == "cheap" and not torch.compiler.is_compiling()):  # a compiler chooses by itself
+            for i, block in enumerate(self.blocks):
+                run = partial(checkpoint, block, use_reentrant=False) if keeps == "block" else block
+                x_BTC = run(x_BTC, cos_sin, None if cache is None else cache.layers[i], segments)
+            if cache is not None:
+                x_BTC = cache.last(x_BTC)
+            x_BTC = normalised(self.norm, x_BTC)
         if targets is not None and targets.numel() * self.config.vocab_size > WHOLE:
             return None, chunked_cross_entropy(x_BTC, targets, self.lm_head, self.config.vocab_size)
         logits_BTV = self.lm_head(x_BTC)

@@ -28,6 +28,7 @@ from lora.optim import after_steps, extra_losses, make_optimizer
 from lora.variants.registry import VARIANTS
 from models import files as model_files
 from models.config import ModelConfig
+from models.files import form_of
 from models.pretrained.families import family_with
 from models.transformer import Transformer, presets_of_run
 from runtime.console import say
@@ -37,6 +38,7 @@ from runtime.settings.config import EARLIER, Settings
 from runtime.settings.fields import settings_of
 from runtime.settings.sources import Resolved
 from runtime.storage.folders import Files
+from runtime.storage.quantized import bitsandbytes
 from runtime.storage.runs import Run, identity_of
 from runtime.training.muon import MuonSettings
 from runtime.training.steps import Schedule, Stepper, evaluate
@@ -183,6 +185,7 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
     Raises UserError or UsageError for a text, a tokenizer or a shape that does not work out.
     """
     settings = given.settings
+    check_quantize(settings, machine)
     if settings.compile:
         check_compiler(machine.device)
         say("Compiling, which takes the first step a minute or so")
@@ -210,10 +213,31 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
         model = Transformer(config_for(settings, tokenizer.vocab_size), settings.dropout)
     if settings.use_lora:
         attach(model, lora_config(settings))
+    model.checkpoint_activations = settings.checkpoint_activations
     data = as_data(source, tokenizer, settings)
     if settings.epochs is not None:
         settings = with_steps(given, settings, data)
     return Job(settings, machine, opened, data, tokenizer, model.to(machine.device))
+
+
+def check_quantize(settings: Settings, machine: Machine) -> None:
+    """Raises UsageError where QUANTIZE cannot be, UserError where the package for it is missing."""
+    if settings.quantize == "none":
+        return
+    asked = f"QUANTIZE={settings.quantize}"
+    if not settings.use_lora:
+        raise UsageError(f"{asked} needs USE_LORA=True: weights in so few bits are frozen, and only adapters can train")
+    if machine.device.type == "mps":
+        raise UsageError(
+            f"{asked} works on CUDA and the CPU only, as bitsandbytes does: set DEVICE=cpu or leave it out"
+        )
+    bitsandbytes()
+
+
+def check_trains_whole(base: Base) -> None:
+    """Raises UsageError where the base's weights are in 4 or 8 bits, which no update can be written into."""
+    if (form := form_of(base.model)) != "none":
+        raise UsageError(f"the base {base.run.name} is stored in {form}, which cannot be trained: set USE_LORA=True")
 
 
 def with_steps(given: Resolved, settings: Settings, data: Dataset) -> Settings:

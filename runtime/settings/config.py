@@ -265,6 +265,14 @@ class Settings(CommonSettings):
 
     batch_size: int = setting(16, "Sequences per batch", group=TRAINING, low=1, high=10**6)
     gradient_accumulation_steps: int = setting(1, "Batches per training step", group=TRAINING, low=1, high=10**6)
+    checkpoint_activations: str = setting(
+        "cheap",
+        "What a step makes again for its backward pass, which saves memory and changes no number: nothing (none), what "
+        "is nearly free to make (cheap), or all but the inputs of blocks (block)",
+        group=TRAINING,
+        choices=("none", "cheap", "block"),
+        **NO_RESULT,
+    )
     max_iters: int = setting(1800, "Training steps", group=TRAINING, **STEPS)
     epochs: float | None = setting(
         None,

@@ -12,6 +12,7 @@ from lora.attach import attach
 from lora.config import LoRAConfig
 from models.config import ModelConfig
 from models.files import CONFIG, config_from, from_files, load_weights, to_files
+from models.stored import WEIGHTS
 from models.transformer import Transformer
 from runtime.errors import UserError
 from runtime.storage.folders import CorruptedError
