@@ -185,7 +185,7 @@ def _unreadable(peft_config: dict, variant: type[LoRA], copied: list[str]) -> li
     if not named and not _is_regex(targets):
         problems.append(f"target_modules is {targets!r}; only a list of module names or one expression can be read")
     if not isinstance(saved, list) or any(not any(f".{p}".endswith(f".{name}") for p in copied) for name in saved):
-        problems.append(f"modules_to_save is {saved}; the file has whole weights of {', '.join(copied) or 'none'}")
+        problems.append(f"modules_to_save is {saved!r}; the file has whole weights of {', '.join(copied) or 'none'}")
     return problems
 
 

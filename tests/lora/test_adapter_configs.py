@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_lora import EVERYTHING, adapted
 
@@ -66,6 +66,7 @@ JSON = st.recursive(
 
 @settings(deadline=None, max_examples=400)
 @given(variant=st.sampled_from(list(VARIANTS)), name=st.sampled_from(NAMES), value=JSON)
+@example(variant="lora", name="modules_to_save", value="\n")
 def test_any_value_in_a_config_gives_an_adapter_or_one_line(variant: str, name: str, value: object) -> None:
     peft_config = json.loads(SMALL[variant][CONFIG]) | {name: value}
     model = torch.nn.ModuleDict({"lm_head": LoRALinear(4, 4)})
