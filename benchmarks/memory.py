@@ -1,39 +1,119 @@
-"""Peak memory of a LoRA run over that of a full run, each in a fresh process.
+"""Peak memory of steps, each in a fresh process: LoRA against full, what is made again, 4-bit bases.
 
-python -m benchmarks.memory                          0.8M, 3.2M and 10.7M parameters, 4,096 and 1,024 tokens
+python -m benchmarks.memory                          our own sizes: 0.8M to 85M parameters
+python -m benchmarks.memory --base FOLDER            a pretrained base too, and its peers: transformers, PEFT, bitsandbytes
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import statistics
 import subprocess
 import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from benchmarks import peers
 from benchmarks.contest import SIZES, close, parser, tell
-from benchmarks.lora_step import make_step
+from jobs.comparing.timing import repeatable
+from jobs.runs.base import Base
+from lora.attach import attach
+from lora.config import LoRAConfig
+from models.files import from_files, to_files
+from models.pretrained.source import Pretrained
 from runtime.device import pick_machine
 from runtime.errors import UserError, run_command
+from runtime.storage import folders
+from runtime.storage.quantized import quantize
 
 STEPS = 4
 
 
-def peak(kind: str, size: str, tokens: int, device: str) -> int:
-    """Bytes at the peak of a few steps less those before the model was built, measured in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--child", kind, "--sizes", size]
-    command += ["--tokens", str(tokens), "--device", device]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"measuring {kind} at {size} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-    return int(done.stdout)
+@dataclass(frozen=True)
+class Case:
+    """A training whose peak is measured. keeps: CHECKPOINT_ACTIVATIONS. form: QUANTIZE. base: a Hugging Face folder,
+    trained in windows of at most 256 tokens; else one of our SIZES. peer: by transformers, PEFT and bitsandbytes."""
+
+    size: str
+    tokens: int
+    kind: str
+    keeps: str = "none"
+    form: str = "none"
+    base: str = ""
+    peer: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.kind, self.form if self.form != "none" else "", self.keeps if self.keeps != "none" else ""]
+        return " ".join(filter(None, parts)) + (", by its peers" if self.peer else "")
 
 
-def child(kind: str, size: str, tokens: int, device: str) -> None:
-    """What that process does: build, take the steps, print the bytes."""
-    machine = pick_machine(device, "auto")
+FULL, LORA = (Case("10.7M", 4096, kind) for kind in ("full", "lora"))
+LARGE = Case("85M", 1024, "full")
+ROWS = [  # (one, as a share of the other, goal)
+    (replace(LORA, keeps="cheap"), FULL, 0.72),
+    (LORA, FULL, None),
+    (replace(LORA, keeps="cheap"), replace(FULL, keeps="cheap"), 0.85),
+    (replace(LORA, keeps="block"), replace(FULL, keeps="block"), 0.85),
+    (replace(LORA, keeps="block"), FULL, 0.45),
+    (replace(LARGE, kind="lora", form="nf4", keeps="block"), LARGE, 0.16),
+    (replace(LARGE, kind="lora", keeps="cheap"), LARGE, None),
+    *((Case(size, tokens, "lora", "cheap"), Case(size, tokens, "full"), None)
+      for size in ("0.8M", "3.2M") for tokens in (4096, 1024)),
+]  # fmt: skip
+
+
+def rows_of(base: str) -> list[tuple[Case, Case, float | None]]:
+    """The rows of a pretrained base."""
+    full, lora = (Case("", 1024, kind, base=base) for kind in ("full", "lora"))
+    nf4, block = replace(lora, form="nf4"), replace(lora, keeps="block")
+    return [
+        (replace(lora, keeps="cheap"), full, 0.45),
+        (replace(nf4, keeps="block"), block, 0.75),
+        (replace(lora, keeps="cheap"), replace(lora, peer=True), 0.7),
+        (replace(nf4, keeps="cheap"), replace(nf4, peer=True), 0.7),
+        (replace(nf4, keeps="block"), replace(nf4, keeps="block", peer=True), 0.7),
+    ]
+
+
+def model_of(case: Case, folder: str) -> nn.Module:
+    """What the case trains; the files of a base of its size are in the folder."""
+    lora = case.kind == "lora"
+    if case.peer:
+        return peers.pretrained(case.base, case.form, case.keeps)
+    if case.base:
+        model = Base.of(Pretrained(Path(case.base)), form=case.form).model
+        if lora:
+            attach(model, LoRAConfig(16, 32, 0.05, "all-linear", train_embeddings=False))
+        else:
+            model.float()
+    else:
+        model = from_files(folders.read_folder(Path(folder)), folder, form=case.form)
+        if lora:
+            attach(model, LoRAConfig(8, 16, targets="all"))
+    model.checkpoint_activations = case.keeps
+    return model
+
+
+def child(case: Case, folder: str) -> None:
+    """What a fresh process does: build, take the steps, print the bytes. A tiny model before that loads what torch
+    loads at its first step, and what the packages load."""
+    machine = pick_machine("cpu" if not torch.cuda.is_available() else "cuda", "auto")
+    step_of(peers.ours(SIZES["tiny"], lora=True), SIZES["tiny"][0], 16, 16, machine)()
+    if case.form != "none":
+        quantize(case.form, torch.zeros(64, 64), "").dense()
+    if case.peer:
+        import bitsandbytes  # noqa: F401
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
     before = machine.restart_peak_memory()
-    step = make_step(peers.ours(SIZES[size], lora=kind == "lora"), machine, SIZES[size], tokens)
+    model = model_of(case, folder)
+    vocabulary = json.loads(Path(case.base, "config.json").read_bytes())["vocab_size"] if case.base else 96
+    step = step_of(model, vocabulary, case.tokens, 256 if case.base else SIZES[case.size][-1], machine)
     for _ in range(STEPS):
         step()
     if before is None or (after := machine.peak_memory()) is None:
@@ -41,38 +121,61 @@ def child(kind: str, size: str, tokens: int, device: str) -> None:
     print(after - before)
 
 
-def measure(size: str, tokens: int, rounds: int, device: str) -> dict:
-    """The row of one size."""
-    peaks = {kind: [peak(kind, size, tokens, device) for _ in range(rounds)] for kind in ("full", "lora")}
-    ratios = [lora / full for lora, full in zip(peaks["lora"], peaks["full"], strict=True)]
-    middle = {kind: statistics.median(values) for kind, values in peaks.items()}
+def step_of(model: nn.Module, vocabulary: int, tokens: int, context: int, machine: Any) -> Any:
+    """A step of so many tokens, which are always the same."""
+    torch.manual_seed(0)
+    stepper = repeatable(model, torch.randint(vocabulary, (tokens // context, context + 1)), machine)
+    return lambda: stepper.step(0)
+
+
+def peak(case: Case) -> int:
+    """Bytes at the peak of a few steps less those before the model was built."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--child", json.dumps(asdict(case))]
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, "base")
+        if not case.base:
+            folders.commit_folder(folder, to_files(peers.ours(SIZES[case.size])))
+        done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"measuring {case} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    return int(done.stdout.splitlines()[-1])
+
+
+def measure(one: Case, other: Case, goal: float | None, rounds: int, known: dict[Case, list[int]]) -> dict[str, Any]:
+    """A row. known: the peaks that were measured already."""
+    for case in (one, other):
+        known[case] = known.get(case) or [peak(case) for _ in range(rounds)]
+    ratios = [a / b for a, b in zip(known[one], known[other], strict=True)]
+    bytes_ = [statistics.median(known[case]) for case in (one, other)]
+    where = Path(one.base).name if one.base else one.size
+    megabytes = [f"{round(value / 1e6):,}" for value in bytes_]
     return {
-        "what": f"{size}, {tokens} tokens: peak memory of LoRA / full ({middle['full'] / 1e6:.0f} MB)",
-        "size": size,
-        "tokens": tokens,
-        "full_bytes": middle["full"],
-        "lora_bytes": middle["lora"],
-        "median": middle["lora"] / middle["full"],
+        "what": f"{where}, {one.tokens} tokens: {one} / {other} ({megabytes[0]} of {megabytes[1]} MB)",
+        "one": asdict(one),
+        "other": asdict(other),
+        "one_bytes": bytes_[0],
+        "other_bytes": bytes_[1],
+        "median": bytes_[0] / bytes_[1],
         "min": min(ratios),
         "max": max(ratios),
-        "goal": 0.75 if (size, tokens) == ("10.7M", 4096) else None,
+        "goal": goal,
     }
 
 
 def main() -> None:
     """Run the command."""
     flags = parser(__doc__, rounds=3)
-    flags.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.8M", "3.2M", "10.7M"])
-    flags.add_argument("--tokens", nargs="+", type=int, default=[4096, 1024])
-    flags.add_argument("--child", choices=("full", "lora"), help=argparse.SUPPRESS)
+    flags.add_argument("--base", default="", help="a Hugging Face folder")
+    flags.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.8M", "3.2M", "10.7M", "85M"])
+    flags.add_argument("--child", nargs=2, help="what a process of its own measures")
     options = flags.parse_args()
     if options.child:
-        return child(options.child, options.sizes[0], options.tokens[0], options.device)
-    rows = []
-    for size in options.sizes:
-        for tokens in options.tokens:
-            rows.append(measure(size, tokens, options.rounds, options.device))
-            tell(rows[-1:])
+        return child(Case(**json.loads(options.child[0])), options.child[1])
+    rows, known = [], {}
+    asked = [row for row in ROWS if row[0].size in options.sizes] + (rows_of(options.base) if options.base else [])
+    for one, other, goal in asked:
+        rows.append(measure(one, other, goal, options.rounds, known))
+        tell(rows[-1:])
     return close("memory", rows, options.record)
 
 

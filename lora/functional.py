@@ -144,9 +144,9 @@ class FrozenLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        need_x, need_bias, *_ = ctx.needs_input_grad
-        dx = g @ FrozenLinear.whole(ctx.saved_tensors, g.dtype) if need_x else None
-        return dx, g.sum(0) if need_bias else None, *[None] * len(ctx.saved_tensors)
+        Ws, (need_x, need_bias, *_) = ctx.saved_tensors, ctx.needs_input_grad
+        dx = g @ FrozenLinear.whole(Ws, g.dtype) if need_x else None
+        return dx, g.sum(0) if need_bias else None, *[None] * len(Ws)
 
 
 def frozen_linear(x: Tensor, Ws: Sequence[Tensor], bias: Tensor | None) -> Tensor:

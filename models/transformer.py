@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ from models.loss import WHOLE, chunked_cross_entropy
 from models.rotary import Rotary, rotate
 from runtime.device import existing_device
 from runtime.training.batch import mean_cross_entropy
-from runtime.training.recompute import recomputable, recompute
+from runtime.training.recompute import making_again, recomputable, recompute
 
 
 class RMSNorm(nn.RMSNorm):
@@ -155,6 +156,11 @@ class Block(nn.Module):
         x_BTC = x_BTC + dropout(self.attention(normalised(self.norm_1, x_BTC), *positions_and_past), p)
         return x_BTC + dropout(self.mlp(normalised(self.norm_2, x_BTC)), p)
 
+    def again(self, *inputs) -> Tensor:
+        """`forward`, for what runs it a second time when gradients are due."""
+        with making_again():
+            return self(*inputs)
+
 
 def normalised(norm: nn.Module, x_BTC: Tensor) -> Tensor:
     """The norm of the stream, in the dtype of matmuls."""
@@ -266,9 +272,9 @@ class Transformer(nn.Module):
             x_BTC = x_BTC + self.position_embedding(positions)
         x_BTC = dropout(x_BTC, self.dropout if self.training else 0.0)
         keeps = self.checkpoint_activations if torch.is_grad_enabled() and cache is None else "none"
-        with recompute(keeps == "cheap" and not torch.compiler.is_compiling()):  # a compiler chooses by itself
+        with recompute() if keeps == "cheap" and not torch.compiler.is_compiling() else nullcontext():
             for i, block in enumerate(self.blocks):
-                run = partial(checkpoint, block, use_reentrant=False) if keeps == "block" else block
+                run = partial(checkpoint, block.again, use_reentrant=False) if keeps == "block" else block
                 x_BTC = run(x_BTC, cos_sin, None if cache is None else cache.layers[i], segments)
             if cache is not None:
                 x_BTC = cache.last(x_BTC)

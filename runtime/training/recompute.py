@@ -66,14 +66,17 @@ def _unpack(kept: Tensor | _Recipe) -> Tensor:
 
 
 @contextmanager
-def recompute(on: bool = True) -> Iterator[None]:
-    """Forget what is marked inside the `with` block, in which a forward pass runs."""
-    if not on:
+def recompute() -> Iterator[None]:
+    """Keep nothing that is marked inside the `with` block, in which a forward pass runs."""
+    with making_again(), torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
         yield
-        return
+
+
+@contextmanager
+def making_again() -> Iterator[None]:
+    """Only what asks `recomputing` keeps less inside the `with` block: for what is run again as a whole."""
     outer, _marked.tensors = _marked.tensors, {}
     try:
-        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
-            yield
+        yield
     finally:
         _marked.tensors = outer
