@@ -1,7 +1,7 @@
 """Peak memory of steps, each in a fresh process: LoRA against full, what is made again, 4-bit bases.
 
 python -m benchmarks.memory                          our own sizes: 0.8M to 85M parameters
-python -m benchmarks.memory --base FOLDER            a pretrained base too, and its peers: transformers, PEFT, bitsandbytes
+python -m benchmarks.memory --base FOLDER            a pretrained base too, and transformers with PEFT on it
 """
 
 from __future__ import annotations

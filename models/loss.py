@@ -14,7 +14,14 @@ from torch.nn import functional as F
 
 from runtime.training.batch import IGNORED
 
-WHOLE = 2**23  # logits that may stand at once: 32 MB in fp32
+# Logits that may stand at once: 8 MB in fp32 on the CPU, where smaller chunks take no longer, more elsewhere.
+WHOLE, WHOLE_ON_ACCELERATORS = 2**21, 2**23
+
+
+def whole(device: torch.device) -> int:
+    """How many logits may stand at once on this device."""
+    return WHOLE if device.type == "cpu" else WHOLE_ON_ACCELERATORS
+
 
 Head = Callable[[Tensor], Tensor]  # (N, C) -> logits (N, V)
 
@@ -65,7 +72,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_cross_entropy(x_BTC: Tensor, targets_BT: Tensor, head: nn.Module, vocab_size: int) -> Tensor:
     """What `mean_cross_entropy` returns of head(x), without holding all logits."""
     x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
-    rows, trained = max(1, WHOLE // vocab_size), trains(head)
+    rows, trained = max(1, whole(x_BTC.device) // vocab_size), trains(head)
     if torch.is_grad_enabled() and (x_NC.requires_grad or trained):
         total = ChunkedCrossEntropy.apply(x_NC, targets_N, head, rows, *trained)
     else:

@@ -25,7 +25,7 @@ from models.attention import causal_attention
 from models.config import ModelConfig
 from models.generation import sampling
 from models.generation.cache import KVCache, LayerCache
-from models.loss import WHOLE, chunked_cross_entropy
+from models.loss import chunked_cross_entropy, whole
 from models.rotary import Rotary, rotate
 from runtime.device import existing_device
 from runtime.training.batch import mean_cross_entropy
@@ -253,8 +253,8 @@ class Transformer(nn.Module):
         segments: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Token ids (B, T) -> logits (B, T, V), and the mean cross-entropy in nats where targets (B, T) are given;
-        targets of -100 do not count, and where none counts the loss is 0. With targets, more than `models.loss.WHOLE`
-        logits are not kept, and None is returned in their place.
+        targets of -100 do not count, and where none counts the loss is 0. With targets, more logits than
+        `models.loss.whole` are not kept, and None is returned in their place.
 
         With a cache, idx are the positions that follow what it holds, and the logits are (B, 1, V): those of each
         row's last position. positions (B, T): where each token stands in its text, else one after the other. segments
@@ -279,7 +279,7 @@ class Transformer(nn.Module):
             if cache is not None:
                 x_BTC = cache.last(x_BTC)
             x_BTC = normalised(self.norm, x_BTC)
-        if targets is not None and targets.numel() * self.config.vocab_size > WHOLE:
+        if targets is not None and targets.numel() * self.config.vocab_size > whole(idx.device):
             return None, chunked_cross_entropy(x_BTC, targets, self.lm_head, self.config.vocab_size)
         logits_BTV = self.lm_head(x_BTC)
         if targets is None:

@@ -25,6 +25,7 @@ from runtime.errors import UserError
 from runtime.extras import needs_package
 
 BLOCK = 64  # values that have one scale in nf4
+PIECE = 2**18  # values that are quantised at once
 WEIGHT = "weight"
 
 aten = torch.ops.aten
@@ -133,9 +134,20 @@ class NF4(Quantized):
 
     @classmethod
     def quantize(cls, W: Tensor) -> NF4:
-        data, state = bitsandbytes().quantize_4bit(W, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-        parts = {f"{WEIGHT}.{name}": part.clone() for name, part in state.as_dict(packed=True).items()}
-        return cls({WEIGHT: data} | parts, W.shape, W.dtype)
+        # What bitsandbytes does of a whole matrix, with the same bits, and not with several of its size in fp32.
+        library, data, scales = bitsandbytes(), [], []
+        for values in W.view(-1).split(PIECE):
+            packed, state = library.quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
+            data.append(packed)
+            scales.append(state.absmax)
+        scales = torch.cat(scales)
+        nested = {"offset": scales.mean()}
+        nested["absmax"], nested["state2"] = library.quantize_blockwise(scales - nested["offset"], blocksize=256)
+        about = {"shape": W.shape, "dtype": W.dtype, "blocksize": BLOCK, "code": state.code, "quant_type": "nf4"}
+        stored = library.QuantState(**about, **nested).as_dict(packed=True)
+        return cls(
+            {WEIGHT: torch.cat(data)} | {f"{WEIGHT}.{name}": part for name, part in stored.items()}, W.shape, W.dtype
+        )
 
     def __init__(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
         super().__init__(parts, shape, dtype)
