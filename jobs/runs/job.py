@@ -75,10 +75,10 @@ class Job:
         """Fresh optimisation steps over this job's data."""
         s = self.settings
         dtype = torch.bfloat16 if self.machine.dtype == torch.bfloat16 else torch.float32
-        muon = MuonSettings(s.muon_lr_ratio, dtype) if s.optimizer == "muon" else None
+        kind = MuonSettings(s.muon_lr_ratio, dtype) if s.optimizer == "muon" else s.optimizer
         return Stepper(
             self.model,
-            make_optimizer(self.model, (s.beta1, s.beta2), s.weight_decay, s.lora_plus_ratio, muon),
+            make_optimizer(self.model, (s.beta1, s.beta2), s.weight_decay, s.lora_plus_ratio, kind),
             Schedule(s.learning_rate, s.min_lr, s.warmup_iters, s.max_iters, s.lr_decay),
             self.data.batch,
             self.machine,
