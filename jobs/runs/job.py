@@ -34,11 +34,11 @@ from models.transformer import Transformer, presets_of_run
 from runtime.console import say
 from runtime.device import Machine, check_compiler
 from runtime.errors import UsageError, UserError
+from runtime.extras import bitsandbytes
 from runtime.settings.config import EARLIER, Settings
 from runtime.settings.fields import settings_of
 from runtime.settings.sources import Resolved
 from runtime.storage.folders import Files
-from runtime.storage.quantized import bitsandbytes
 from runtime.storage.runs import Run, identity_of
 from runtime.training.muon import MuonSettings
 from runtime.training.steps import Schedule, Stepper, evaluate
