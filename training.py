@@ -22,6 +22,7 @@ from jobs.summaries.result import print_next, print_result
 from jobs.summaries.summary import summary_of
 from lora.adapter import Adapter
 from lora.attach import using
+from lora.optim import check_optimizer
 from runtime import report
 from runtime.console import say
 from runtime.device import pick_machine
@@ -60,6 +61,7 @@ def train(given: Resolved) -> Run:
     machine = pick_machine(settings.device, settings.dtype)
     for line in (*describe(given), *unread(given), *machine.notes):
         say(line)
+    check_optimizer(settings.optimizer, machine.device)
     base = find_base(settings, [name for name in SHAPE if given.explicit(name)]) if settings.adapting else None
     if settings.adapting and not base:
         say(f"There is no trained base in {settings.checkpoints_dir} yet, and LoRA adapts one: training it first")

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from lora.attach import adaptable_layers
 from lora.variants.lora import LoRA
+from runtime.errors import UsageError
+from runtime.extras import bitsandbytes
+from runtime.training.adamw8bit import AdamW8bit
 from runtime.training.muon import Muon, MuonSettings
+from runtime.training.paged_adamw import PagedAdamW
+
+LEAN = {"adamw8bit": AdamW8bit, "paged_adamw": PagedAdamW}  # AdamW whose moments take less of a device
+ADAMW = LEAN | {"adamw": partial(torch.optim.AdamW, fused=True)}  # by OPTIMIZER's names
 
 
 def active_variants(model: nn.Module) -> dict[type[LoRA], list[LoRA]]:
@@ -28,13 +35,13 @@ def make_optimizer(
     betas: tuple[float, float],
     weight_decay: float,
     lora_plus_ratio: float = 1.0,
-    muon: MuonSettings | None = None,
+    kind: str | MuonSettings = "adamw",
 ) -> torch.optim.Optimizer:
-    """Return fused AdamW over everything trainable, with weight decay on matrices only, as in nanoGPT; with
-    `muon`, Muon over the model's `hidden_matrices()` and AdamW over the rest.
+    """Return one of `ADAMW` over everything trainable, with weight decay on matrices only, as in nanoGPT; with
+    `MuonSettings`, Muon over the model's `hidden_matrices()` and AdamW over the rest.
 
     An adapter's tensors and a full model's weights get the same groups. The caller sets their learning rate before each
-    step, times the group's `lr_scale`: `muon.lr_ratio` for Muon's, `lora_plus_ratio` for a variant's
+    step, times the group's `lr_scale`: Muon's `lr_ratio` for its own, `lora_plus_ratio` for a variant's
     `lora_plus_parameters` (B), else 1. Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models",
     arXiv 2402.12354.
     """
@@ -44,6 +51,7 @@ def make_optimizer(
         for module in modules
         for p in module.lora_plus_parameters()
     }
+    muon = kind if isinstance(kind, MuonSettings) else None
     hidden = dict.fromkeys(model.hidden_matrices(), muon.lr_ratio) if muon else {}
     scales |= hidden
     groups: dict[tuple, list[nn.Parameter]] = {}
@@ -52,10 +60,24 @@ def make_optimizer(
             decay = weight_decay if p.dim() >= 2 else 0.0
             groups.setdefault((scales.get(p, 1.0), decay, p in hidden), []).append(p)
     rows = [
-        {"params": ps, "lr_scale": scale, "weight_decay": decay} | ({"muon": True} if inside else {})
+        {"params": ps, "lr_scale": scale, "weight_decay": decay} | ({"own": True} if inside else {})
         for (scale, decay, inside), ps in groups.items()
     ]
-    return Muon(rows, betas, muon.dtype) if muon else torch.optim.AdamW(rows, betas=betas, fused=True)
+    return Muon(rows, betas, muon.dtype) if muon else ADAMW[kind](rows, betas=betas)
+
+
+def check_optimizer(name: str, device: torch.device) -> None:
+    """Raises UsageError where OPTIMIZER's choice does not work on a device, and UserError without its package."""
+    if name not in LEAN:
+        return
+    works = LEAN[name].devices
+    if device.type not in works:
+        others = ["adamw", *(other for other in LEAN if device.type in LEAN[other].devices)]
+        raise UsageError(
+            f"OPTIMIZER={name} works on {' and '.join(works)} only, and this run is on {device.type}; use "
+            f"{' or '.join(others)} there"
+        )
+    bitsandbytes()
 
 
 def extra_losses(model: nn.Module) -> list[Callable[[], Tensor]]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
 
 from runtime.errors import UserError
 from runtime.start import install_line
@@ -19,3 +23,12 @@ def needs_package(package: str, extra: str) -> Iterator[None]:
             raise
         needed = f"this needs the package {package}, which is not installed"
         raise UserError(f"{needed}; get it with: {install_line(f'requirements-{extra}.txt')}") from None
+
+
+@cache
+def bitsandbytes() -> ModuleType:
+    """The functions of bitsandbytes, which take seconds to import. Raises UserError where it is not installed."""
+    # It tells of a package with other kernels, which nobody who reads that here asked for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    with needs_package("bitsandbytes", "memory"):
+        return importlib.import_module("bitsandbytes.functional")

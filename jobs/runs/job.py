@@ -34,11 +34,11 @@ from models.transformer import Transformer, presets_of_run
 from runtime.console import say
 from runtime.device import Machine, check_compiler
 from runtime.errors import UsageError, UserError
+from runtime.extras import bitsandbytes
 from runtime.settings.config import EARLIER, Settings
 from runtime.settings.fields import settings_of
 from runtime.settings.sources import Resolved
 from runtime.storage.folders import Files
-from runtime.storage.quantized import bitsandbytes
 from runtime.storage.runs import Run, identity_of
 from runtime.training.muon import MuonSettings
 from runtime.training.steps import Schedule, Stepper, evaluate
@@ -75,10 +75,10 @@ class Job:
         """Fresh optimisation steps over this job's data."""
         s = self.settings
         dtype = torch.bfloat16 if self.machine.dtype == torch.bfloat16 else torch.float32
-        muon = MuonSettings(s.muon_lr_ratio, dtype) if s.optimizer == "muon" else None
+        kind = MuonSettings(s.muon_lr_ratio, dtype) if s.optimizer == "muon" else s.optimizer
         return Stepper(
             self.model,
-            make_optimizer(self.model, (s.beta1, s.beta2), s.weight_decay, s.lora_plus_ratio, muon),
+            make_optimizer(self.model, (s.beta1, s.beta2), s.weight_decay, s.lora_plus_ratio, kind),
             Schedule(s.learning_rate, s.min_lr, s.warmup_iters, s.max_iters, s.lr_decay),
             self.data.batch,
             self.machine,

@@ -284,9 +284,11 @@ class Settings(CommonSettings):
     )
     optimizer: str = setting(
         "muon",
-        "Optimizer: AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest",
+        "Optimizer: AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest; adamw8bit "
+        "keeps AdamW's moments in 8 bits (of tensors of fewer than 4,096 values in 32), paged_adamw where a CUDA GPU "
+        "may move them to its host; these two need requirements-memory.txt",
         group=TRAINING,
-        choices=("adamw", "muon"),
+        choices=("adamw", "muon", "adamw8bit", "paged_adamw"),
     )
     learning_rate: float = setting(5e-3, "Peak learning rate", group=TRAINING, **ABOVE_0)
     muon_lr_ratio: float = setting(

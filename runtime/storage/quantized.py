@@ -8,13 +8,9 @@ kept. It cannot be changed.
 from __future__ import annotations
 
 import copy
-import importlib
 import json
-import logging
 import re
 from collections.abc import Callable, Collection, Mapping
-from functools import cache
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -22,22 +18,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from runtime.errors import UserError
-from runtime.extras import needs_package
+from runtime.extras import bitsandbytes
 
 BLOCK = 64  # values that have one scale in nf4
 PIECE = 2**18  # values that are quantised at once
 WEIGHT = "weight"
 
 aten = torch.ops.aten
-
-
-@cache
-def bitsandbytes() -> ModuleType:
-    """Its functions. Raises UserError where it is not installed. Importing it takes seconds."""
-    # It tells of a package with other kernels, which nobody who reads that here asked for.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    with needs_package("bitsandbytes", "memory"):
-        return importlib.import_module("bitsandbytes.functional")
 
 
 class Quantized(Tensor):

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from runtime.errors import join_problems
 from runtime.storage.encoding import read_json, to_json
 from runtime.storage.folders import CorruptedError, Files
-from runtime.storage.tensors import TensorFile, pack, unpack
+from runtime.storage.tensors import TensorFile, pack
 from runtime.training.steps import Stepper
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -41,16 +42,16 @@ def _changing(model: nn.Module) -> dict[str, Tensor]:
     return trained | {name: t for name, t in model.state_dict().items() if name not in parameters}
 
 
+def _kept(stepper: Stepper) -> dict[str, Tensor]:
+    """What the optimizer keeps of each parameter, by the parameter's name and its own for it."""
+    state, trained = stepper.optimizer.state, _trained(stepper.model).items()
+    return {f"{name}/{key}": value for name, p in trained for key, value in state.get(p, {}).items()}
+
+
 def to_files(stepper: Stepper, state: State) -> Files:
     """The files of a resumable step."""
-    trained = _trained(stepper.model)
-    moments = {
-        f"{name}/{key}": torch.as_tensor(value)
-        for name, p in trained.items()
-        for key, value in stepper.optimizer.state.get(p, {}).items()
-    }
     about = asdict(state) | {"scaler": stepper.scaler.state_dict()}
-    return {WEIGHTS: pack(_changing(stepper.model)), OPTIMIZER: pack(moments), STATE: to_json(about)}
+    return {WEIGHTS: pack(_changing(stepper.model)), OPTIMIZER: pack(_kept(stepper)), STATE: to_json(about)}
 
 
 def restore(stepper: Stepper, files: Files, where: str) -> State:
@@ -65,15 +66,29 @@ def restore(stepper: Stepper, files: Files, where: str) -> State:
     weights, changing = TensorFile(files[WEIGHTS], f"{where}/{WEIGHTS}"), _changing(stepper.model)
     if _described(weights.described) != _described(changing):
         raise CorruptedError(f"{where}/{WEIGHTS} holds other tensors than this run trains")
-    saved = stepper.optimizer.state_dict()
-    saved["state"] = _read_moments(stepper, unpack(files[OPTIMIZER], f"{where}/{OPTIMIZER}"), f"{where}/{OPTIMIZER}")
+    moments = TensorFile(files[OPTIMIZER], f"{where}/{OPTIMIZER}")
+    kept = _make_state(stepper, moments)
     with torch.no_grad():
-        for name, tensor in changing.items():
-            tensor.copy_(weights[name])
-    stepper.optimizer.load_state_dict(saved)
+        for tensors, saved in ((changing, weights), (kept, moments)):
+            for name, tensor in tensors.items():
+                tensor.copy_(saved[name])
     if scaler:  # none was saved where the run began on a machine that needs none
         stepper.scaler.load_state_dict(scaler)
     return state
+
+
+def _make_state(stepper: Stepper, moments: TensorFile) -> dict[str, Tensor]:
+    """What the optimizer keeps, as it is at first, of the parameters that a file has something of; of the others no
+    gradient came yet. Raises CorruptedError where the file holds other tensors than these."""
+    trained = _trained(stepper.model)
+    named = {key.partition("/")[0] for key in moments}
+    stepper.make_state(p for name, p in trained.items() if name in named)
+    kept = _kept(stepper)
+    ours, theirs = _described(kept), _described(moments.described)
+    if wrong := [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]:
+        stepper.optimizer.state.clear()
+        raise CorruptedError(f"{moments.name} does not fit what this run trains: {join_problems(wrong, 3)!a}")
+    return kept
 
 
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
@@ -96,21 +111,3 @@ def _read_state(stepper: Stepper, about: dict, where: str) -> tuple[State, dict]
     if unknown := about.keys() - asdict(State()).keys():
         raise CorruptedError(f"{where} is corrupted: it holds {', '.join(map(repr, unknown))}")
     return State(**about), scaler
-
-
-def _read_moments(stepper: Stepper, tensors: dict[str, Tensor], where: str) -> dict[int, dict[str, Tensor]]:
-    """The optimizer's own numbering of its parameters -> what it keeps of each; nothing where no gradient came yet."""
-    order = {id(p): name for name, p in _trained(stepper.model).items()}
-    moments: dict[str, dict[str, Tensor]] = {order[id(p)]: {} for p in stepper.parameters}
-    shapes = {order[id(p)]: ((), p.shape) for p in stepper.parameters}
-    for key, tensor in tensors.items():
-        name, _, kind = key.partition("/")
-        if name not in moments or tensor.shape not in shapes[name]:
-            raise CorruptedError(f"{where} does not fit what this run trains: {key!r}")
-        moments[name][kind] = tensor
-    for group in stepper.optimizer.param_groups:
-        names = [order[id(p)] for p in group["params"] if moments[order[id(p)]]]
-        for name in names:
-            if moments[name].keys() != moments[names[0]].keys():
-                raise CorruptedError(f"{where} is incomplete: {name!r} and {names[0]!r} differ in what is kept of them")
-    return dict(enumerate(moments.values()))

@@ -148,6 +148,15 @@ class Stepper:
     def _note(self, step: int, finite: Tensor) -> None:
         self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
 
+    def make_state(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let the optimizer make what it keeps of these parameters, as it is at first, by an update that is skipped."""
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        self.optimizer.found_inf = torch.ones((), device=self.machine.device)
+        self.optimizer.step()
+        del self.optimizer.found_inf  # which a scaler sets and deletes itself
+        self.optimizer.zero_grad(set_to_none=True)
+
     def read_loss(self) -> float:
         """The last step's loss on the host, which waits for the device.
 

@@ -158,7 +158,7 @@ def test_a_step_has_the_same_loss_however_it_is_cut(packed: bool) -> None:
     for parts in (1, 2, 3, 6):
         model = models()["gpt"]
         attach(model, LoRAConfig(2))
-        optimizer, machine = make_optimizer(model, (0.9, 0.99), 0.0, 1.0, None), pick_machine("cpu", "fp32")
+        optimizer, machine = make_optimizer(model, (0.9, 0.99), 0.0), pick_machine("cpu", "fp32")
         stepper = Stepper(
             model, optimizer, Schedule(1e-3, 0, 0, 9), found.batch, machine, seed=0, accumulation=parts, grad_clip=0
         )

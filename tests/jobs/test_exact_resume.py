@@ -50,6 +50,7 @@ LORA = {"base": "base", "use_lora": True, "lora_rank": 2, "lora_alpha": 2.0, "lo
 KINDS = {
     "base of characters": TINY,
     "base of word pieces, bf16": TINY | {"tokenizer": "bpe", "vocab_size": 270, "dtype": "bf16"},
+    "base with moments in 8 bits": TINY | {"n_embd": 64, "optimizer": "adamw8bit"},
     "full fine-tuning": {"base": "base"},
     **{variant: LORA | {"lora_variant": variant} for variant in VARIANTS},
 }

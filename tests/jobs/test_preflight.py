@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 
 import pytest
 
+import training
+from runtime import extras
+from runtime.errors import UsageError, UserError
+from runtime.settings.config import Settings
+from runtime.settings.sources import Resolved
 from runtime.storage.lock import RunLock
 from tests.commands.command_line import run
 
@@ -76,3 +82,24 @@ def test_results_of_a_comparison_that_could_not_be_written_are_told_before_its_s
     done = run(folder, data_dir, "compare.py", "--dataset", "new.txt", "--max-iters", "3", *base)
     told = done.stderr.splitlines()
     assert done.returncode == 1 and told[-1].startswith("error: could not write file") and "step" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "missing", "error", "told"),
+    [
+        ("paged_adamw", (), UsageError, "OPTIMIZER=paged_adamw works on cuda only"),
+        ("adamw8bit", ("bitsandbytes", "bitsandbytes.functional"), UserError, "needs the package bitsandbytes, which"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_had_is_told_before_anything_is_loaded(
+    folder, monkeypatch, optimizer, missing, error, told
+):
+    extras.bitsandbytes.cache_clear()
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    runs = folder / "checkpoints"
+    asked = {"optimizer": optimizer, "device": "cpu", "dataset": "nowhere.txt", "checkpoints_dir": str(runs)}
+    with pytest.raises(error, match=told) as caught:
+        training.train(Resolved(Settings.from_dict(asked | {"use_lora": True}), {}))
+    assert str(caught.value).isprintable() and not runs.exists()
+    assert not missing or str(caught.value).endswith("requirements-memory.txt")

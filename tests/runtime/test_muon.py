@@ -22,7 +22,7 @@ def muon(model: Tiny) -> Muon:
     """Muon for the matrices, AdamW for the rest."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.dim() == 2], "muon": True, "weight_decay": 0.1},
+        {"params": [p for p in trained if p.dim() == 2], "own": True, "weight_decay": 0.1},
         {"params": [p for p in trained if p.dim() == 1]},
     ]
     return Muon(groups, (0.9, 0.99), torch.float32)
@@ -42,7 +42,7 @@ def test_an_update_is_that_of_torchs_own_muon():
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape) / 5) for shape in SHAPES]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    one = Muon([{"params": ours, "muon": True, "lr": 0.02, "weight_decay": 0.1}], (0.9, 0.99), torch.bfloat16)
+    one = Muon([{"params": ours, "own": True, "lr": 0.02, "weight_decay": 0.1}], (0.9, 0.99), torch.bfloat16)
     other = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95)
     for _ in range(8):
         for mine, its in zip(ours, theirs, strict=True):
@@ -110,5 +110,5 @@ def test_muon_takes_the_matrices_inside_the_blocks(lora):
     for name, p in model.named_parameters():
         if p.requires_grad:
             inside = name.startswith("blocks.") and p.dim() == 2
-            assert how[p]["muon"] == inside and math.isclose(how[p]["weight_decay"], 0.1 if p.dim() == 2 else 0.0)
+            assert how[p]["own"] == inside and math.isclose(how[p]["weight_decay"], 0.1 if p.dim() == 2 else 0.0)
             assert how[p]["lr_scale"] == (3.0 if inside else 4.0 if ".B" in name else 1.0)

@@ -36,12 +36,12 @@ class Explode(torch.autograd.Function):
 class Tiny(nn.Module):
     """(x, targets) -> (logits, mean cross-entropy). `frozen` takes part and does not train."""
 
-    def __init__(self, seed: int = 0, dropout: float = 0.5) -> None:
+    def __init__(self, seed: int = 0, dropout: float = 0.5, width: int = 8) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.embedding, self.norm = nn.Embedding(VOCABULARY, 8), nn.LayerNorm(8)
-        self.dropout, self.head = nn.Dropout(dropout), nn.Linear(8, VOCABULARY)
-        self.frozen = nn.Parameter(torch.randn(8), requires_grad=False)
+        self.embedding, self.norm = nn.Embedding(VOCABULARY, width), nn.LayerNorm(width)
+        self.dropout, self.head = nn.Dropout(dropout), nn.Linear(width, VOCABULARY)
+        self.frozen = nn.Parameter(torch.randn(width), requires_grad=False)
 
     def forward(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.head(self.dropout(self.norm(self.embedding(x) + self.frozen)))
