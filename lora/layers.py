@@ -200,7 +200,8 @@ class _Cached(NamedTuple):
 def _joined_cache(found: list[_Cached]) -> list[_Cached]:
     """Return the tensors of several linears as those of one, where that costs no copy of large weights."""
     Ws, biases, As, Bs = zip(*found, strict=True)
-    if len(found) == 1 or len({W.dtype for W in Ws}) > 1 or len({A is None for A in As}) > 1:
+    unlike = len({W.dtype for W in Ws}) > 1 or len({A is None for A in As}) > 1
+    if len(found) == 1 or unlike or any(isinstance(W, Quantized) for W in Ws):
         return found
     W = joined(Ws)
     if W is None and sum(W.numel() for W in Ws) > SMALL:
@@ -211,12 +212,16 @@ def _joined_cache(found: list[_Cached]) -> list[_Cached]:
 
 
 def _cached_tensors(layer: LoRALinear, dtype: torch.dtype) -> _Cached:
-    """Return a layer's effective weight and bias in a dtype, or what they are made of where rounding would lose it."""
+    """Return a layer's effective weight and bias in a dtype, or what they are made of where rounding would lose it, or
+    where the weight is in 4 or 8 bits: dense copies of all such weights would take the memory that these save."""
     W, bias = layer.dense_weight(), layer.bias_in(dtype)
-    if not layer.variants() or not needs_adding(W, dtype):
+    quantized = isinstance(W, Quantized)
+    if not layer.variants():
+        return _Cached(W if quantized else W.to(dtype), bias)
+    if not quantized and not needs_adding(W, dtype):
         return _Cached(layer.effective_weight().to(dtype), bias)
     if part := layer.low_rank_sum():
-        return _Cached(layer.dense_weight(dtype), bias, part.A.to(dtype), part.B.to(dtype))
+        return _Cached(W if quantized else W.to(dtype), bias, part.A.to(dtype), part.B.to(dtype))
     return _Cached(layer.effective_weight(), layer.bias_in(torch.float32))
 
 
@@ -236,9 +241,9 @@ def _cached_product(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
 def _product(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None) -> Tensor:
     if A is not None:
         tokens = x.reshape(-1, x.shape[-1])
-        return added_product(tokens, tokens @ A.t(), W, B, bias).view(*x.shape[:-1], len(W))
-    if W.dtype == x.dtype:  # which is the dtype that autocast would choose
-        return F.linear(x, W, bias)
+        return added_product(tokens, tokens @ A.t(), W.to(x.dtype), B, bias).view(*x.shape[:-1], len(W))
+    if W.dtype == x.dtype or isinstance(W, Quantized):  # in x's dtype, which is the one that autocast would choose
+        return F.linear(x, W.to(x.dtype), bias)
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(W.dtype), W, bias).to(x.dtype)
 
