@@ -7,8 +7,9 @@ python dataset.py clean pairs.jsonl --out clean.jsonl  copies, boilerplate, URLs
 python dataset.py split pairs.jsonl --out folder       into folder/train.jsonl, validation.jsonl and test.jsonl
 python dataset.py convert pairs.csv --out chats.jsonl --form messages
 
-Files are what DATASET takes: .jsonl, .json, .csv or .parquet, several with commas, or a folder. No file is changed,
-and none overwritten. python dataset.py COMMAND --help tells what each takes.
+Files are what DATASET takes: .jsonl, .json, .csv or .parquet, several with commas, a folder, or the name of a data set
+on the Hugging Face hub. No file is changed, and none overwritten. python dataset.py COMMAND --help tells what each
+takes.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ class Look(Measured):
             if needed := without_pictures():
                 raise UsageError(f"--out {self.out}: {needed}")
             return Path(self.out)
-        stem = f"{Path(self.file.split(',')[0].strip()).stem}-lengths"
+        stem = f"{Path(self.file.split(',')[0].strip()).stem}-lengths".replace(":", "-")  # which Windows forbids
         free = (Path(f"{stem}{f'-{i}' if i > 1 else ''}.png") for i in range(1, 10**6))
         return next(path for path in free if not os.path.lexists(path))
 
