@@ -297,9 +297,10 @@ class Settings(CommonSettings):
     )
     lr_decay: str = setting(
         "linear",
-        "How the learning rate falls after the warm-up",
+        "How the learning rate falls to MIN_LR after the warm-up; LR_SCHEDULE means the same",
         group=TRAINING,
         choices=("cosine", "linear", "constant"),
+        also="lr_schedule",
     )
     min_lr: float = setting(0.0, "Learning rate at the end", group=TRAINING, low=0)
     warmup_iters: int = setting(
