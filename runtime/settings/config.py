@@ -323,6 +323,15 @@ class Settings(CommonSettings):
     patience: int = setting(
         0, "Stop after this many evaluations without improvement; 0 never stops early", group=SAVING, low=0, high=10**9
     )
+    log_interval: int = setting(
+        0,
+        "Steps between printed lines with loss, learning rate and tokens per second, for each of which an accelerator "
+        "is waited for; 0 is a bar on a terminal, and elsewhere a line every ten seconds",
+        group=SAVING,
+        low=0,
+        high=10**9,
+        **NO_RESULT,
+    )
     save_interval: int = setting(400, "Steps between checkpoints", group=SAVING, **STEPS, **NO_RESULT)
     keep_checkpoints: int = setting(
         2, "How many of the newest checkpoints are kept", group=SAVING, low=1, high=10**6, **NO_RESULT
