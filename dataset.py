@@ -7,8 +7,9 @@ python dataset.py clean pairs.jsonl --out clean.jsonl  copies, boilerplate, URLs
 python dataset.py split pairs.jsonl --out folder       into folder/train.jsonl, validation.jsonl and test.jsonl
 python dataset.py convert pairs.csv --out chats.jsonl --form messages
 
-Files are what DATASET takes: .jsonl, .json, .csv or .parquet, several with commas, or a folder. No file is changed,
-and none overwritten. python dataset.py COMMAND --help tells what each takes.
+Files are what DATASET takes: .jsonl, .json, .csv or .parquet, several with commas, a folder, folio-pairs, or the name
+of a data set on the Hugging Face hub. No file is changed, and none overwritten. python dataset.py COMMAND --help tells
+what each takes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
 from data.instructions.files import SPLITS, files_of
+from data.instructions.folio_pairs import folio_pairs_files
 from data.instructions.records import Record, parse_columns, to_record
 from data.instructions.splits import hold_out
 from data.linting.across import MANY
@@ -42,7 +44,7 @@ from jobs.looking.writing import new_file, new_folder
 from runtime.console import say
 from runtime.errors import UsageError, UserError, run_command
 from runtime.pictures import save_picture, without_pictures
-from runtime.settings.config import FOLDER, Settings, from_command_line
+from runtime.settings.config import FOLDER, RECORD_SETS, Settings, from_command_line
 from runtime.settings.fields import Table, setting
 from runtime.settings.flags import subcommand
 from runtime.start import command_line
@@ -66,6 +68,11 @@ class Command(Table):
 
     file: str = setting("", "Files of records", metavar="FILE", **A_PATH | {"allowed": "files, or a folder"})
     columns: str = of_training("columns")
+    data_dir: str = of_training("data_dir")
+
+    def files(self) -> dict[str, list[Path]]:
+        """The files of FILE by their splits."""
+        return folio_pairs_files(Path(self.data_dir)) if self.file in RECORD_SETS else files_of(self.file)
 
     @property
     def names(self) -> dict[str, str]:
@@ -127,7 +134,7 @@ class Look(Measured):
 
     def run(self) -> None:
         picture = self.picture()
-        settings, files = self.settings(), files_of(self.file)
+        settings, files = self.settings(), self.files()
         val_size = 0 if files["validation"] else self.val_size
         found = overview.Overview(measure_by(settings, self.block_size), self.names, self.seed, val_size)
         found.add_all(told(rows_of(files)))
@@ -156,7 +163,7 @@ class Look(Measured):
             if needed := without_pictures():
                 raise UsageError(f"--out {self.out}: {needed}")
             return Path(self.out)
-        stem = f"{Path(self.file.split(',')[0].strip()).stem}-lengths"
+        stem = f"{Path(self.file.split(',')[0].strip()).stem}-lengths".replace(":", "-")  # which Windows forbids
         free = (Path(f"{stem}{f'-{i}' if i > 1 else ''}.png") for i in range(1, 10**6))
         return next(path for path in free if not os.path.lexists(path))
 
@@ -173,7 +180,7 @@ class Lint(Measured):
     strict: bool = setting(False, "End with status 1 if a rule is broken", **ONLY_HERE)
 
     def run(self) -> None:
-        ignored, settings, files = self.ignored(), self.settings(), files_of(self.file)
+        ignored, settings, files = self.ignored(), self.settings(), self.files()
         measure = measure_by(settings, self.block_size)
         how = How(self.names, self.val_size, measure.tokens, measure.context, self.persona_field, ignored, told)
         report = lint(files, how)
@@ -209,7 +216,7 @@ class Changed(Command):
 
     def rows(self) -> Tried:
         """The rows of FILE. Raises UsageError where it has several splits, which a file cannot tell apart."""
-        files = {split: paths for split, paths in files_of(self.file).items() if paths}
+        files = {split: paths for split, paths in self.files().items() if paths}
         if len(files) > 1:
             told_apart = ", ".join(str(path) for paths in files.values() for path in paths)
             raise UsageError(f"{self.file} has files of {' and '.join(files)}; name one at a time: {told_apart}")
@@ -274,7 +281,7 @@ class Split(Changed):
     @property
     def suffix(self) -> str:
         """The kind of the first file, which the new ones are of too."""
-        return next(path for paths in files_of(self.file).values() for path in paths).suffix.lower()
+        return next(path for paths in self.files().values() for path in paths).suffix.lower()
 
     def side(self, record: Record) -> str:
         """The split of a record."""

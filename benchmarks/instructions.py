@@ -2,6 +2,7 @@
 
 python -m pip install trl==1.16.0                                       the peer, which nothing else here needs
 python -m benchmarks.instructions --base FOLDER [--data pairs.jsonl]    by default records of the Folio speller
+python -m benchmarks.instructions --base FOLDER --only memory           the peak of each, in a process of its own
 python -m benchmarks.instructions --base FOLDER --packing               packed rows against padded ones, both ours
 """
 
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.contest import close, parser, ratio, take_turns, tell
+from benchmarks.peaks import peak_of, row, told_peak
 from benchmarks.pretrained import ours, theirs, with_our_adapter
 from data.instructions.tuning import InstructionData, Sizes
 from data.tokenizers import Tokenizer
@@ -30,6 +32,7 @@ from runtime.settings.config import Settings
 from runtime.training.steps import Schedule, Stepper
 
 ROWS, RATE = 8, 5e-4
+STEPS = 10  # of which the peak memory is measured
 
 
 def load(base: Path, dataset: str, data_dir: Path, packed: bool) -> tuple[InstructionData, Tokenizer]:
@@ -116,6 +119,36 @@ def measure_peer(base: Path, dataset: str, data_dir: Path, rounds: int, device: 
     return found
 
 
+def peak(base: Path, dataset: str, data_dir: Path, who: str) -> None:
+    """Print how many bytes a fresh process needs at most for the model and some steps in bf16, beyond the packages and
+    the records, which are the same for both."""
+    import trl  # noqa: F401
+
+    # The peer goes without what `pick_machine` asks of the allocator.
+    machine = pick_machine("cpu", "bf16") if who == "ours" else Machine(torch.device("cpu"), torch.bfloat16)
+    data, _ = load(base, dataset, data_dir, False)
+    with told_peak(machine), tempfile.TemporaryDirectory() as folder:
+        if who == "ours":
+            stepper, steps = our_step(ours(base, "bf16", True, 0.0), data, machine), itertools.count()
+
+            def take() -> None:
+                stepper.step(next(steps))
+
+        else:
+            take = TheirSteps(theirs(base, "bf16", True, 0.0).model, data, folder, machine).step
+        for _ in range(STEPS):
+            take()
+
+
+def measure_memory(base: Path, dataset: str, data_dir: Path) -> list[dict[str, Any]]:
+    """Our peak memory as a share of TRL's."""
+    words = ("benchmarks.instructions", "--base", str(base), "--data", dataset, "--data-dir", str(data_dir))
+    mine, its = (peak_of(f"steps of {who}", *words, "--peak", who) for who in ("ours", "theirs"))
+    what = f"peak memory of LoRA steps on records, bf16: {mine / 1e6:,.0f} MB, TRL's {its / 1e6:,.0f} MB"
+    tell(found := [row(what, mine / its, 0.8)])
+    return found
+
+
 def measure_packing(base: Path, dataset: str, data_dir: Path, rounds: int, device: str) -> list[dict[str, Any]]:
     """Seconds a record in packed rows as a share of those in padded ones."""
     machine, contestants, each = pick_machine(device, "bf16"), {}, {}
@@ -127,7 +160,8 @@ def measure_packing(base: Path, dataset: str, data_dir: Path, rounds: int, devic
     seconds = take_turns(contestants, rounds, machine)
     seconds = {name: [s / each[name] for s in times] for name, times in seconds.items()}
     what = f"seconds a record, bf16: packed rows ({each['packed']:.0f} records a step) / padded ({each['padded']:.0f})"
-    return [{"what": what} | ratio(seconds, "packed", "padded")]
+    tell(found := [{"what": what} | ratio(seconds, "packed", "padded")])
+    return found
 
 
 def main() -> None:
@@ -137,12 +171,18 @@ def main() -> None:
     flags.add_argument("--data", default="folio-pairs", help="what DATASET takes")
     flags.add_argument("--data-dir", type=Path, default=Path(Settings().data_dir))
     flags.add_argument("--packing", action="store_true", help="packed rows against padded ones, not the peer")
+    flags.add_argument("--only", nargs="+", choices=("steps", "memory"), default=["steps", "memory"])
+    flags.add_argument("--peak", choices=("ours", "theirs"), help="what a process of its own measures")
     options = flags.parse_args()
-    given = options.base, options.data, options.data_dir, options.rounds, options.device
-    rows = measure_packing(*given) if options.packing else measure_peer(*given)
-    if options.packing:
-        tell(rows)
-    close("packing" if options.packing else "instructions", rows, options.record)
+    what, how = (options.base, options.data, options.data_dir), (options.rounds, options.device)
+    if options.peak:
+        peak(*what, options.peak)
+    elif options.packing:
+        close("packing", measure_packing(*what, *how), options.record)
+    else:
+        rows = measure_peer(*what, *how) if "steps" in options.only else []
+        rows += measure_memory(*what) if "memory" in options.only else []
+        close("instructions", rows, options.record)
 
 
 if __name__ == "__main__":

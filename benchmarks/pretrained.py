@@ -7,8 +7,6 @@ python -m benchmarks.pretrained --base FOLDER --only steps
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.contest import close, parser, ratio, take_turns, tell
+from benchmarks.peaks import peak_of, row, told_peak
 from jobs.comparing.timing import repeatable
 from jobs.runs.base import Base
 from lora.attach import attach
@@ -136,29 +135,22 @@ def measure_generation(base: Path, rounds: int, device: str) -> list[dict[str, A
     return found
 
 
-def resident(key: str) -> float:
-    """MB of this process: VmRSS now, VmHWM at most so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1e3
-
-
 def peak(base: Path, who: str, what: str) -> None:
-    """Print how many MB a fresh process needs at most, beyond what its packages take: to load, or for three steps."""
+    """Print how many bytes a fresh process needs at most, beyond what its packages take: to load, or for 3 steps."""
     import peft  # noqa: F401
     import transformers  # noqa: F401
 
     machine = pick_machine("cpu", "bf16")
     F.linear(torch.ones(8, 8).bfloat16(), torch.ones(8, 8).bfloat16())
-    before = resident("VmRSS")
     make: Callable[..., nn.Module] = ours if who == "ours" else theirs
-    if what == "load":
-        Base.of(Pretrained(base)) if who == "ours" else theirs(base, "bf16", True, 0.0)
-    else:
-        model = make(base, "bf16", what == "lora", 0.05)
-        stepper = repeatable(model, random_rows(49000, 4, 257) % _vocabulary(base), machine)
-        for _ in range(3):
-            stepper.step(0)
-    print(json.dumps(resident("VmHWM") - before))
+    with told_peak(machine):
+        if what == "load":
+            Base.of(Pretrained(base)) if who == "ours" else theirs(base, "bf16", True, 0.0)
+        else:
+            model = make(base, "bf16", what == "lora", 0.05)
+            stepper = repeatable(model, random_rows(49000, 4, 257) % _vocabulary(base), machine)
+            for _ in range(3):
+                stepper.step(0)
 
 
 def _vocabulary(base: Path) -> int:
@@ -168,21 +160,16 @@ def _vocabulary(base: Path) -> int:
 def measure_memory(base: Path, rounds: int, device: str) -> list[dict[str, Any]]:
     """Peak memory of ours as a share of theirs, and of loading as a share of the files."""
 
-    def measured(who: str, what: str) -> float:
-        command = [sys.executable, "-m", "benchmarks.pretrained", "--base", str(base), "--peak", who, what]
-        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    def measured(who: str, what: str) -> int:
+        return peak_of(f"{what} of {who}", "benchmarks.pretrained", "--base", str(base), "--peak", who, what)
 
-    size = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 1e6
     found = []
     for what, goal in (("lora", 0.8), ("full", 0.8)):
         mine, its = measured("ours", what), measured("theirs", what)
-        share = mine / its
-        name = f"peak memory of a {what} step, bf16: {mine:,.0f} MB, theirs {its:,.0f} MB"
-        found.append({"what": name, "median": share, "min": share, "max": share, "goal": goal})
-    share = measured("ours", "load") / size
-    found.append(
-        {"what": "peak memory of loading / the files", "median": share, "min": share, "max": share, "goal": 1.15}
-    )
+        name = f"peak memory of a {what} step, bf16: {mine / 1e6:,.0f} MB, theirs {its / 1e6:,.0f} MB"
+        found.append(row(name, mine / its, goal))
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    found.append(row("peak memory of loading / the files", measured("ours", "load") / size, 1.15))
     tell(found)
     return found
 

@@ -1,22 +1,25 @@
-"""Rows of the files that records come in: JSON lines, JSON, CSV and Parquet."""
+"""The files that records come in, JSON lines, JSON, CSV and Parquet: which ones DATASET names, and their rows."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from data.jsonlines import once, try_json_lines
 from runtime.errors import UserError
 from runtime.extras import needs_package
-from runtime.hub import fetch_records
+from runtime.hub import fetch_chosen, fetch_records, listed
 from runtime.settings.config import RECORDS, is_hub_records
 from runtime.storage.folders import plain_errors
 
 Rows = Iterator[tuple[str, dict[str, Any]]]  # each with where it stands
 Tried = Iterator[tuple[str, dict[str, Any] | UserError]]  # where it stands, and the row, or why it is none
+SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # at the end of a name without its ending
+SHOWN = 12  # names of splits in a message
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
@@ -119,11 +122,17 @@ def read_rows(path: Path) -> Rows:
 
 def files_of(name: str) -> dict[str, list[Path]]:
     """The files that DATASET names, by the split that the first word of their names says: train, validation or test;
-    those that say nothing are in `train`. Raises UserError for a folder without any, and where the hub has none."""
+    those that say nothing are in `train`, and so are all of a split of the hub's that was asked for by name.
+
+    Raises UserError for a folder without any, and where the hub has none.
+    """
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    parts = (
-        [fetch_records(name)] if is_hub_records(name) else [Path(part.strip()).expanduser() for part in name.split(",")]
-    )
+    if not is_hub_records(name):
+        parts = [Path(part.strip()).expanduser() for part in name.split(",")]
+    elif ":" in name:
+        return found | {"train": _of_split(*name.split(":"))}
+    else:
+        parts = [fetch_records(name)]
     for part in parts:
         inside = (_inside(part) or _inside(part / "data")) if part.is_dir() else [part]
         if not inside:
@@ -133,10 +142,44 @@ def files_of(name: str) -> dict[str, list[Path]]:
     return found
 
 
+def _of_split(repository: str, split: str) -> list[Path]:
+    """The files of a split of a data set on the hub, which alone are downloaded.
+
+    Raises UserError, which names the splits that there are, where this is none, or a folder of several.
+    """
+    names = {path: _split_names(path) for path in listed(repository) if _has_records(PurePosixPath(path))}
+    wanted = [path for path, its in names.items() if split in its]
+    if len({split_of(Path(path)) for path in wanted}) > 1:
+        there = {name for path in wanted for name in names[path]} - {split}
+        raise UserError(f"{repository}:{split} has several splits; name one of {_shortened(there)}")
+    if not wanted:
+        there = {name for its in names.values() for name in its}
+        raise UserError(f"{repository} has no split {split!r}; it has {_shortened(there) or 'no files of records'}")
+    return fetch_chosen(repository, sorted(wanted))
+
+
+def _split_names(path: str) -> list[str]:
+    """The names that a file on the hub can be asked for by: those of its folders but `data`, and its own, without what
+    numbers the parts of a split."""
+    *folders, name = path.removeprefix("data/").split("/")
+    parts = [*folders, SHARD.sub("", PurePosixPath(name).stem)]
+    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _shortened(names: set[str]) -> str:
+    """Some of the names, in order."""
+    shown = sorted(names)[:SHOWN]
+    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
 def _inside(folder: Path) -> list[Path]:
     """The files of records in a folder; one that the hub keeps about them is none."""
     there = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in there if path.suffix.lower() in READERS and path.name != "dataset_infos.json"]
+    return [path for path in there if _has_records(path)]
+
+
+def _has_records(path: PurePath) -> bool:
+    return path.suffix.lower() in READERS and path.name != "dataset_infos.json"
 
 
 def split_of(path: Path) -> str:

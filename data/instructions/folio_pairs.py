@@ -7,7 +7,7 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +15,14 @@ from data.cache import cached
 from data.cleaning import CLEANING, PLAYS_HELD_OUT, Rules, read_works
 from data.corpora import archive
 from data.instructions.alignment import align
+from data.instructions.files import SPLITS
 from data.instructions.records import Record, asking
 from data.instructions.spelling import WORD, folded, key, words_in
 from data.instructions.splits import Records, hold_out
 from runtime.console import say
 
 NAME = "folio-pairs"
-VERSION = 1  # raise it with every change, here or in the two modules beside, of what becomes a pair
-FILE = "pairs.jsonl"
+VERSION = 2  # raise it with every change, here or in the two modules beside, of what becomes a pair, or of its row
 INSTRUCTION = "Rewrite in First Folio spelling."
 VALIDATION_SHARE = 0.02
 FEWEST_WORDS, MOST_WORDS = 4, 24  # of a line
@@ -184,20 +184,36 @@ def _build(data_dir: Path) -> dict[str, bytes]:
     say(f"Pairing the lines of {len(plays)} plays in two spellings, which is kept for the next time ...")
     found = [*select(pair for play, name in plays.items() for pair in pairs_of(play, modern[play], folio[name]))]
     say(f"... made {NAME}: {len(found):,} pairs of lines")
-    return {FILE: "".join(json.dumps(pair._asdict()) + "\n" for pair in found).encode()}
+    lines: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for row in map(row_of, found):
+        lines[_split(record_of(row))].append(json.dumps(row) + "\n")
+    return {f"{split}.jsonl": "".join(its).encode() for split, its in lines.items()}
 
 
-def _record(pair: Pair) -> Record:
-    answer = {"role": "assistant", "content": pair.folio}
-    return Record(pair.play, (*asking(INSTRUCTION, pair.modern), answer))
+def row_of(pair: Pair) -> dict[str, str]:
+    """A pair as the row of a file of records."""
+    return {"instruction": INSTRUCTION, "input": pair.modern, "output": pair.folio, "play": pair.play}
+
+
+def record_of(row: Mapping[str, str]) -> Record:
+    """That row as a record. It goes without its row, as nobody has a use for these 56,000."""
+    answer = {"role": "assistant", "content": row["output"]}
+    return Record(row["play"], (*asking(row["instruction"], row["input"]), answer))
+
+
+def _split(record: Record) -> str:
+    if record.where in PLAYS_HELD_OUT:
+        return "test"
+    return "validation" if hold_out([record], VALIDATION_SHARE)[1] else "train"
 
 
 def _parse(files: dict[str, bytes]) -> Records:
-    rows = map(json.loads, files[FILE].splitlines())
-    records = [_record(Pair(row["play"], row["modern"], row["folio"])) for row in rows]
-    others = [record for record in records if record.where not in PLAYS_HELD_OUT]
-    train, validation = hold_out(others, VALIDATION_SHARE)
-    return Records(NAME, train, validation, [record for record in records if record.where in PLAYS_HELD_OUT])
+    rows = (map(json.loads, files[f"{split}.jsonl"].splitlines()) for split in SPLITS)
+    return Records(NAME, *(list(map(record_of, its)) for its in rows))
+
+
+def _folder(data_dir: Path) -> Path:
+    return data_dir / f"{NAME}-v{CLEANING}-{VERSION}"
 
 
 def load_folio_pairs(data_dir: Path) -> Records:
@@ -210,4 +226,10 @@ def load_folio_pairs(data_dir: Path) -> Records:
 
     Raises UserError where the archive cannot be fetched.
     """
-    return cached(data_dir / f"{NAME}-v{CLEANING}-{VERSION}", lambda: _build(data_dir), _parse)
+    return cached(_folder(data_dir), lambda: _build(data_dir), _parse)
+
+
+def folio_pairs_files(data_dir: Path) -> dict[str, list[Path]]:
+    """The same as files of records, by split, for whoever reads rows. Raises UserError as `load_folio_pairs` does."""
+    load_folio_pairs(data_dir)  # which makes and checks them
+    return {split: [_folder(data_dir) / f"{split}.jsonl"] for split in SPLITS}

@@ -7,9 +7,10 @@ import re
 
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
 # A sentence ends at a line's end, and at a stop with blanks after it, but an abbreviation's or a list's number's.
+# The class at the beginning is what the engine looks for, quickly; what follows asks which of its signs it found.
 END = re.compile(
-    r"(?<![.!?])[.!?]++(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\b[DM]r\.)(?<!\bMrs\.)(?<!\b\d\.)(?<!\b\d\d\.)"
-    r"[\"'”’)\]]*+\s++|[。！？][”’」』]?\s*+|\n\s*+"
+    r"[.!?。！？\n](?:(?<=[.!?])(?<![.!?][.!?])[.!?]*+(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\b[DM]r\.)(?<!\bMrs\.)"
+    r"(?<!\b\d\.)(?<!\b\d\d\.)[\"'”’)\]]*+\s++|(?<=[。！？])[”’」』]?\s*+|(?<=\n)\s*+)"
 )  # nothing is looked at twice, as a text may be a million stops
 
 # --- boilerplate ----------------------------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ HOWEVER = re.compile(r"(?:however|but|nevertheless|that said),? ", re.IGNORECASE
 # What BOILERPLATE and CLOSING need, in lower case: to look for these takes a fraction of the time.
 STEMS = (
     "an ai", "i'm an", "i’m an", "i am an", "language model", "have personal", "have any personal", "my kn", "my tr",
-    "as of my", "sorry", "afraid", "advice", "purposes only", "not a", "disclaimer",
+    "as of my", "sorry", "afraid", "advice", "purposes only", "not a", "disclaimer", "a ai", "artificial intelligence",
 )  # fmt: skip
 LAST_STEMS, LAST = ("hope", "let me know", "anything else", "feel free", "hesitate"), 200  # characters at the end
 
@@ -64,14 +65,19 @@ def sentences(text: str) -> list[str]:
     return list(filter(None, map(str.strip, pieces(CODE.sub(" ", text) if "`" in text else text))))
 
 
+def _has_any(text: str, stems: list[str]) -> bool:
+    lower = text.lower()
+    return any(stem in lower for stem in stems)
+
+
 def split_boilerplate(text: str) -> tuple[str, list[str]]:
     """An answer without its boilerplate, of which nothing may be left, and the sentences that are boilerplate."""
     lower, opening = text.lower(), OPENING.match(text)
-    last = lower[-LAST:]
-    if not (opening or any(stem in lower for stem in STEMS) or any(stem in last for stem in LAST_STEMS)):
+    stems, last = [stem for stem in STEMS if stem in lower], lower[-LAST:]
+    if not (opening or stems or any(stem in last for stem in LAST_STEMS)):
         return text, []
     parts = pieces(text[opening.end() :] if opening else text)
-    found = {i for i, part in enumerate(parts) if BOILERPLATE.search(part.strip())}
+    found = {i for i, part in enumerate(parts) if _has_any(part, stems) and BOILERPLATE.search(part.strip())}
     if len(parts) + bool(opening) > 1 and CLOSING.search(parts[-1].strip()):  # which in a letter is not the last one
         found.add(len(parts) - 1)
     told = ([opening[0].strip()] if opening else []) + [parts[i].strip() for i in sorted(found)]

@@ -134,7 +134,7 @@ def row(method: Method, equal_seconds: float, forgetting: tuple[float | None, fl
 def take_steps(methods: list[Method]) -> None:
     """All steps of all methods, a step each in turn, so that what disturbs the machine disturbs all alike."""
     s = methods[0].job.settings
-    progress = Progress("compare", s.max_iters, 0)
+    progress = Progress("compare", s.max_iters, 0, every_steps=s.log_interval)
     for method in methods:
         method.evaluate(0)
     for step in range(s.max_iters):

@@ -24,7 +24,8 @@ class Training:
             self.state = resume.restore(stepper, saved[1], f"{run.folder}/step-{saved[0]:06d}")
             say(f"Going on with {run.name} after step {self.state.step} of {job.settings.max_iters}")
         self.log = MetricsLog(run.folder / "metrics.jsonl", self.state.step)
-        self.progress = Progress(run.name, job.settings.max_iters, self.state.step)
+        every = job.settings.log_interval
+        self.progress = Progress(run.name, job.settings.max_iters, self.state.step, every_steps=every)
         self.first, self.before = self.state.step, self.state.seconds
         self.clock = time.perf_counter()
 
@@ -73,7 +74,8 @@ class Training:
         state.step += 1
         last = state.step == s.max_iters
         evaluating, saving = (last or state.step % every == 0 for every in (s.eval_interval, s.save_interval))
-        if evaluating or saving or state.step % reading == 0:
+        telling = s.log_interval and state.step % s.log_interval == 0
+        if evaluating or saving or telling or state.step % reading == 0:
             self.read()
         paused = time.perf_counter()
         if evaluating:
@@ -94,7 +96,8 @@ class Training:
         speed = self.job.data.tokens_in_step * (state.step - self.first) / (state.seconds - self.before)
         rate = self.stepper.schedule(state.step - 1)
         self.log.add(state.step, loss=loss, lr=rate, seconds=round(state.seconds, 3), tokens_per_second=round(speed))
-        self.progress.update(state.step, loss=f"{loss:.3f}", **{"tokens/s": f"{speed:,.0f}"})
+        told = {"lr": f"{rate:.3g}"} if self.job.settings.log_interval else {}
+        self.progress.update(state.step, loss=f"{loss:.3f}", **told, **{"tokens/s": f"{speed:,.0f}"})
 
     def evaluate(self) -> None:
         """Compute the validation loss, and save the artifact whenever the loss is the lowest so far."""

@@ -29,6 +29,7 @@ NAME = r"(?!(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$))[A-Za-z0-9_]([A-Za-z0-9
 FOLDER = r"(?=.*\S)[^\x00-\x1f\x7f\ud800-\udfff]+"
 MODULES = r"[A-Za-z_][\w.-]*( *, *[A-Za-z_][\w.-]*)*"
 HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+HUB_SPLIT = r"\w[\w.-]*(/\w[\w.-]*)*"  # of a data set there, after a colon
 HUB_LEGACY = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # names without an owner
 NAMED = "a name that any system takes for a folder (letters, digits, '_', '-', and '.' inside; at most 100)"
 SHAPE = ("architecture", "tokenizer", "vocab_size", "n_layer", "n_head", "n_embd", "block_size", "bias")
@@ -166,7 +167,7 @@ class Settings(CommonSettings):
         "shakespeare",
         "What to train on: shakespeare, folio, milton, tinyshakespeare or the path of a .txt file; or records of "
         "instructions or chats: folio-pairs, .jsonl, .json, .csv or .parquet files (with commas), their folder, or a "
-        "data set's name on the Hugging Face hub",
+        "data set's name on the Hugging Face hub, with :SPLIT after it to train on that split alone",
         group=DATA,
         **A_FOLDER | {"allowed": "the name of a corpus or a path"},
     )
@@ -296,9 +297,10 @@ class Settings(CommonSettings):
     )
     lr_decay: str = setting(
         "linear",
-        "How the learning rate falls after the warm-up",
+        "How the learning rate falls to MIN_LR after the warm-up; LR_SCHEDULE means the same",
         group=TRAINING,
         choices=("cosine", "linear", "constant"),
+        also="lr_schedule",
     )
     min_lr: float = setting(0.0, "Learning rate at the end", group=TRAINING, low=0)
     warmup_iters: int = setting(
@@ -320,6 +322,15 @@ class Settings(CommonSettings):
     )
     patience: int = setting(
         0, "Stop after this many evaluations without improvement; 0 never stops early", group=SAVING, low=0, high=10**9
+    )
+    log_interval: int = setting(
+        0,
+        "Steps between printed lines with loss, learning rate and tokens per second, for each of which an accelerator "
+        "is waited for; 0 is a bar on a terminal, and elsewhere a line every ten seconds",
+        group=SAVING,
+        low=0,
+        high=10**9,
+        **NO_RESULT,
     )
     save_interval: int = setting(400, "Steps between checkpoints", group=SAVING, **STEPS, **NO_RESULT)
     keep_checkpoints: int = setting(
@@ -396,9 +407,10 @@ def has_records(dataset: str) -> bool:
 
 
 def is_hub_records(dataset: str) -> bool:
-    """Whether DATASET can only be a name on the hub: owner/name, where there is no such file."""
-    named = re.fullmatch(HUB_NAME, dataset) and Path(dataset).suffix.lower() not in (".txt", *RECORDS)
-    return bool(named) and not Path(dataset).exists()
+    """Whether DATASET can only be a name on the hub: owner/name or owner/name:split, where there is no such file."""
+    name = dataset.partition(":")[0]
+    named = re.fullmatch(f"{HUB_NAME}(:{HUB_SPLIT})?", dataset) and Path(name).suffix.lower() not in (".txt", *RECORDS)
+    return bool(named) and not any(Path(path).exists() for path in (name, dataset))
 
 
 def _is_folder(path: Path) -> bool:

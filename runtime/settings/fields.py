@@ -50,7 +50,7 @@ class Setting:
     preset that has them. `pattern` is a regular expression for text, put into words by `allowed`, and `path=True` a
     folder or file, whose ~ is expanded; `env=False` makes a setting a flag only, `required=True` one that must be
     given, and `metavar="NAME"` words without a flag, shown as NAME; `identity=False` marks what does not change a
-    run's result.
+    run's result; `also="name"` is another name, by which it can be given just as well.
     """
 
     name: str
@@ -72,6 +72,12 @@ class Setting:
     metavar: str = ""
     required: bool = False
     identity: bool = True
+    also: str = ""
+
+    @property
+    def spellings(self) -> tuple[Setting, ...]:
+        """The row by each of its names, the own one first."""
+        return (self, dataclasses.replace(self, name=self.also)) if self.also else (self,)
 
     @property
     def variable(self) -> str:

@@ -60,6 +60,8 @@ def _add_flag(group: argparse._ArgumentGroup, row: Setting) -> None:
         group.add_argument(off, dest=row.name, action="store_const", const="false", help=argparse.SUPPRESS)
     text = f"{explained(row)} {_default(row)}".replace("%", "%%")
     group.add_argument(row.flag, dest=row.name, metavar=PLACEHOLDERS[row.kind], help=text, type=_as_given, **options)
+    for other in row.spellings[1:]:
+        group.add_argument(other.flag, dest=other.name, help=argparse.SUPPRESS, type=_as_given)
 
 
 def _default(row: Setting) -> str:
@@ -71,7 +73,8 @@ def _default(row: Setting) -> str:
 
 
 def read_flags(cls: type[Table], argv: Sequence[str], prog: str, description: str) -> dict[str, Any]:
-    """The text given for each setting that has a flag in `argv`; `--lora_rank` is `--lora-rank`.
+    """The text given for each setting that has a flag in `argv`, by the name it has there. `--lora_rank` is
+    `--lora-rank`.
 
     Raises UsageError for an unknown flag, with the one that was meant, and SystemExit after printing --help.
     """
@@ -123,6 +126,6 @@ def _unknown_flag(word: str, rows: Sequence[Setting]) -> str:
     if not word.startswith("-") and any(row.metavar for row in rows):
         return f"{format_value(word) or repr('')} is one argument too many; --help tells what there may be"
     asked = word.partition("=")[0].removeprefix("--")
-    flags = {row.variable: row.flag for row in rows if not row.metavar}
+    flags = {each.variable: each.flag for row in rows if not row.metavar for each in row.spellings}
     hint = suggestion(asked, flags, near_miss(asked, flags)) or "--help lists them all"
     return f"{format_value(word) or repr('')} is not a flag; {hint}"

@@ -48,18 +48,19 @@ def read_settings(
     Raises UsageError, one line, for anything misspelt or not allowed; SystemExit after printing --help.
     """
     flags = read_flags(cls, argv, prog, description)
-    rows = {row.variable: row for table in (*also, cls) for row in settings_of(table) if row.env}
+    all_rows = (row for table in (*also, cls) for row in settings_of(table) if row.env)
+    rows = {each.variable: each for row in all_rows for each in row.spellings}
     dotenv = _read_dotenv(Path(dotenv_path), environ, rows)
     _check_names(rows, dotenv, DOTENV)
     _check_names(rows, [name for name in environ if name not in FOREIGN], ENVIRONMENT)
     own = {row.name: row for row in settings_of(cls)}
     found = {name: hit for name, row in own.items() if (hit := _find(row, flags, environ, dotenv))}
-    given = {name: _parsed(own[name], text, source) for name, (text, source) in found.items()}
+    given = {name: _parsed(*hit) for name, hit in found.items()}
     try:
-        return Resolved(resolve(cls, given), {own[name].variable: source for name, (_, source) in found.items()})
+        return Resolved(resolve(cls, given), {own[name].variable: source for name, (*_, source) in found.items()})
     except ContradictionError as error:
-        written = {name: (value, "default") for name, value in error.values.items()} | found
-        left, right = (_as_written(own[name], *written[name]) for name in (error.left, error.right))
+        written = {name: (own[name], value, "default") for name, value in error.values.items()} | found
+        left, right = (_as_written(*written[name]) for name in (error.left, error.right))
         raise UsageError(f"{left} {error.relation} {right}") from None
 
 
@@ -69,15 +70,32 @@ def describe(resolved: Resolved) -> list[str]:
     return [f"{name}={format_value(values[name.lower()])} ({source})" for name, source in resolved.sources.items()]
 
 
-def _find(row: Setting, flags: dict, environ: Mapping[str, str], dotenv: Mapping[str, str]) -> tuple[Any, str] | None:
-    """The text given for a setting and its source, from the first source that has one."""
-    if row.name in flags:
-        return flags[row.name], "argument" if row.metavar else f"flag {row.flag}"
-    for source, values in ((ENVIRONMENT, environ), (DOTENV, dotenv)):
-        others = source == ENVIRONMENT and SHELLS_OWN.get(row.variable, "(?!)")
-        if row.env and row.variable in values and not (others and re.fullmatch(others, values[row.variable].strip())):
-            return values[row.variable].strip(), source  # cmd's `set A=8 && python ...` gives "8 "
+def _find(
+    row: Setting, flags: dict, environ: Mapping[str, str], dotenv: Mapping[str, str]
+) -> tuple[Setting, Any, str] | None:
+    """A setting by the name it was given, the text and its source: the first source that has one.
+
+    Raises UsageError where one source has both of its names.
+    """
+    sources = (("flag", flags), (ENVIRONMENT, environ), (DOTENV, dotenv))
+    for source, values in sources:
+        hits = [(each, text) for each in row.spellings if (text := _text_in(values, each, source)) is not None]
+        if len(hits) > 1:
+            one, other = (_as_written(each, text, source) for each, text in hits)
+            raise UsageError(f"{one} and {other} are the same setting; keep one of them")
+        for each, text in hits:
+            return each, text, source if source != "flag" else "argument" if row.metavar else f"flag {each.flag}"
     return None
+
+
+def _text_in(values: Mapping[str, Any], row: Setting, source: str) -> Any:
+    """The text that a source has for a setting, or None."""
+    if source == "flag":
+        return values.get(row.name)
+    text = values.get(row.variable) if row.env else None
+    if text is None or (source == ENVIRONMENT and re.fullmatch(SHELLS_OWN.get(row.variable, "(?!)"), text.strip())):
+        return None
+    return text.strip()  # cmd's `set A=8 && python ...` gives "8 "
 
 
 def _parsed(row: Setting, text: Any, source: str) -> Any:

@@ -66,10 +66,16 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class Progress:
-    """A tqdm bar on a terminal; elsewhere a plain line every few seconds and at the end, so that logs stay readable."""
+    """A tqdm bar on a terminal; elsewhere a plain line every few seconds and at the end, so that logs stay readable.
 
-    def __init__(self, label: str, total: int, start: int, every_seconds: float = 10.0) -> None:
-        self.label, self.total, self.start, self.every = label, total, start, every_seconds
+    With `every_steps`, lines come with the steps, on a terminal too, above the bar.
+    """
+
+    def __init__(
+        self, label: str, total: int, start: int, every_seconds: float = 10.0, *, every_steps: int = 0
+    ) -> None:
+        self.label, self.total, self.start = label, total, start
+        self.every_seconds, self.every_steps = every_seconds, every_steps
         self.step = self.told = start
         self.values: dict[str, str] = {}
         self.began = self.last_line = time.perf_counter()
@@ -84,21 +90,27 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix(self.values, refresh=False)
             self.bar.update(done)
-        elif time.perf_counter() - self.last_line >= self.every and step < self.total:  # `close` prints the last one
+        if self._is_due() and step < self.total:  # `close` prints the last one
             self.line()
+
+    def _is_due(self) -> bool:
+        if self.every_steps:
+            return self.step % self.every_steps == 0 and self.told != self.step
+        return self.bar is None and time.perf_counter() - self.last_line >= self.every_seconds
 
     def line(self) -> None:
         """One plain line: where the run is, its values, and the time left."""
         self.told, self.last_line = self.step, time.perf_counter()
         left = (self.last_line - self.began) / max(1, self.step - self.start) * (self.total - self.step)
         values = "".join(f", {name} {value}" for name, value in self.values.items())
-        say(f"{self.label}: step {self.step}/{self.total}{values}, {left:.0f} s left")
+        with tqdm.external_write_mode(sys.stderr):  # which takes a bar away meanwhile
+            say(f"{self.label}: step {self.step}/{self.total}{values}, {left:.0f} s left")
 
     def close(self) -> None:
-        """Leave the bar as it stands, or print the last step if no line has."""
+        """Leave the bar as it stands, and print the last step if no line has where there are lines."""
         if self.bar is not None:
             self.bar.close()
-        elif self.told != self.step:
+        if self.told != self.step and (self.bar is None or self.every_steps):
             self.line()
 
 

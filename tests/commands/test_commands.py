@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -81,8 +82,15 @@ def test_other_settings_get_a_name_of_their_own_and_fresh_moves_aside(adapted, d
 
 def test_full_fine_tuning_from_a_base(adapted, data_dir):
     folder, _ = adapted
-    done = run(folder, data_dir, "training.py", TEST_MODE="1", BASE="test-base-shakespeare", MAX_ITERS="20")
+    asked = {"MAX_ITERS": "20", "WARMUP_ITERS": "4", "LR_SCHEDULE": "linear", "MIN_LR": "1e-3", "LEARNING_RATE": "9e-3"}
+    done = run(folder, data_dir, "training.py", TEST_MODE="1", BASE="test-base-shakespeare", LOG_INTERVAL="8", **asked)
     assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("test-full-folio: step ")]
+    number = r"[\d.,]+"
+    for line, step, rate in zip(lines, (8, 16, 20), ("0.0075", "0.0035", "0.0015"), strict=True):
+        val = rf", val {number}" if step == 20 else ""
+        form = rf"test-full-folio: step {step}/20, loss {number}, lr {rate}, tokens/s {number}{val}, \d+ s left"
+        assert re.fullmatch(form, line), line
     about = json.loads((folder / "checkpoints/test-full-folio/run.json").read_bytes())
     assert about["kind"] == "full" and about["base"]["run"] == "test-base-shakespeare"
     assert about["settings"]["dataset"] == "folio"

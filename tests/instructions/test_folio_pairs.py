@@ -17,19 +17,21 @@ from data.corpora import ARCHIVE
 from data.instructions import folio_pairs
 from data.instructions.alignment import LONGEST_GAP, align
 from data.instructions.folio_pairs import (
-    FILE,
     FOLIO_RULES,
     Pair,
     folio_speech,
     load_folio_pairs,
     modern_lines,
     pairs_of,
+    record_of,
+    row_of,
     select,
 )
 from data.instructions.records import Record
 from data.instructions.spelling import folded, key, score, words_in
-from data.instructions.splits import Records
+from data.instructions.splits import Records, read_records
 from runtime.errors import UserError
+from tests.commands.command_line import run
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,22 @@ def test_a_second_load_is_quick_and_equal(pairs: Records, data_dir: Path, monkey
     assert time.perf_counter() - start < 3
 
 
+def test_what_looks_at_files_of_records_takes_the_name_too(pairs: Records, data_dir: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, data_dir, "dataset.py", "look", "folio-pairs")
+    assert done.stdout.startswith("folio-pairs: 56,194 records (train 50,763, validation 969, test 4,462); ")
+    assert (tmp_path / "folio-pairs-lengths.png").is_file()
+    done = run(tmp_path, data_dir, "dataset.py", "lint", "folio-pairs", "--strict", "--ignore", "near-duplicate")
+    assert done.returncode == 0, done.stderr
+    for words in (("clean", "--out", "a.jsonl"), ("convert", "--out", "a.jsonl"), ("split", "--out", "a")):
+        done = run(tmp_path, data_dir, "dataset.py", *words, "folio-pairs")
+        told = "error: folio-pairs has files of train and validation and test; name one at a time: "
+        assert done.returncode == 2 and done.stderr.startswith(told) and done.stderr.count("\n") == 1, done.stderr
+    test = done.stderr.strip().rpartition(", ")[2]
+    done = run(tmp_path, data_dir, "dataset.py", "convert", test, "--out", "test.csv")
+    assert done.stdout == "test.csv: 4,462 records\n"
+    assert read_records([tmp_path / "test.csv"], {})[7].messages == pairs.test[7].messages
+
+
 @pytest.fixture(scope="module")
 def two_plays(pairs: Records, data_dir: Path) -> dict[str, dict[str, str]]:
     """The beginnings of a play to learn from and of one that is held out, in both editions; quick to pair."""
@@ -129,7 +147,7 @@ def test_a_torn_cache_is_made_again(
     made = load_folio_pairs(tmp_path)
     assert "2 plays" in capsys.readouterr().err
     [folder] = tmp_path.iterdir()
-    damage(folder / FILE)
+    damage(folder / "train.jsonl")
     assert load_folio_pairs(tmp_path) == made
     assert "making it again" in capsys.readouterr().err
     assert load_folio_pairs(tmp_path) == made
@@ -265,7 +283,7 @@ def test_score_is_over_the_words_of_all_lines() -> None:
 
 def test_a_dictionary_leaves_what_it_does_not_know() -> None:
     asked = [*select([Pair("lear", "my love, my own", "my Loue, my owne")])]
-    dictionary = folio_baselines.learn_dictionary(map(folio_pairs._record, asked))
+    dictionary = folio_baselines.learn_dictionary(record_of(row_of(pair)) for pair in asked)
     assert folio_baselines.respell("--own 'love' my Love: unloved!", dictionary) == "--owne 'love' my Love: unloved!"
 
 

@@ -100,7 +100,8 @@ CASES: dict[str, tuple[list, list]] = {
         [said("As an AI language model, I cannot have a favourite."), said("I'm an AI, so I have none."),
          said("Blue. I hope this helps!"), said("Certainly! Blue."), said("Sure, here is a colour: blue."),
          said("Blue.\n\nLet me know if you need more."), said("It is not a substitute for medical advice."),
-         said("I'm sorry, but I can't help with that."), said("As of my last knowledge update, it is blue.")],
+         said("I'm sorry, but I can't help with that."), said("As of my last knowledge update, it is blue."),
+         said("As an artificial intelligence system, I cannot see colours.")],
         [said("Blue."), said("As an AI engineer, she builds robots."), said("Of course, prices are higher in winter."),
          said("Dear Sir, let me know if you are free.\n\nYours, Ann"), said("I'm sorry, I was late."),
          said("Blue.", "As an AI language model, what do you say?")],
@@ -269,6 +270,17 @@ def test_a_card_number_has_a_checksum():
                 assert not private.is_card(number[:i] + other + number[i + 1 :])
 
 
+def test_addresses_are_those_that_their_pattern_finds_in_the_whole_text():
+    draw, parts = random.Random(0), [*"@@@.-+_a1é ,\n", "a@b.com", "x" * 63, "y" * 64, "com", f"{'b' * 40}.", "é@x.org"]
+    found = 0
+    for _ in range(20_000):
+        text = "".join(draw.choices(parts, k=draw.randrange(1, 14)))
+        there = [match[0] for match in private.EMAIL.finditer(text)]
+        assert private.personal(text) == [f"an e-mail address, {each[:4]}..." for each in there], text
+        found += len(there)
+    assert found > 5000
+
+
 def jaccard(one: str, other: str) -> float:
     a, b = (set(runs_of(text).tolist()) for text in (one, other))
     return len(a & b) / len(a | b)
@@ -435,9 +447,9 @@ def test_what_training_holds_out_is_what_linting_takes_for_held_out(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "part", ["a", "1 ", "1-", "+1 ", "a@a.", ".", "?", ". ", "\t", "(", "[](", "(http://a", "see ", "`", "`a ", "sk-a-",
-             "eyJaaaaaaaaaaa.", "-----BEGIN ", "not be ", "as an ai ", "sure! here is ", "and write a b ", ".)", "。",
-             "<s>", "[a", "( "],
+    "part", ["a", "1 ", "1-", "+1 ", "a@a.", "a@", "@", ".", "?", ". ", "\t", "(", "[](", "(http://a", "see ", "`",
+             "`a ", "sk-a-", "eyJaaaaaaaaaaa.", "-----BEGIN ", "not be ", "as an ai ", "sure! here is ",
+             "and write a b ", ".)", "。", "<s>", "[a", "( "],
 )  # fmt: skip
 def test_no_text_takes_long(part: str) -> None:
     """A rule whose time grew with the square of a text's length would take minutes here."""

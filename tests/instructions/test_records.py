@@ -13,6 +13,7 @@ from data.instructions.files import files_of, read_rows, split_of
 from data.instructions.records import parse_columns, to_record
 from data.instructions.splits import load_records, read_records
 from runtime.errors import UserError
+from runtime.settings.config import is_hub_records
 
 ASKED, ANSWERED = "Which one?\u2028Say.", 'The cat, "it" is.\nYes 😀'
 MESSAGES = (
@@ -146,6 +147,17 @@ def test_splits_by_the_names_of_files_in_a_folder(tmp_path: Path) -> None:
     assert [len(paths) for paths in files_of(both).values()] == [1, 1, 0]
     assert split_of(Path("valid_1.csv")) == "validation"
     assert split_of(Path("trainees.csv")) == split_of(Path("latest.csv")) == "train"
+
+
+@pytest.mark.parametrize(
+    ("name", "is_it"),
+    [("Owner/a", True), ("Owner/a:train_sft", True), ("Owner/a-1.5:main/train", True), ("Owner/a:", False),
+     ("Owner/a:../b", False), ("Owner/a:b,c", False), ("Owner/a.jsonl:train", False), ("here/there:train", False)],
+)  # fmt: skip
+def test_which_names_can_only_be_the_hubs(name: str, is_it: bool, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "here" / "there").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_records(name) is is_it
 
 
 def test_the_digest_is_of_what_is_learned(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404, {"error": "not found"}, X_Error_Code="RepoNotFound")
         if (folder / ".gated").exists() and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer(403, {"error": "gated"}, X_Error_Code="GatedRepo")
-        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+        names = sorted(path.relative_to(folder).as_posix() for path in files)
         if found[2] != "resolve":
             about = {"id": found[1], "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
             rows = [{"type": "file", "path": n, "size": (folder / n).stat().st_size, "oid": "0" * 40} for n in names]

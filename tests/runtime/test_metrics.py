@@ -187,15 +187,30 @@ def test_a_run_with_nothing_left_to_do_tells_nothing(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_lines_can_come_with_the_steps_however_long_these_take(capsys, clock):
+    progress = Progress("x", total=7, start=2, every_seconds=10.0, every_steps=2)
+    for step in (3, 4, 5, 6, 7):
+        clock[0] += 30
+        progress.update(step, loss=f"{step}.5")
+        progress.update(step, val="1")
+    progress.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "x: step 4/7, loss 4.5, val 1, 90 s left",
+        "x: step 6/7, loss 6.5, val 1, 30 s left",
+        "x: step 7/7, loss 7.5, val 1, 0 s left",
+    ]
+
+
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
-def test_on_a_terminal_there_is_a_bar_and_no_plain_line(monkeypatch):
+@pytest.mark.parametrize("every_steps", [0, 3])
+def test_on_a_terminal_there_is_a_bar_and_a_plain_line_where_it_is_asked_for(monkeypatch, every_steps):
     import termios
 
     master, slave = os.openpty()
     termios.tcsetwinsize(slave, (24, 100))
     with os.fdopen(slave, "w", encoding="utf-8") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        progress = Progress("base-x", total=4, start=1, every_seconds=0.0)
+        progress = Progress("base-x", total=4, start=1, every_seconds=0.0, every_steps=every_steps)
         for step in (2, 3, 4):
             progress.update(step, loss=f"{step}.5")
         progress.update(4, val="1.25")
@@ -203,11 +218,14 @@ def test_on_a_terminal_there_is_a_bar_and_no_plain_line(monkeypatch):
         progress.close()
         terminal.flush()
         text = os.read(master, 2**16).decode()
-        while not text.endswith("\n"):  # a terminal hands on what it is given in parts
+        ends = 1 + 2 * bool(every_steps)  # lines of step 3, the bar, and step 4
+        while not (text.endswith("\n") and text.count("\n") >= ends):  # a terminal hands on what it is given in parts
             text += os.read(master, 2**16).decode()
     os.close(master)
     assert "base-x" in text and "4/4" in text and "1/4" in text and "loss=4.5" in text and "val=1.25" in text
-    assert "left" not in text and text.count("\n") == 1, "one bar, drawn over itself"
+    assert text.count("\n") == ends, "one bar, drawn over itself"
+    assert text.count(" s left\r\n") == ends - 1
+    assert ("base-x: step 3/4, loss 3.5, 0 s left\r\n" in text) == bool(every_steps)
 
 
 def test_the_clock_is_the_real_one_by_default(capsys):

@@ -274,7 +274,43 @@ def test_whatever_begins_with_lora_is_ours_and_refused(dotenv):
 
 def test_every_alias_is_of_a_setting_and_is_none_itself():
     names = {row.variable for table in TABLES.values() for row in settings_of(table)}
-    assert set(CALLED.values()) <= names and not {row.variable for row in ROWS} & set(CALLED)
+    assert set(CALLED.values()) <= names and not {each.variable for row in ROWS for each in row.spellings} & set(CALLED)
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "file", "value", "source"),
+    [
+        ((), {}, "LR_SCHEDULE=cosine", "cosine", ".env"),
+        ((), {"LR_SCHEDULE": "constant "}, "LR_DECAY=cosine", "constant", "environment"),
+        ((), {"LR_DECAY": "constant"}, "LR_SCHEDULE=cosine", "constant", "environment"),
+        (("--lr-schedule", "linear"), {"LR_DECAY": "constant"}, "", "linear", "flag --lr-schedule"),
+        (("--lr_schedule=linear",), {"LR_SCHEDULE": "cosine"}, "", "linear", "flag --lr-schedule"),
+        (("--lr-decay=linear",), {"LR_SCHEDULE": "cosine"}, "", "linear", "flag --lr-decay"),
+    ],
+)
+def test_the_schedule_has_two_names_that_mean_the_same(argv, environ, file, value, source, dotenv, capsys):
+    resolved = read(*argv, environ=environ, dotenv=dotenv(file))
+    assert resolved.settings.lr_decay == value
+    assert resolved.sources == {"LR_DECAY": source} and resolved.explicit("lr_decay")
+    assert describe(resolved) == [f"LR_DECAY={value} ({source})"] and not capsys.readouterr().err
+
+
+def test_the_other_name_is_told_as_it_was_written_and_misspelt(dotenv):
+    must_be = "must be one of cosine, linear, constant"
+    assert refused("--lr-schedule", "step") == f"--lr-schedule step (flag): {must_be}"
+    assert refused(environ={"LR_SCHEDULE": "step"}) == f"LR_SCHEDULE=step (from the environment): {must_be}"
+    assert refused(dotenv=dotenv("LR_SCHEDULE=step")) == f"LR_SCHEDULE=step (from .env): {must_be}"
+    assert refused("--lr-shedule", "cosine") == "--lr-shedule is not a flag; did you mean --lr-schedule?"
+    assert "did you mean LR_SCHEDULE?" in refused(dotenv=dotenv("LR_SHEDULE=cosine"))
+
+
+def test_both_names_in_one_place_are_refused(dotenv):
+    both = {"LR_DECAY": "linear", "LR_SCHEDULE": "linear"}
+    told = "LR_DECAY=linear ({0}) and LR_SCHEDULE=linear ({0}) are the same setting; keep one of them"
+    assert refused(environ=both) == told.format("from the environment")
+    assert refused(dotenv=dotenv("LR_DECAY=linear\nLR_SCHEDULE=linear")) == told.format("from .env")
+    told = "--lr-decay linear (flag) and --lr-schedule cosine (flag) are the same setting; keep one of them"
+    assert refused("--lr-decay", "linear", "--lr-schedule", "cosine") == told
 
 
 def test_strangers_are_left_alone(dotenv, capsys):

@@ -50,6 +50,12 @@ def test_the_rate_rises_from_above_zero_to_the_peak_and_falls_to_the_final_rate(
     assert rate(7) == pytest.approx(0.55) and rate(10) == rate(11) == rate(10**6) == 0.1
 
 
+def test_the_rate_can_fall_in_a_straight_line_or_stay():
+    rates = {decay: [Schedule(1.0, 0.1, 4, 13, decay)(i) for i in range(16)] for decay in ("linear", "constant")}
+    assert rates["linear"][4:] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1])
+    assert rates["constant"][4:] == [1.0] * 12 and rates["constant"][:4] == rates["linear"][:4]
+
+
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (1, 1), (5, 5)])
 def test_a_run_as_short_as_its_warm_up_has_rates_too(warmup, steps):
     rates = [Schedule(1.0, 0.0, warmup, steps)(i) for i in range(steps)]
