@@ -5,6 +5,7 @@ python adapters.py inspect lora-folio-r8          how much each module changes: 
 python adapters.py diff lora-folio-r8 other       how alike two adapters' changes are
 python adapters.py strength lora-folio-r8         what the adapter gains on its text and loses on the base's
 python adapters.py merge lora-folio-r8 --out folio                        a model that needs no adapter
+python adapters.py quantize base-shakespeare --out small                  a base whose files are in 4 bits
 python adapters.py combine lora-folio-r8 other --weights 0.5,0.5 --out both
 python adapters.py check checkpoints/lora-folio-r8                        everything that can be wrong with files
 python adapters.py export lora-folio-r8 --out folder                      a folder that PEFT reads
@@ -28,15 +29,19 @@ from jobs.adapting import forgetting, making, plots, report
 from jobs.adapting.adapted import Adapted, Base, check_free, held_out, open_adapters, texts_of
 from jobs.adapting.checkup import Checkup
 from jobs.runs.family import orphaned_by, remove_runs
+from models.files import form_of
+from models.pretrained.source import find_source
 from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import UsageError, UserError, run_command
 from runtime.pictures import save_picture, without_pictures
+from runtime.report import size
 from runtime.settings.config import FOLDER, NAME, NAMED, CommonSettings, from_command_line
 from runtime.settings.fields import setting
 from runtime.settings.flags import subcommand
 from runtime.start import command_line
 from runtime.storage.runs import all_runs, suggest
+from runtime.training.batch import Batch
 
 WHAT = "What to do"
 NUMBER = r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18})([eE][+-]?[0-9]{1,2})?"
@@ -156,13 +161,20 @@ class Merge(Command):
     name: str = setting("", "The LoRA run to merge into its base", metavar="NAME", **A_NAME)
     out: str = setting("", "Name of the new run", required=True, **A_NAME)
     dataset: str = setting("", "The text to verify on; empty takes the adapter's or else the base's", **A_TEXT)
+    onto: str = setting(
+        "dequantized", "For an adapter trained with QUANTIZE: the values that it was trained on, or the weights that "
+        "these were made of", choices=("dequantized", "original"), **ONLY_HERE,
+    )  # fmt: skip
 
     def run(self) -> None:
         check_free(self.root / self.out)
         (adapted,) = open_adapters(self.root, (self.name,))
         text = text_for(adapted, self.dataset)
-        windows = held_out(text, adapted.run, adapted.base, Path(self.data_dir), 1)
-        run, errors = making.merge_run(adapted, self.root / self.out, windows)
+        windows = held_out(text, adapted.run, adapted.base, Path(self.data_dir), 4)
+        how = {}
+        if (form := form_of(adapted.base.model)) != "none":
+            adapted, how = self.dense(adapted, form, windows), {"trained_on": form, "onto": self.onto}
+        run, errors = making.merge_run(adapted, self.root / self.out, windows[:1], **how)
         print(f"{run.artifact}: {adapted.base.run.name} with {self.name} merged into it")
         off = max(errors.read_back, errors.rounding)
         if off > making.TOLERANCE:
@@ -174,6 +186,39 @@ class Merge(Command):
             told = f"{off:.1e} of the largest (up to {making.TOLERANCE:g} is rounding)"
         print(f"Verified on held-out text of {Path(text).name}: its logits differ from base and adapter by {told}")
         print(f"➡️  Next: {command_line('generate.py', '--run', run.name)}")
+
+    def dense(self, adapted: Adapted, form: str, windows: list[Batch]) -> Adapted:
+        """The adapter on the weights that `--onto` names; tells the loss on each that there is.
+
+        Raises UsageError where these are not there."""
+        choices, machine = making.dense_bases(adapted), pick_machine(self.device, self.dtype)
+        print(f"{self.name} was trained on {adapted.base.run.name} in {form}. Loss on held-out text with the adapter:")
+        for name, choice in {form: adapted, **choices}.items():
+            print(
+                f"   on the weights in {name}: " if name == form else f"   on the {name} weights: ", end="", flush=True
+            )
+            print(f"{making.loss_with(choice, windows, machine):.4f}", flush=True)
+        if self.onto not in choices:
+            raise UsageError(f"--onto {self.onto}: {adapted.base.run.artifact} is stored in {form} and has no others")
+        return choices[self.onto]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Command):
+    """Write a base with the matrices of its blocks in 4 or 8 bits, as a new run; a pretrained one so that transformers
+    reads it."""
+
+    name: str = setting("", "A run, a Hugging Face folder, or a name on their hub", metavar="BASE", **A_BASE)
+    form: str = setting("nf4", "In 4 bits or in 8", choices=("nf4", "int8"), **ONLY_HERE)
+    out: str = setting("", "Name of the new run", required=True, **A_NAME)
+
+    def run(self) -> None:
+        check_free(self.root / self.out)
+        base = Base.of(find_source(self.root, self.name), form=self.form)
+        run = making.quantize_run(base, self.root / self.out)
+        sizes = [sum(path.stat().st_size for path in made.artifact.glob("*.safetensors")) for made in (base.run, run)]
+        print(f"{run.artifact}: {base.run.name} in {self.form}, {size(sizes[1])} instead of {size(sizes[0])}")
+        print(f"➡️  Next: {command_line('training.py', '--use-lora', '--base', run.name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +328,7 @@ class Remove(Command):
 
 COMMANDS: dict[str, type[Command]] = {
     command.__name__.lower(): command
-    for command in (List, Inspect, Diff, Strength, Merge, Combine, Check, Import, Export, Remove)
+    for command in (List, Inspect, Diff, Strength, Merge, Quantize, Combine, Check, Import, Export, Remove)
 }
 
 

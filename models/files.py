@@ -82,6 +82,14 @@ def form_of(model: Transformer) -> str:
     return next(forms, "none")
 
 
+def dequantize(model: Transformer) -> None:
+    """Make matrices in 4 or 8 bits dense ones, with the values that they have."""
+    for name, p in list(model.named_parameters()):
+        if isinstance(p, Quantized):
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, torch.nn.Parameter(p.dense(), requires_grad=False))
+
+
 def _file_tensors(tensors: Mapping[str, Tensor], family: Family | None) -> dict[str, Tensor]:
     """The tensors by the names that they have in a file of this family's."""
     found = {}

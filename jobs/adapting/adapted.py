@@ -16,6 +16,7 @@ from jobs.runs.job import IN_CONFIG, run_metadata
 from jobs.runs.source import TEST_CHARACTERS, load_source, template_for
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
+from models.files import form_of
 from models.pretrained.families import family_with
 from runtime.errors import UsageError, UserError, join_problems
 from runtime.settings.config import EARLIER, Settings, has_records
@@ -116,7 +117,7 @@ def _held_out_records(name: str, run: Run, base: Base, data_dir: Path, batches: 
 # --- new runs -----------------------------------------------------------------------------------------------------
 
 
-def metadata_of_made(root: Path, kind: str, base: Base, adapter: Adapter, texts: list[str], made: dict) -> dict:
+def metadata_of_made(root: Path, kind: str, base: Base, adapter: Adapter | None, texts: list[str], made: dict) -> dict:
     """What `run.json` says of a run that was made, not trained. made: what it was made of, and how.
 
     Of settings it has what the adapter is, and none of those that its base was trained with.
@@ -124,8 +125,9 @@ def metadata_of_made(root: Path, kind: str, base: Base, adapter: Adapter, texts:
     test_mode = base.run.metadata["settings"]["test_mode"]
     settings = {"use_lora": kind == "lora", "test_mode": test_mode, "base": base.run.name}
     settings["dataset"] = texts[0] if texts else ""
-    if kind == "lora":
+    if adapter and kind == "lora":
         settings |= {f"lora_{name}": getattr(adapter.config, name) for name in IN_CONFIG}
+        settings["quantize"] = form_of(base.model)
     named = reference(base, root)
     return run_metadata(kind, settings, base.model.config, named, base.tokenizer, texts=texts, made=made)
 

@@ -13,15 +13,19 @@ from jobs.adapting.adapted import Adapted, Base, check_free, metadata_of_made, p
 from jobs.runs.job import to_adapter_files, to_model_files
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
+from lora.attach import detach
 from lora.combine import Combined, combine
 from lora.merge import merge
 from models import files as model_files
+from models.files import form_of
 from models.pretrained.families import family_with
 from models.transformer import Transformer
+from runtime.device import Machine
 from runtime.errors import UserError, join_problems
 from runtime.storage import folders
 from runtime.storage.runs import Run
 from runtime.training.batch import Batch
+from runtime.training.steps import evaluate
 
 TOLERANCE = 1e-4  # of the largest logit: sums in another order differ by less than a tenth of it in fp32
 
@@ -45,15 +49,35 @@ def _off(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-def merge_run(adapted: Adapted, folder: Path, windows: list[Batch]) -> tuple[Run, MergeErrors]:
-    """A run that needs no adapter, in the format and the dtype of its base, and how far its logits are off.
+def dense_bases(adapted: Adapted) -> dict[str, Adapted]:
+    """The same adapter on dense weights instead of those in 4 or 8 bits that it was trained on: `dequantized`, the same
+    values, and `original`, those that they were made of, where the base's files have them."""
+    run, form = adapted.base.run, form_of(adapted.base.model)
+    found = {"dequantized": Base.of(run, form=form), "original": Base.of(run)}
+    model_files.dequantize(found["dequantized"].model)
+    return {name: replace(adapted, base=base) for name, base in found.items() if form_of(base.model) == "none"}
+
+
+def loss_with(adapted: Adapted, windows: list[Batch], machine: Machine) -> float:
+    """The loss of base and adapter."""
+    model = adapted.base.model.to(machine.device)
+    adapted.adapter.attach_to(model, base_sha256=adapted.base.sha256)
+    found = evaluate(model, windows, machine)
+    detach(model, "default")
+    model.to("cpu")
+    return found
+
+
+def merge_run(adapted: Adapted, folder: Path, windows: list[Batch], **how: str) -> tuple[Run, MergeErrors]:
+    """A run that needs no adapter, in the format and the dtype of its base, which is dense, and how far its logits are
+    off. how: what its run.json says of it besides.
 
     The weights that were written are read back and compared on the windows. Raises UserError where they differ by
     more than TOLERANCE, and where weights in fp32 are off by more from base and adapter; there is then no new run.
     """
     check_free(folder)
     model, adapter, base = adapted.base.model, adapted.adapter, adapted.base
-    texts, origin = texts_of(adapted.run), {"how": "merge", "adapter": adapted.run.name, "sha256": adapter.sha256}
+    texts, origin = texts_of(adapted.run), {"how": "merge", "adapter": adapted.run.name, "sha256": adapter.sha256} | how
     about = metadata_of_made(folder.parent, "full", base, adapter, texts, origin) | shared_template([adapted.run])
     adapter.attach_to(model, base_sha256=base.sha256)
     unmerged = _logits(model, windows)
@@ -75,6 +99,14 @@ def merge_run(adapted: Adapted, folder: Path, windows: list[Batch]) -> tuple[Run
 
     result = {key: value for key, value in adapted.run.result.items() if key in ("val_loss", "bits_per_character")}
     return publish(folder, about, files, result, verify), errors
+
+
+def quantize_run(base: Base, folder: Path) -> Run:
+    """A run with a base's weights in the form in which it was opened, nf4 or int8."""
+    check_free(folder)
+    form = form_of(base.model)
+    about = metadata_of_made(folder.parent, "full", base, None, [], {"how": "quantize", "form": form})
+    return publish(folder, about, to_model_files(base.model, base.tokenizer, base), {})
 
 
 def combine_runs(parts: list[Adapted], weights: list[float], method: str, rank: int | None, folder: Path) -> Combined:

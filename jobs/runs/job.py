@@ -135,6 +135,8 @@ class Job:
 def to_adapter_files(adapter: Adapter, base: Base, notes: Mapping[str, str], shared: nn.Module | None = None) -> Files:
     """An adapter of a base as files, with its fingerprint; beside it what a pretrained base makes tokens with."""
     about = {"base": base.run.name, "base_sha256": base.sha256, "tokenizer_sha256": base.tokenizer.sha256}
+    if (form := form_of(base.model)) != "none":
+        about["base_form"] = form
     if base.family:
         about["base_path"] = base.run.metadata.get("hub") or str(base.run.artifact.resolve())
     adapter = replace(adapter, metadata=adapter.metadata | about)
