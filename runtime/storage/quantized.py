@@ -7,7 +7,6 @@ kept. It cannot be changed.
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -59,7 +58,11 @@ class Quantized(Tensor):
         raise NotImplementedError
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Its values (out, in) as a new tensor, in a dtype or in its own."""
+        """Its values (out, in) as a new tensor, rounded to its own dtype, in that or in another."""
+        raise NotImplementedError
+
+    def scales_are_finite(self) -> bool:
+        """Whether the matrix that this was made of was finite: a value that is not spoils its scale."""
         raise NotImplementedError
 
     @property
@@ -142,9 +145,10 @@ class NF4(Quantized):
         self.state = bitsandbytes().QuantState.from_dict(state, parts[WEIGHT].device)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        dtype, state = dtype or self.dtype, copy.copy(self.state)
-        state.dtype = dtype if dtype.itemsize <= 4 else torch.float32  # no kernel has doubles
-        return bitsandbytes().dequantize_4bit(self.parts[WEIGHT], state).to(dtype)
+        return bitsandbytes().dequantize_4bit(self.parts[WEIGHT], self.state).to(dtype or self.dtype)
+
+    def scales_are_finite(self) -> bool:
+        return bool(self.state.offset.isfinite())  # the mean of all scales
 
     @classmethod
     def described(cls, parts: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[torch.Size, torch.dtype]:
@@ -178,7 +182,11 @@ class Int8(Quantized):
         return cls({WEIGHT: data, cls.mark: scales}, W.shape, W.dtype)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        return bitsandbytes().int8_vectorwise_dequant(self.parts[WEIGHT], self.parts[self.mark]).to(dtype or self.dtype)
+        values = bitsandbytes().int8_vectorwise_dequant(self.parts[WEIGHT], self.parts[self.mark])
+        return values.to(self.dtype).to(dtype or self.dtype)
+
+    def scales_are_finite(self) -> bool:
+        return bool(self.parts[self.mark].isfinite().all())
 
     @classmethod
     def described(cls, parts: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[torch.Size, torch.dtype]:
@@ -220,11 +228,12 @@ def quantize(form: str, W: Tensor, name: str) -> Quantized:
     Raises UserError for a matrix that is not finite, since one value would spoil its block, or does not divide into
     blocks.
     """
-    if not W.isfinite().all():
-        raise UserError(f"{name} has values that are not finite, and cannot be quantised")
     if form == NF4.form and W.numel() % BLOCK:
         raise UserError(f"{name} has {W.numel():,} values, which do not divide into blocks of {BLOCK} for {form}")
-    return FORMS[form].quantize(W.detach().contiguous())
+    made = FORMS[form].quantize(W.detach().contiguous())
+    if not made.scales_are_finite():
+        raise UserError(f"{name} has values that are not finite, or too large, and cannot be quantised")
+    return made
 
 
 def config_of_form(form: str, dtype: str) -> dict[str, Any]:
