@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,14 +18,14 @@ from torch import nn
 
 from benchmarks import peers
 from benchmarks.contest import SIZES, close, parser, tell
+from benchmarks.peaks import peak_of, told_peak
+from benchmarks.pretrained import ours, theirs
 from jobs.comparing.timing import repeatable
-from jobs.runs.base import Base
 from lora.attach import attach
 from lora.config import LoRAConfig
 from models.files import from_files, to_files
-from models.pretrained.source import Pretrained
 from runtime.device import pick_machine
-from runtime.errors import UserError, run_command
+from runtime.errors import run_command
 from runtime.storage import folders
 from runtime.storage.quantized import quantize
 
@@ -84,13 +82,9 @@ def model_of(case: Case, folder: str) -> nn.Module:
     """What the case trains; the files of a base of its size are in the folder."""
     lora = case.kind == "lora"
     if case.peer:
-        return peers.pretrained(case.base, case.form, case.keeps)
+        return theirs(Path(case.base), "bf16", lora, 0.05, case.form, case.keeps == "block")
     if case.base:
-        model = Base.of(Pretrained(Path(case.base)), form=case.form).model
-        if lora:
-            attach(model, LoRAConfig(16, 32, 0.05, "all-linear", train_embeddings=False))
-        else:
-            model.float()
+        model = ours(Path(case.base), "bf16", lora, 0.05, case.form)
     else:
         model = from_files(folders.read_folder(Path(folder)), folder, form=case.form)
         if lora:
@@ -110,15 +104,12 @@ def child(case: Case, folder: str) -> None:
         import bitsandbytes  # noqa: F401
         import peft  # noqa: F401
         import transformers  # noqa: F401
-    before = machine.restart_peak_memory()
-    model = model_of(case, folder)
-    vocabulary = json.loads(Path(case.base, "config.json").read_bytes())["vocab_size"] if case.base else 96
-    step = step_of(model, vocabulary, case.tokens, 256 if case.base else SIZES[case.size][-1], machine)
-    for _ in range(STEPS):
-        step()
-    if before is None or (after := machine.peak_memory()) is None:
-        raise UserError(f"this system does not tell how much memory {machine} takes")
-    print(after - before)
+    with told_peak(machine):
+        model = model_of(case, folder)
+        vocabulary = json.loads(Path(case.base, "config.json").read_bytes())["vocab_size"] if case.base else 96
+        step = step_of(model, vocabulary, case.tokens, 256 if case.base else SIZES[case.size][-1], machine)
+        for _ in range(STEPS):
+            step()
 
 
 def step_of(model: nn.Module, vocabulary: int, tokens: int, context: int, machine: Any) -> Any:
@@ -130,15 +121,11 @@ def step_of(model: nn.Module, vocabulary: int, tokens: int, context: int, machin
 
 def peak(case: Case) -> int:
     """Bytes at the peak of a few steps less those before the model was built."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--child", json.dumps(asdict(case))]
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent, "base")
         if not case.base:
             folders.commit_folder(folder, to_files(peers.ours(SIZES[case.size])))
-        done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"measuring {case} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-    return int(done.stdout.splitlines()[-1])
+        return peak_of(str(case), "benchmarks.memory", "--child", json.dumps(asdict(case)), str(folder))
 
 
 def measure(one: Case, other: Case, goal: float | None, rounds: int, known: dict[Case, list[int]]) -> dict[str, Any]:

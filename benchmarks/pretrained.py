@@ -48,9 +48,9 @@ class WithLoss(nn.Module):
         return []
 
 
-def ours(base: Path, dtype: str, lora: bool, dropout: float) -> nn.Module:
+def ours(base: Path, dtype: str, lora: bool, dropout: float, form: str = "none") -> nn.Module:
     """Our model of the base; its weights as they are stored where they are frozen, else in fp32."""
-    model = Base.of(Pretrained(base)).model
+    model = Base.of(Pretrained(base), form=form).model
     if dtype == "fp32" or not lora:
         model.float()
     if lora:
@@ -59,14 +59,29 @@ def ours(base: Path, dtype: str, lora: bool, dropout: float) -> nn.Module:
     return model
 
 
-def theirs(base: Path, dtype: str, lora: bool, dropout: float) -> nn.Module:
+def theirs(
+    base: Path, dtype: str, lora: bool, dropout: float, form: str = "none", checkpoints: bool = False
+) -> nn.Module:
     """transformers' model of the base, with PEFT's adapter where `lora` is on. Trained whole, its weights are in fp32
-    under autocast, as ours are: weights in bf16 would lose most of what they learn."""
+    under autocast, as ours are: weights in bf16 would lose most of what they learn. form: nf4, by bitsandbytes, as
+    PEFT's guide has it. checkpoints: whether its blocks are run again for the backward pass."""
     import peft
     import transformers
 
     stored = torch.bfloat16 if dtype == "bf16" and lora else torch.float32
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=stored)
+    how: dict[str, Any] = {"dtype": stored}
+    if form == "nf4":
+        nested = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": stored}
+        how["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nested)
+        how["device_map"] = "cuda" if torch.cuda.is_available() else "cpu"
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, **how)
+    if form == "nf4":
+        model = peft.prepare_model_for_kbit_training(
+            model, checkpoints, gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    elif checkpoints:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
     if lora:
         config = peft.LoraConfig(
             r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
