@@ -52,20 +52,29 @@ class Case:
 
 FULL, LORA = (Case("10.7M", 4096, kind) for kind in ("full", "lora"))
 LARGE = Case("85M", 1024, "full")
-ROWS = [  # (one, as a share of the other, goal)
-    (replace(LORA, keeps="cheap"), FULL, 0.72),
-    (LORA, FULL, None),
-    (replace(LORA, keeps="cheap"), replace(FULL, keeps="cheap"), 0.85),
-    (replace(LORA, keeps="block"), replace(FULL, keeps="block"), 0.85),
-    (replace(LORA, keeps="block"), FULL, 0.45),
-    (replace(LARGE, kind="lora", form="nf4", keeps="block"), LARGE, 0.16),
-    (replace(LARGE, kind="lora", keeps="cheap"), LARGE, None),
-    *((Case(size, tokens, "lora", "cheap"), Case(size, tokens, "full"), None)
-      for size in ("0.8M", "3.2M") for tokens in (4096, 1024)),
-]  # fmt: skip
+Row = tuple[Case, Case, float | None]  # one, as a share of the other, and the goal
+ROWS: dict[str, list[Row]] = {
+    "10.7M": [
+        (replace(LORA, keeps="cheap"), FULL, 0.72),
+        (LORA, FULL, None),
+        (replace(LORA, keeps="cheap"), replace(FULL, keeps="cheap"), 0.85),
+        (replace(LORA, keeps="block"), replace(FULL, keeps="block"), 0.85),
+        (replace(LORA, keeps="block"), FULL, 0.45),
+    ],
+    "85M": [
+        (replace(LARGE, kind="lora", form="nf4", keeps="block"), LARGE, 0.16),
+        (replace(LARGE, kind="lora", keeps="cheap"), LARGE, None),
+    ],
+}
 
 
-def rows_of(base: str) -> list[tuple[Case, Case, float | None]]:
+def rows_of_size(size: str) -> list[Row]:
+    """The rows of one of our sizes."""
+    tokens = (4096, 1024) if size != "tiny" else (64,)
+    return ROWS.get(size) or [(Case(size, each, "lora", "cheap"), Case(size, each, "full"), None) for each in tokens]
+
+
+def rows_of(base: str) -> list[Row]:
     """The rows of a pretrained base."""
     full, lora = (Case("", 1024, kind, base=base) for kind in ("full", "lora"))
     nf4, block = replace(lora, form="nf4"), replace(lora, keeps="block")
@@ -106,10 +115,14 @@ def child(case: Case, folder: str) -> None:
         import transformers  # noqa: F401
     with told_peak(machine):
         model = model_of(case, folder)
-        vocabulary = json.loads(Path(case.base, "config.json").read_bytes())["vocab_size"] if case.base else 96
-        step = step_of(model, vocabulary, case.tokens, 256 if case.base else SIZES[case.size][-1], machine)
+        step = step_of(model, vocabulary_of(case), case.tokens, 256 if case.base else SIZES[case.size][-1], machine)
         for _ in range(STEPS):
             step()
+
+
+def vocabulary_of(case: Case) -> int:
+    """How many tokens there are."""
+    return json.loads(Path(case.base, "config.json").read_bytes())["vocab_size"] if case.base else SIZES[case.size][0]
 
 
 def step_of(model: nn.Module, vocabulary: int, tokens: int, context: int, machine: Any) -> Any:
@@ -159,8 +172,8 @@ def main() -> None:
     if options.child:
         return child(Case(**json.loads(options.child[0])), options.child[1])
     rows, known = [], {}
-    asked = [row for row in ROWS if row[0].size in options.sizes] + (rows_of(options.base) if options.base else [])
-    for one, other, goal in asked:
+    asked = [row for size in options.sizes for row in rows_of_size(size)]
+    for one, other, goal in asked + (rows_of(options.base) if options.base else []):
         rows.append(measure(one, other, goal, options.rounds, known))
         tell(rows[-1:])
     return close("memory", rows, options.record)

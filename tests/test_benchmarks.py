@@ -15,6 +15,7 @@ CALLS = {
     "lora_step": ("--sizes", "tiny", "--tokens", "64", "--rounds", "1"),
     "variants": ("--sizes", "tiny", "--tokens", "64", "--rounds", "1"),
     "generate": ("--sizes", "tiny", "--rounds", "1"),
+    "levers": ("--sizes", "tiny", "--rounds", "1"),
     "memory": ("--sizes", "tiny", "--rounds", "1"),
     "saving": ("--sizes", "tiny", "--rounds", "1"),
     "startup": ("--rounds", "1"),
