@@ -164,9 +164,8 @@ def _config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> LoRAConfig
     )
 
 
-def _check(
-    adapters: Sequence[Adapter], weights: Sequence[float], base: BaseTensors, method: str, rank: int | None
-) -> None:
+def _check(adapters: Sequence[Adapter], weights: Sequence[float], here: str, method: str, rank: int | None) -> None:
+    """here: the fingerprint of the base."""
     if method not in METHODS:
         raise UsageError(f"method={method}: must be one of {', '.join(METHODS)}")
     if len(weights) != len(adapters) or not adapters:
@@ -176,7 +175,6 @@ def _check(
     names = [adapter.config.variant for adapter in adapters if VARIANTS[adapter.config.variant].full_rank]
     if names and method != "svd":
         raise UsageError(f"method={method}: {names[0]} changes a weight at full rank; only method=svd can combine it")
-    here = fingerprint(dict(base))
     if others := [a.metadata for a in adapters if a.metadata.get("base_sha256", here) != here]:
         bases = ", ".join(f"{other.get('base', 'another base')} ({other['base_sha256'][:12]})" for other in others)
         raise UserError(f"adapters of other bases cannot be combined: trained on {bases}, and the base is {here[:12]}")
@@ -189,16 +187,18 @@ def combine(
     base: BaseTensors,
     method: str = "linear",
     rank: int | None = None,
+    base_sha256: str = "",
 ) -> Combined:
     """Combine adapters of this base into one whose ΔW is Σ w ΔW and whose copies are base + Σ w (copy - base).
 
     method: `cat` concatenates all factors; `linear` has the same ΔW at the lowest rank that holds it; `svd` keeps the
-    largest `rank` singular values, the best approximation of that rank (Eckart and Young 1936).
+    largest `rank` singular values, the best approximation of that rank (Eckart and Young 1936). base_sha256: the
+    fingerprint of the base, if it is known already.
 
     Raises UserError for adapters of other bases and for a sum that is not finite; UsageError for an unknown method, a
     wrong number of weights, a rank without `svd` or above that of the sum, and full-rank changes without `svd`.
     """
-    _check(adapters, weights, base, method, rank)
+    _check(adapters, weights, base_sha256 or fingerprint(dict(base)), method, rank)
     tensors: dict[str, dict[str, Tensor]] = {}
     lost, norms, max_rank = {}, {}, 0
     for path in all_targets(adapters, base):

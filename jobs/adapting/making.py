@@ -113,7 +113,7 @@ def combine_runs(parts: list[Adapted], weights: list[float], method: str, rank: 
     """A new LoRA run whose adapter is the weighted sum of others. Raises as `lora.combine.combine` does."""
     check_free(folder)
     base, adapters = parts[0].base, [part.adapter for part in parts]
-    made = combine(adapters, weights, base.tensors, method, rank)
+    made = combine(adapters, weights, base.tensors, method, rank, base.sha256)
     terms = [(weight, part.run.name) for weight, part in zip(weights, parts, strict=True)]
     told = " + ".join(f"{weight:g} x {name}" for weight, name in terms)
     origin = {"how": "combine", "method": method, "rank": rank, "sum": terms}

@@ -53,6 +53,7 @@ KINDS = {
     "base with moments in 8 bits": TINY | {"n_embd": 64, "optimizer": "adamw8bit"},
     "full fine-tuning": {"base": "base"},
     **{variant: LORA | {"lora_variant": variant} for variant in VARIANTS},
+    "on a base in 4 bits": LORA | {"quantize": "nf4"},
 }
 CASES = [(kind, text) for kind in KINDS for text in TEXTS]
 

@@ -189,7 +189,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         "base/config.json: rope_type='yarn' is not supported; default, linear, llama3 are",
     ),
     "activation": (config(hidden_act="relu"), "base/config.json: hidden_act='relu' is not supported; silu is"),
-    "quantised": (config(quantization_config={"a": 1}), "quantization_config={'a': 1} is not supported"),
+    "quantised": (config(quantization_config={"a": 1}), "quantization_config.quant_method=None is not supported"),
     "softcap": (config(final_logit_softcapping=30.0), "final_logit_softcapping=30.0 is not supported"),
     "remote code": (config(auto_map={"a": "b"}), "base/config.json: auto_map={'a': 'b'} is not supported"),
     "sizes": (config(hidden_size=-1), "base/config.json: n_embd=-1: must be above 0"),
