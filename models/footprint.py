@@ -2,8 +2,8 @@
 
 The terms are those of `models/transformer.py`, read off its forward pass. `tests/jobs/test_footprint.py` compares them
 with the tensors that are alive after one. Sizes are in bytes. Letters: N tokens of a part of a step, C embedding width,
-Q width of all queries, K of all keys, I inner width of the MLP, V vocabulary, T positions of a row, b bytes of a value in
-the compute dtype (2 in bf16). The stream between blocks is in fp32, 4 bytes.
+Q width of all queries, K of all keys, I inner width of the MLP, V vocabulary, T positions of a row, b bytes of a value
+in the compute dtype (2 in bf16). The stream between blocks is in fp32, 4 bytes.
 """
 
 from __future__ import annotations
@@ -216,7 +216,12 @@ def at_block(config: ModelConfig, step: Step, linears: Mapping[str, Linear]) -> 
     N, b, C, remade = step.tokens, step.size, config.n_embd, step.keeps == "cheap"
     block = {path: linears[f"blocks.{config.n_layer - 1}.{path}"] for path in linears_of_block(config)}
     wide = (2 if config.mlp == "gated_silu" else 1) * (2 if remade else 1) * N * config.inner_width * b
-    made = [each.count for each in block.values() if each.trains or (each.kind == "effective" and step.keeps != "none")]
-    weight = max(made, default=0) * (4 + b)  # a gradient, or a weight that an adapter changed
+    again_made = {path for path, each in block.items() if each.quantized or step.keeps != "none"}
+    made = [
+        each.count * (4 + b + 4 * each.quantized)  # a gradient, or a weight that an adapter changed
+        for path, each in block.items()
+        if each.trains or (each.kind == "effective" and path in again_made)
+    ]
+    weight = max(made, default=0)
     again = sum(of_block(config, step, block).values()) if step.keeps == "block" else 0
     return N * C * (STREAM + b) + wide + weight + again

@@ -22,14 +22,16 @@ from models.loss import whole
 from models.transformer import Transformer
 from runtime.device import Machine
 from runtime.storage.quantized import FORMS
+from runtime.training.muon import update_bytes
 
 FP32 = 4  # bytes of a value that trains, and of its gradient
 
 # On the CPU more is resident than the tensors that are alive: what torch sets up at its first step, holes in glibc's
-# heap, and what oneDNN has of matrices in an order of its own. So the peak is taken for PROCESS bytes, HEAP times what is
-# alive, WIDEST times the widest tensor inside a block and HEAD times the head in the compute dtype: least squares over
-# the cases of docs/memory.md, with peaks from 36 MB to 3.7 GB, which all come within 10 %.
-PROCESS, HEAP, WIDEST, HEAD = 11e6, 1.1, 7.5, 2.7
+# heap, and what oneDNN has of matrices in an order of its own. So the peak is taken for PROCESS bytes, HEAP times what
+# is alive, WIDEST times the widest tensor inside a block and HEAD times the head in the compute dtype: least squares
+# over the cases of docs/memory.md, with peaks from 36 MB to 3.7 GB, which all come within 10 %.
+# Quantising and its kernels add QUANTISED bytes.
+PROCESS, HEAP, WIDEST, HEAD, QUANTISED = 11e6, 1.1, 7.5, 2.7, 25e6
 
 
 class Shape(NamedTuple):
@@ -110,9 +112,11 @@ def footprint(plan: Plan) -> Footprint:
     # A part of a step holds most when its loss is known, when its last block's backward pass runs, or its first one's.
     highest = before + max(sum(activations.values()) + loss, sum(activations.values()) - activations[LOGITS] + block)
     last = gradients + block + (own["token_embedding.weight"].numel() * FP32 if step.embeddings else 0)
+    if plan.optimizer == "muon":
+        last = max(last, gradients + update_bytes([trained[name] for name in hidden], plan.machine.dtype))
     running = max(highest, last) - sum(activations.values())
     live = weights + optimizer + max(highest, last)
-    peak = live if plan.machine.device.type != "cpu" else resident(live, config, step)
+    peak = live if plan.machine.device.type != "cpu" else resident(live, plan, step)
     parameters = sum(p.numel() for p in own.values()) + (sum(counts.values()) if plan.lora else 0)
     adapter = gradients if plan.lora else 0
     return Footprint(
@@ -120,11 +124,13 @@ def footprint(plan: Plan) -> Footprint:
     )
 
 
-def resident(live: int, config: ModelConfig, step: Step) -> int:
+def resident(live: int, plan: Plan, step: Step) -> int:
     """What the system counts as the process's on the CPU, beyond what it held before, where `live` bytes are alive."""
+    config = plan.shape.config
     widest = step.tokens * config.inner_width * step.size
     head = config.vocab_size * config.n_embd * step.size
-    return round(PROCESS + HEAP * live + WIDEST * widest + HEAD * head)
+    quantised = QUANTISED if plan.form != "none" else 0
+    return round(PROCESS + quantised + HEAP * live + WIDEST * widest + HEAD * head)
 
 
 def adapter_tensors(model: Transformer, lora: LoRAConfig) -> dict[str, tuple[int, ...]]:

@@ -320,8 +320,9 @@ def test_strangers_are_left_alone(dotenv, capsys):
 
 
 def test_no_setting_is_a_near_miss_of_another():
-    names = [row.variable for row in ROWS]
-    assert read(environ={row.variable: str(row.default) for row in ROWS}).sources.keys() == set(names)
+    names = [row.variable for row in ROWS if row.env]
+    environ = {row.variable: str(row.default) for row in ROWS if row.env}
+    assert read(environ=environ).sources.keys() == set(names)
 
 
 @settings(deadline=None)
