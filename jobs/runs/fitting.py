@@ -169,7 +169,7 @@ def known_batch(settings: Settings, plan: Plan) -> int | None:
 
 def ranks_told(plan: Plan) -> list[str]:
     """A line where the rank is more than linears make sense of."""
-    linears = linears_of(plan.shape.model(), plan) if plan.lora else {}
+    linears = linears_of(plan.shape.model, plan) if plan.lora else {}
     adapted = {path.rpartition(".")[2]: linear for path, linear in linears.items() if linear.rank}
     above = {name: one for name, one in adapted.items() if one.rank > min(one.inputs, one.outputs)}
     larger = {name: one for name, one in adapted.items() if one.rank * (one.inputs + one.outputs) > one.count}

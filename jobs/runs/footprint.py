@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from lora.attach import adaptable_layers, find_targets
 from lora.config import LoRAConfig
@@ -34,15 +33,17 @@ FP32 = 4  # bytes of a value that trains, and of its gradient
 PROCESS, HEAP, WIDEST, HEAD, QUANTISED = 11e6, 1.1, 7.5, 2.7, 25e6
 
 
-class Shape(NamedTuple):
+@dataclass(frozen=True)
+class Shape:
     """What is known of a model before its weights are read. stored: the dtype of its weights; form: in which its
     matrices are, nf4, int8 or none. aliases: names of its linears in its family."""
 
     config: ModelConfig
     stored: torch.dtype = torch.float32
     form: str = "none"
-    aliases: Mapping[str, tuple[str, ...]] = {}
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
+    @cached_property
     def model(self) -> Transformer:
         """A model of this shape whose tensors have no values."""
         model = Transformer(self.config, 0.0, "meta")
@@ -97,13 +98,13 @@ class Footprint:
 
 def footprint(plan: Plan) -> Footprint:
     """The memory that a run takes. Raises UsageError for LORA_TARGETS that match nothing."""
-    model = plan.shape.model()
+    model = plan.shape.model
     own = dict(model.named_parameters())
     trained = adapter_tensors(model, plan.lora) if plan.lora else {name: tuple(p.shape) for name, p in own.items()}
     hidden = {name for name, shape in trained.items() if name.startswith("blocks.") and len(shape) == 2}
     counts = {name: torch.Size(shape).numel() for name, shape in trained.items()}
     gradients = FP32 * sum(counts.values())
-    weights = sum(bytes_of_weight(plan, model, name, p) for name, p in own.items()) + (gradients if plan.lora else 0)
+    weights = bytes_of_base(plan) + (gradients if plan.lora else 0)
     optimizer = sum(state_bytes(plan.optimizer, count, name in hidden) for name, count in counts.items())
     linears, step, config = linears_of(model, plan), step_of(plan), plan.shape.config
     activations = kept(config, step, linears)
@@ -149,11 +150,15 @@ def adapter_tensors(model: Transformer, lora: LoRAConfig) -> dict[str, tuple[int
     return found
 
 
-def bytes_of_weight(plan: Plan, model: Transformer, name: str, p: Tensor) -> int:
-    """What a parameter of the base takes."""
-    if plan.form == "none" or name not in model.linears_of_blocks():
-        return p.numel() * plan.stored.itemsize
-    return FORMS[plan.form].bytes_of(p.shape)
+def bytes_of_base(plan: Plan) -> int:
+    """What the base takes as it is held."""
+    model = plan.shape.model
+    inside = set(model.linears_of_blocks()) if plan.form != "none" else ()
+    sizes = (
+        FORMS[plan.form].bytes_of(p.shape) if name in inside else p.numel() * plan.stored.itemsize
+        for name, p in model.named_parameters()
+    )
+    return sum(sizes)
 
 
 def step_of(plan: Plan) -> Step:

@@ -31,7 +31,7 @@ def summary_of_memory(plan: Plan, found: Footprint, free: str) -> str:
 def ways_to_train(plan: Plan) -> str:
     """Weights, gradients and AdamW's moments of a model that is trained whole, with LoRA, and with LoRA in 4 bits."""
     lora = replace(plan, lora=plan.lora or LoRAConfig(), optimizer="adamw", quantize="none")
-    whole = replace(lora, lora=None, shape=lora.shape._replace(form="none"))
+    whole = replace(lora, lora=None, shape=replace(lora.shape, form="none"))
     ways = {"all weights": whole, "LoRA": lora}
     if plan.shape.form == "none":
         ways["LoRA, nf4"] = replace(lora, quantize="nf4")
