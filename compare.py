@@ -45,6 +45,8 @@ INSTEAD = {  # flags of training.py that a comparison would ignore: what to do i
     "lora_rank": "name the ranks with --ranks",
     "run_name": "its folder is named after the base",
     "fresh": "each comparison gets a folder of its own",
+    "dry_run": "training.py tells it, of one method at a time",
+    "force": "it asks for no memory beforehand",
     "patience": "all methods take all steps",
     "save_interval": "it saves no checkpoints",
     "keep_checkpoints": "it saves no checkpoints",

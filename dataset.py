@@ -122,7 +122,9 @@ class Look(Measured):
     """What is in files of records: columns, lengths in tokens, three records with what is learned marked, and how many
     steps an epoch has. The lengths are drawn too."""
 
-    batch_size: int | None = of_training("batch_size", "Sequences per batch; none is what training takes", default=None)
+    batch_size: int | None = of_training(
+        "batch_size", "Sequences per batch; auto is what training takes where it is not given", default=None
+    )
     gradient_accumulation_steps: int | None = of_training(
         "gradient_accumulation_steps", "Batches per training step; none is what training takes", default=None
     )

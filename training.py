@@ -4,6 +4,7 @@ python training.py                          train a base on Shakespeare
 USE_LORA=True python training.py            adapt it to the First Folio's spelling (or: python training.py --use-lora)
 BASE=base-shakespeare python training.py    fine-tune all its weights on the Folio instead
 TEST_MODE=True python training.py           any of these as a quick run
+python training.py --dry-run                tell how much memory it would take, and train nothing
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
+from jobs.runs import fitting
 from jobs.runs.base import base_settings, find_base
+from jobs.runs.footprint import footprint
 from jobs.runs.job import Job, identity, prepare, unread, unread_names
 from jobs.runs.loop import Training
 from jobs.runs.preflight import preflight
 from jobs.runs.selfcheck import Names, digests, self_check
+from jobs.summaries.memory import summary_of_memory
 from jobs.summaries.result import print_next, print_result
 from jobs.summaries.summary import summary_of
 from lora.adapter import Adapter
@@ -66,6 +70,7 @@ def train(given: Resolved) -> Run:
     if settings.adapting and not base:
         say(f"There is no trained base in {settings.checkpoints_dir} yet, and LoRA adapts one: training it first")
         base = train(base_settings(given))
+    given = fitting.fitted(given, machine, base)
     job = prepare(given, machine, base)
     start = digests(Adapter.from_model(job.model)) if job.kind == "lora" else {}
     stepper = job.stepper()
@@ -83,6 +88,22 @@ def train(given: Resolved) -> Run:
         print(report.statistics(job.model.get_parameter_info(), settings.use_lora), flush=True)
         finish(job, run, Training(job, run, stepper).all_steps(), start)
     return run
+
+
+def dry_run(given: Resolved) -> None:
+    """Print how much memory a run would take. Raises UserError where it would be refused."""
+    settings = given.settings
+    machine = pick_machine(settings.device, settings.dtype)
+    for line in (*describe(given), *unread(given), *machine.notes):
+        say(line)
+    check_optimizer(settings.optimizer, machine.device)
+    base = find_base(settings, [name for name in SHAPE if given.explicit(name)]) if settings.adapting else None
+    if settings.adapting and not base:
+        say(f"There is no trained base in {settings.checkpoints_dir} yet; this is for the one that comes first")
+    plan, free = fitting.plan_with_batch(given, machine, base)
+    found = footprint(plan)
+    print(summary_of_memory(plan, found, fitting.free_told(free)))
+    fitting.check_fits(plan, found, free, settings.force)
 
 
 def print_finished(run: Run) -> None:
@@ -109,7 +130,11 @@ def say_why_another(run: Run, plain_name: str) -> None:
 
 def main() -> None:
     """Run the command."""
-    print_next(train(from_command_line(Settings, __doc__)))
+    given = from_command_line(Settings, __doc__)
+    if given.settings.dry_run:
+        dry_run(given)
+    else:
+        print_next(train(given))
 
 
 if __name__ == "__main__":

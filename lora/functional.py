@@ -334,9 +334,10 @@ def lora_linear(x: Tensor, parts: Sequence[LowRankLinear], p: float = 0.0) -> li
         if low_rank_gradients_pay(len(tokens), parts) or any(isinstance(part.W, Quantized) for part in parts):
             y = EffectiveLinear.apply(tokens, bias, *fused_update(parts), *(part.W for part in parts))
         else:
+            dtype = x.dtype  # what makes the weight again must not hold x
 
             def weight() -> Tensor:
-                return cat_or_none([part.effective_weight() for part in parts]).to(x.dtype)
+                return cat_or_none([part.effective_weight() for part in parts]).to(dtype)
 
             y = F.linear(tokens, recomputable(weight(), weight), bias)
         return list(y.view(*x.shape[:-1], y.shape[-1]).split([len(part.W) for part in parts], -1))

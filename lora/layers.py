@@ -276,9 +276,10 @@ def fused_projection(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
 
 def _joined_projection(Ws: list[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
     """x times weights under each other, for x (..., in) in the compute dtype."""
+    dtype = x.dtype  # what makes the weight again must not hold x
 
     def weight() -> Tensor:
-        return torch.cat([W.to(x.dtype) for W in Ws])
+        return torch.cat([W.to(dtype) for W in Ws])
 
     if any(map(forgotten, Ws)) and not any(W.requires_grad for W in Ws):
         return frozen_linear(x, Ws, bias)

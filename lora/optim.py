@@ -12,11 +12,11 @@ from lora.attach import adaptable_layers
 from lora.variants.lora import LoRA
 from runtime.errors import UsageError
 from runtime.extras import bitsandbytes
-from runtime.training.adamw8bit import AdamW8bit
+from runtime.training import adamw8bit
 from runtime.training.muon import Muon, MuonSettings
 from runtime.training.paged_adamw import PagedAdamW
 
-LEAN = {"adamw8bit": AdamW8bit, "paged_adamw": PagedAdamW}  # AdamW whose moments take less of a device
+LEAN = {"adamw8bit": adamw8bit.AdamW8bit, "paged_adamw": PagedAdamW}  # AdamW whose moments take less of a device
 ADAMW = LEAN | {"adamw": partial(torch.optim.AdamW, fused=True)}  # by OPTIMIZER's names
 
 
@@ -64,6 +64,16 @@ def make_optimizer(
         for (scale, decay, inside), ps in groups.items()
     ]
     return Muon(rows, betas, muon.dtype) if muon else ADAMW[kind](rows, betas=betas)
+
+
+def state_bytes(kind: str, count: int, hidden: bool) -> int:
+    """Return the bytes that one of OPTIMIZER's choices keeps of a tensor with so many values, which is or is not one of
+    the model's `hidden_matrices()`."""
+    if kind == "muon" and hidden:
+        return 4 * count
+    if kind == "adamw8bit" and count >= adamw8bit.SMALLEST:
+        return 2 * (count + 4 * -(-count // adamw8bit.BLOCK))
+    return 8 * count
 
 
 def check_optimizer(name: str, device: torch.device) -> None:

@@ -5,8 +5,9 @@ Both are ours or a family's (`models/pretrained/families.py`); `config.json` tel
 
 from __future__ import annotations
 
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from models.stored import EMBEDDING, HEAD, INDEX, WEIGHTS, StoredTensors
 from models.transformer import Transformer
 from runtime.errors import UserError, join_problems
 from runtime.storage.encoding import read_json, to_json
-from runtime.storage.folders import CorruptedError, Files
+from runtime.storage.folders import CorruptedError, Files, plain_errors, read_content
 from runtime.storage.quantized import Quantized, config_of_form, quantize
 from runtime.storage.tensors import NAMES as DTYPE_NAMES
-from runtime.storage.tensors import differences, fingerprint, pack
+from runtime.storage.tensors import TensorFile, differences, fingerprint, pack
 
 CONFIG = "config.json"
 KEPT = (CONFIG, "generation_config.json")  # what a model that is made from a pretrained one has of its files
@@ -42,7 +43,11 @@ def family_in(files: Files, where: str) -> Family | None:
 
 def config_from(files: Files, where: str) -> ModelConfig:
     """The config of the model that these files hold. Raises UserError where it is missing or makes no sense."""
-    values, name = read_values(files, where), f"{where}/{CONFIG}"
+    return config_in(read_values(files, where), f"{where}/{CONFIG}")
+
+
+def config_in(values: Mapping[str, Any], name: str) -> ModelConfig:
+    """The config that a config.json stands for; `name` is its path. Raises UserError where it makes no sense."""
     if family := family_of(values, name):
         return config_of(family, values, name)
     try:
@@ -51,6 +56,32 @@ def config_from(files: Files, where: str) -> ModelConfig:
         raise UserError(f"{name}: {error}") from None
     except (ValueError, TypeError) as error:
         raise CorruptedError(f"{name} is corrupted: {error}") from None
+
+
+def shape_in(folder: Path) -> tuple[ModelConfig, torch.dtype, str, Family | None]:
+    """The config of a model in a folder, the dtype of its weights, the form of its matrices (nf4, int8 or none) and its
+    family, from config.json and the headers of files of weights, where there are any.
+
+    Raises UserError where it is missing or makes no sense.
+    """
+    path = folder / CONFIG
+    with plain_errors(path, "read"):
+        values = read_json(path.read_bytes(), str(path))
+    config, about = config_in(values, str(path)), values.get("quantization_config") or {}
+    form = "nf4" if about.get("load_in_4bit") else "int8" if about.get("load_in_8bit") else "none"
+    return config, _stored_dtype(folder, values, form), form, family_of(values, str(path))
+
+
+def _stored_dtype(folder: Path, values: Mapping[str, Any], form: str) -> torch.dtype:
+    """The dtype of most weights in a folder; what config.json says where there are none, or some in 4 or 8 bits."""
+    named = str(values.get("torch_dtype") or values.get("dtype") or "float32")
+    said = getattr(torch, named, None)
+    for path in sorted(folder.glob("model*.safetensors")) if form == "none" else ():
+        dtypes = Counter()
+        for tensor in TensorFile(read_content(path), str(path)).described.values():
+            dtypes[tensor.dtype] += tensor.numel()
+        return dtypes.most_common(1)[0][0] if dtypes else torch.float32
+    return said if isinstance(said, torch.dtype) else torch.float32
 
 
 def to_files(model: Transformer, like: Files | None = None) -> Files:

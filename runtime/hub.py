@@ -15,12 +15,22 @@ from runtime.settings.config import RECORDS, hub_token
 
 WEIGHTS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges.txt"]
 OTHER_FORMS = ["*/*", "onnx*", "openvino*", "*.onnx"]  # of the same weights
+CONFIG = "config.json"
 FILES = "DATASET to files of records"
 
 
 def fetch_model(name: str) -> Path:
     """The folder of a model on the hub. Raises UserError as `fetch` does."""
     return fetch(name, "model", "BASE to the folder of a model", WEIGHTS, OTHER_FORMS)
+
+
+def fetch_config(name: str) -> Path:
+    """The folder of a model on the hub with its config.json, and perhaps nothing else. Raises UserError as `fetch`
+    does, and where there is no config.json."""
+    folder = fetch(name, "model", "BASE to the folder of a model", [CONFIG], [])
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{name} on the hub has no {CONFIG}, so it is no model that can be read here")
+    return folder
 
 
 def fetch_records(name: str) -> Path:
@@ -65,7 +75,8 @@ def fetch(name: str, kind: str, instead: str, wanted: list[str], unwanted: list[
         get_cached_repo_tree(name, repo_type=kind)  # without it nobody knows whether a folder in the cache is whole
         return Path(get(local_files_only=True))
     except (errors.CachedRepoTreeNotFoundError, errors.LocalEntryNotFoundError, FileNotFoundError):
-        say(f"Fetching {name} from the Hugging Face hub")
+        what = f"config.json of {name}" if wanted == [CONFIG] else name
+        say(f"Fetching {what} from the Hugging Face hub")
     with told_plainly(name, kind, instead):
         return Path(get(token=hub_token()))
 

@@ -38,6 +38,15 @@ def test_a_benchmark_runs_and_prints_its_rows(name: str, monkeypatch, capsys, da
     assert kept() == before
 
 
+def test_where_memory_goes_is_drawn(monkeypatch, capsys, tmp_path) -> None:
+    words = ("--size", "tiny", "--tokens", "64", "--out", str(tmp_path / "memory.png"))
+    monkeypatch.setattr(sys, "argv", ["memory_parts", *words])
+    importlib.import_module("benchmarks.memory_parts").main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(line.startswith("tiny, 64 tokens, ") for line in lines)
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_recorded_results_say_where_they_come_from() -> None:
     for path in RESULTS.glob("*.json"):
         about = json.loads(path.read_bytes())

@@ -187,7 +187,7 @@ def find_base(settings: Settings, given: Collection[str] = ()) -> Run | None:
 
 def base_settings(given: Resolved) -> Resolved:
     """The settings for training a base before a LoRA run: its shape and the machine as given, the rest as usual."""
-    carried = (*SHAPE, "seed", "device", "dtype", "checkpoints_dir", "data_dir", "test_mode")
+    carried = (*SHAPE, "seed", "device", "dtype", "checkpoints_dir", "data_dir", "test_mode", "force")
     values = {name: getattr(given.settings, name) for name in carried if given.explicit(name)}
     return Resolved(Settings.from_dict(values), {name.upper(): given.sources[name.upper()] for name in values})
 
@@ -220,15 +220,14 @@ def check_shape(given: Resolved, base: Base) -> None:
         )
 
 
-def block_size_for(given: Resolved, base: Base) -> int:
-    """The tokens in a run's windows: BLOCK_SIZE where it is given, else as many as the base can take.
+def block_size_for(given: Resolved, base: Run, longest: int) -> int:
+    """The tokens in a run's windows: BLOCK_SIZE where it is given, else as many as the base can take, `longest`.
 
     Raises UsageError where that is more than the base can take.
     """
-    longest, asked = base.model.config.max_positions, given.settings.block_size
+    asked = given.settings.block_size
     if not given.explicit("block_size"):
-        return min(longest, asked) if isinstance(base.run, Pretrained) else longest
+        return min(longest, asked) if isinstance(base, Pretrained) else longest
     if asked > longest:
-        name = base.run.name
-        raise UsageError(f"BLOCK_SIZE={asked}: the base {name} takes at most {longest} tokens; lower it to that")
+        raise UsageError(f"BLOCK_SIZE={asked}: the base {base.name} takes at most {longest} tokens; lower it to that")
     return asked

@@ -187,6 +187,8 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
     Raises UserError or UsageError for a text, a tokenizer or a shape that does not work out.
     """
     settings = given.settings
+    if settings.batch_size is None:
+        raise UsageError("BATCH_SIZE=auto is known to training.py alone; give it a number here")
     check_quantize(settings, machine)
     if settings.compile:
         check_compiler(machine.device)
@@ -203,7 +205,7 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
         if not settings.use_lora:
             check_trains_whole(opened)
             model.float()
-        settings = replace(settings, block_size=block_size_for(given, opened))
+        settings = replace(settings, block_size=block_size_for(given, base, model.config.max_positions))
     else:
         opened = None
         if not isinstance(source, Corpus):

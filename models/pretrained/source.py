@@ -11,7 +11,7 @@ from models.files import CONFIG
 from models.pretrained.fingerprints import known_fingerprint
 from models.stored import INDEX, WEIGHTS
 from runtime.errors import UserError
-from runtime.hub import fetch_model
+from runtime.hub import fetch_config, fetch_model
 from runtime.settings.config import is_hub_name
 from runtime.storage import folders
 from runtime.storage.encoding import read_json
@@ -24,7 +24,7 @@ SMALL_FILES = r".*\.(json|jinja|txt|model)"
 class Pretrained(Run):
     """A pretrained model's folder as a base: it is finished, and nothing is known of what it was trained on.
 
-    hub: its name on the hub, or empty.
+    hub: its name on the hub, or empty; of such a model only config.json is there until it is read.
     """
 
     def __init__(self, folder: Path, hub: str = "") -> None:
@@ -45,7 +45,10 @@ class Pretrained(Run):
         return True
 
     def read(self) -> folders.Files:
-        """Its files: config, weights and what belongs to its tokenizer. Raises UserError where no weights are there."""
+        """Its files: config, weights and what belongs to its tokenizer. Raises UserError where no weights are there,
+        and where the hub cannot give them."""
+        if hub := self.metadata["hub"]:
+            object.__setattr__(self, "folder", fetch_model(hub))  # another, if the hub has another version by now
         with folders.plain_errors(self.folder, "read"):
             there = {path.name: path for path in sorted(self.folder.iterdir()) if path.is_file()}
             names = there.keys()
@@ -80,11 +83,12 @@ def open_pretrained(folder: Path) -> Pretrained | None:
 def find_source(root: Path, name: str) -> Run:
     """The run of that name or path, else the Hugging Face folder there, else the model of that name on the hub.
 
-    Raises UsageError where there is none of these, UserError where the hub cannot give it.
+    Of one on the hub only config.json is fetched, and the rest when it is read. Raises UsageError where there is none
+    of these, UserError where the hub cannot give it.
     """
     for folder in (root / name, Path(name)):
         if run := open_run(folder) or open_pretrained(folder):
             return run
     if is_hub_name(name) and not Path(name).exists():
-        return Pretrained(fetch_model(name), name)
+        return Pretrained(fetch_config(name), name)
     return find_run(root, name)

@@ -162,6 +162,15 @@ class Settings(CommonSettings):
         **NO_RESULT,
     )
     fresh: bool = setting(False, "Move an existing run of the same name aside and train again", group=RUN, **NO_RESULT)
+    dry_run: bool = setting(
+        False,
+        "Tell how much memory the run would take, and what each part of it, and train nothing; of BASE only its "
+        "config.json is needed",
+        group=RUN,
+        env=False,
+        **NO_RESULT,
+    )
+    force: bool = setting(False, "Begin a run although it will take more memory than is free", group=RUN, **NO_RESULT)
 
     dataset: str = setting(
         "shakespeare",
@@ -264,7 +273,15 @@ class Settings(CommonSettings):
     )
     lora_train_embeddings: bool = setting(True, "Train the embeddings with the adapters", group=LORA)
 
-    batch_size: int = setting(16, "Sequences per batch", group=TRAINING, low=1, high=10**6)
+    batch_size: int | None = setting(
+        16,
+        "Sequences per batch; auto takes the largest power of two up to 1024 with which the run fits into 85 % of the "
+        "memory that is free, and is written into the run as that number",
+        group=TRAINING,
+        low=1,
+        high=10**6,
+        nothing="auto",
+    )
     gradient_accumulation_steps: int = setting(1, "Batches per training step", group=TRAINING, low=1, high=10**6)
     checkpoint_activations: str = setting(
         "cheap",

@@ -50,7 +50,8 @@ class Setting:
     preset that has them. `pattern` is a regular expression for text, put into words by `allowed`, and `path=True` a
     folder or file, whose ~ is expanded; `env=False` makes a setting a flag only, `required=True` one that must be
     given, and `metavar="NAME"` words without a flag, shown as NAME; `identity=False` marks what does not change a
-    run's result; `also="name"` is another name, by which it can be given just as well.
+    run's result; `also="name"` is another name, by which it can be given just as well. `nothing` is the word
+    for None.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Setting:
     required: bool = False
     identity: bool = True
     also: str = ""
+    nothing: str = "none"
 
     @property
     def spellings(self) -> tuple[Setting, ...]:
@@ -92,11 +94,16 @@ class Setting:
     @property
     def must_be(self) -> str:
         """What a value must be, in words."""
-        return self._kind_in_words() + (" or none" if self.optional else "")
+        return self._kind_in_words() + (f" or {self.nothing}" if self.optional else "")
+
+    def shown(self, value: Any) -> str:
+        """A value as text that fits into one line of a message, in this setting's words."""
+        return self.nothing if value is None else format_value(value)
 
     def parse(self, text: str | tuple[str, ...]) -> Any:
         """The value that a text stands for; ValueError where it is not allowed."""
-        if self.optional and text.lower() in ("", "none"):
+        words = ("", "none") if self.nothing == "none" else (self.nothing,)
+        if self.optional and text.lower() in words:
             return None
         if self.kind is bool:
             return self.check(BOOLEANS.get(text.lower(), text))

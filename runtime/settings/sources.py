@@ -66,8 +66,9 @@ def read_settings(
 
 def describe(resolved: Resolved) -> list[str]:
     """A line for each setting that was given, as in `LORA_RANK=16 (environment)`."""
-    values = resolved.settings.as_dict()
-    return [f"{name}={format_value(values[name.lower()])} ({source})" for name, source in resolved.sources.items()]
+    rows = {row.variable: row for row in settings_of(type(resolved.settings))}
+    values = {name: rows[name].shown(getattr(resolved.settings, name.lower())) for name in resolved.sources}
+    return [f"{name}={values[name]} ({source})" for name, source in resolved.sources.items()]
 
 
 def _find(

@@ -65,6 +65,11 @@ class Quantized(Tensor):
         """Whether the matrix that this was made of was finite: a value that is not spoils its scale."""
         raise NotImplementedError
 
+    @classmethod
+    def bytes_of(cls, shape: torch.Size) -> int:
+        """What a matrix of a shape takes in this form."""
+        raise NotImplementedError
+
     @property
     def stored_bytes(self) -> int:
         """What it takes in memory."""
@@ -123,6 +128,12 @@ class NF4(Quantized):
     mark = "weight.quant_state.bitsandbytes__nf4"  # a JSON object as bytes
 
     @classmethod
+    def bytes_of(cls, shape: torch.Size) -> int:
+        scales = -(-shape.numel() // BLOCK)
+        tables = 4 * (16 + 256)  # of the levels of values and of scales
+        return -(-shape.numel() // 2) + scales + 4 * -(-scales // 256) + tables
+
+    @classmethod
     def quantize(cls, W: Tensor) -> NF4:
         # What bitsandbytes does of a whole matrix, with the same bits, and not with several of its size in fp32.
         library, data, scales = bitsandbytes(), [], []
@@ -175,6 +186,10 @@ class Int8(Quantized):
     form = "int8"
     names = re.compile("weight|weight_format|SCB")
     mark = "SCB"  # the scales (out,)
+
+    @classmethod
+    def bytes_of(cls, shape: torch.Size) -> int:
+        return shape.numel() + 4 * shape[0]
 
     @classmethod
     def quantize(cls, W: Tensor) -> Int8:

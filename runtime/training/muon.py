@@ -6,6 +6,7 @@ Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", h
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -59,6 +60,14 @@ class Muon(PartlyAdamW):
         state["step"] += kept  # which AdamW keeps of every parameter, and asks for when it is loaded
         gradient = torch.where(kept.bool(), p.grad, 0.0)
         return gradient.lerp_(state["momentum_buffer"].lerp_(gradient, (1 - MOMENTUM) * kept), MOMENTUM)
+
+
+def update_bytes(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> int:
+    """What an update of matrices of these shapes takes for a while: their momenta, in fp32, and in the dtype of matmuls
+    themselves, twice, and their products, twice, of those of one shape that are the most."""
+    found: Counter[tuple[int, ...]] = Counter(tuple(sorted(shape)) for shape in shapes)
+    taken = (n * (4 * a * b + 2 * dtype.itemsize * (a * b + a * a)) for (a, b), n in found.items())
+    return max(taken, default=0)
 
 
 def orthogonal(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

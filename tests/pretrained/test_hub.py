@@ -77,6 +77,20 @@ def test_a_base_is_fetched_once_and_its_adapter_finds_it_again_offline(hub: str,
         assert "Fetching" not in done.stderr
 
 
+def test_a_dry_run_fetches_the_config_only_and_a_run_the_rest(hub: str, tmp_path: Path) -> None:
+    words = ("--test-mode", "--use-lora", "--base", "Owner/tiny", "--dataset", "letters.txt", "--block-size", "16")
+    done = run(tmp_path, hub, "training.py", "--dry-run", *words)
+    assert done.returncode == 0 and "Fetching config.json of Owner/tiny from the Hugging Face hub" in done.stderr
+    there = [path.name for path in (tmp_path / "hf").rglob("*") if "snapshots" in path.parts and path.is_file()]
+    assert there == ["config.json"] and not (tmp_path / "checkpoints").exists()
+    done = run(tmp_path, hub, "training.py", "--dry-run", *words, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0 and "Fetching" not in done.stderr
+    done = run(tmp_path, hub, "training.py", *words, HF_HUB_OFFLINE="1")  # what is there does not pass for the whole
+    assert "error: Owner/tiny is not in the cache, and the hub cannot be reached" in done.stderr
+    done = run(tmp_path, hub, "training.py", *words, "--max-iters", "2")
+    assert done.returncode == 0 and "Fetching Owner/tiny from the Hugging Face hub" in done.stderr
+
+
 def test_records_are_fetched_once(hub: str, tmp_path: Path) -> None:
     words = ("--test-mode", "--use-lora", "--base", "Owner/tiny", "--dataset", "Owner/pairs", "--block-size", "16")
     for settings in ({}, {"HF_HUB_OFFLINE": "1", "FRESH": "True"}):

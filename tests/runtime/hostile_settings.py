@@ -139,7 +139,7 @@ def meaning(row: Setting, form: str, text: str) -> Any:
     text = as_read(form, text)
     if row.kind is tuple:
         return _texts(row, (text, text) if form == "--flag twice" else (text,))
-    if row.optional and text.lower() in ("", "none"):
+    if row.optional and text.lower() in (("", "none") if row.nothing == "none" else (row.nothing,)):
         return None
     if row.kind is bool:
         words = {

@@ -320,14 +320,15 @@ def test_strangers_are_left_alone(dotenv, capsys):
 
 
 def test_no_setting_is_a_near_miss_of_another():
-    names = [row.variable for row in ROWS]
-    assert read(environ={row.variable: str(row.default) for row in ROWS}).sources.keys() == set(names)
+    names = [row.variable for row in ROWS if row.env]
+    environ = {row.variable: str(row.default) for row in ROWS if row.env}
+    assert read(environ=environ).sources.keys() == set(names)
 
 
 @settings(deadline=None)
 @given(data=st.data())
 def test_any_single_typing_error_in_a_distinctive_name_is_noticed(data):
-    name = data.draw(st.sampled_from([row.variable for row in ROWS if "_" in row.variable]))
+    name = data.draw(st.sampled_from([row.variable for row in ROWS if row.env and "_" in row.variable]))
     at = data.draw(st.integers(0, len(name) - 2))
     letter = data.draw(st.sampled_from("AEQZ_"))
     for wrong in (
