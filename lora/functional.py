@@ -273,8 +273,9 @@ class AddedLinear(torch.autograd.Function):
         ys = tuple(
             added_product(x, *each) for each in zip(lows, (W.to(x.dtype) for W in Ws_c), Bs_c, biases, strict=True)
         )
-        trained = [x] if mask is not None and any(ctx.needs_input_grad[2::5]) else []
-        ctx.save_for_backward(x_low, low, A_c, mask, *Ws_c, *Bs_c, *trained)
+        ctx.again = mask is not None and recomputing()  # of x, which may be made again too, and its mask
+        trained = [x] if mask is not None and not ctx.again and any(ctx.needs_input_grad[2::5]) else []
+        ctx.save_for_backward(x if ctx.again else x_low, low, A_c, mask, *Ws_c, *Bs_c, *trained)
         ctx.keep_scale, ctx.ranks, ctx.scales = keep_scale, [len(A) for A in As], scales
         ctx.dtypes = [(W.dtype, A.dtype) for W, A in zip(Ws, As, strict=True)]
         return ys
@@ -285,6 +286,8 @@ class AddedLinear(torch.autograd.Function):
         x_low, low, A_c, mask, *rest = ctx.saved_tensors
         n, needs = len(gs), ctx.needs_input_grad
         Ws_c, Bs_c, x = rest[:n], rest[n : 2 * n], rest[2 * n] if len(rest) > 2 * n else x_low
+        if ctx.again:
+            x_low = x * mask * ctx.keep_scale
         low_gs = torch.cat([g @ B_c for g, B_c in zip(gs, Bs_c, strict=True)], 1)  # (tokens, rank)
         dx = None
         if needs[0] and mask is None and _rounds_first(A_c):

@@ -136,12 +136,13 @@ def _projection(step: Step, group: Sequence[Linear], remade: bool) -> Counter[st
     """Linears of one input. remade: whether that input is made again for the backward pass, and not kept."""
     found: Counter[str] = Counter()
     N, b, alike = step.tokens, step.size, len({(linear.rank > 0, linear.kind) for linear in group}) == 1
-    if any(linear.trains or (linear.rank and not linear.dropped) for linear in group) and not remade:
+    again = step.keeps != "none"  # what is dropped is made of the input and its mask
+    if any(linear.trains or (linear.rank and (again or not linear.dropped)) for linear in group) and not remade:
         found[INPUTS] += N * group[0].inputs * b
     for each in [group] if alike else [[linear] for linear in group]:
         dropped = [linear for linear in each if linear.rank and linear.dropped]
         if dropped:
-            found[DROPOUT] += N * each[0].inputs * (b + MASK)
+            found[DROPOUT] += N * each[0].inputs * (MASK if again else b + MASK)
         found += _weights(step, each)
         found[INPUTS] += sum(N * linear.outputs * b for linear in each if linear.output and linear.kind != "plain")
     return found
