@@ -28,7 +28,7 @@ FP32 = 4  # bytes of a value that trains, and of its gradient
 # On the CPU more is resident than the tensors that are alive: what torch sets up at its first step, holes in glibc's
 # heap, and what oneDNN has of matrices in an order of its own. So the peak is taken for PROCESS bytes, HEAP times what
 # is alive, WIDEST times the widest tensor inside a block and HEAD times the head in the compute dtype: least squares
-# over the cases of docs/memory.md, with peaks from 36 MB to 3.7 GB, which all come within 10 %.
+# over the cases of docs/memory.md, with peaks from 36 MB to 3.7 GB, which come within 15 %.
 # Quantising and its kernels add QUANTISED bytes.
 PROCESS, HEAP, WIDEST, HEAD, QUANTISED = 11e6, 1.1, 7.5, 2.7, 25e6
 
