@@ -364,7 +364,7 @@ REFUSED = [
     (("export", "both", "--out", "both-for-peft"), 2, "is there already"),
     (("check", "nowhere"), 1, "is no run, adapter or model"),
     (("mrge", "folio"), 2, "there is no command 'mrge'; did you mean merge?"),
-    ((), 2, "which command? There are: list, inspect, diff, strength, merge, combine, check, import, export, remove"),
+    ((), 2, "There are: list, inspect, diff, strength, merge, quantize, combine, check, import, export, remove"),
 ]  # fmt: skip
 
 
