@@ -90,6 +90,7 @@ PRESETS = {
         "lora_targets": "all-linear",
         "lora_plus_ratio": 1.0,
         "lora_train_embeddings": False,
+        "checkpoint_activations": "cheap",
     },
     "LoRA on a pretrained base": {"learning_rate": 5e-4},
     "records": {"patience": 3},
@@ -284,7 +285,7 @@ class Settings(CommonSettings):
     )
     gradient_accumulation_steps: int = setting(1, "Batches per training step", group=TRAINING, low=1, high=10**6)
     checkpoint_activations: str = setting(
-        "cheap",
+        "none",
         "What a step makes again for its backward pass, which saves memory and changes no number: nothing (none), what "
         "is nearly free to make (cheap), or all but the inputs of blocks (block)",
         group=TRAINING,

@@ -112,7 +112,7 @@ def test_a_dry_run_tells_and_leaves_nothing(folder, data_dir):
         "Parameters: 2,",
         "Gradients: ",
         "Optimizer state (muon): ",
-        "Activations (CHECKPOINT_ACTIVATIONS=cheap):",
+        "Activations (CHECKPOINT_ACTIVATIONS=none):",
     ):
         assert told in done.stdout
     assert re.search(r"Peak: about [\d.]+ MB; [\d.]+ GB are free|this system does not tell", done.stdout)
