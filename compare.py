@@ -113,7 +113,8 @@ def make_methods(given: Resolved, seed: int, machine: Machine, base: Run) -> lis
     """Full fine-tuning first, then each kind of LoRA."""
     names = {item.name for item in settings_of(Settings)}
     explicit = {name: getattr(given.settings, name) for name in names if given.explicit(name)}
-    kinds = {"full": {**explicit, "use_lora": False}} | lora_settings(given.settings, explicit)
+    whole = {**explicit, "use_lora": False, "quantize": "none"}  # weights in 4 or 8 bits cannot train
+    kinds = {"full": whole} | lora_settings(given.settings, explicit)
     return [make_method(label, values | {"seed": seed}, machine, base) for label, values in kinds.items()]
 
 

@@ -17,7 +17,7 @@ import runtime.start  # noqa: F401 - before what takes seconds to import
 from jobs.runs import fitting
 from jobs.runs.base import base_settings, find_base
 from jobs.runs.footprint import footprint
-from jobs.runs.job import Job, identity, prepare, unread, unread_names
+from jobs.runs.job import Job, check_quantize, identity, prepare, unread, unread_names
 from jobs.runs.loop import Training
 from jobs.runs.preflight import preflight
 from jobs.runs.selfcheck import Names, digests, self_check
@@ -29,7 +29,7 @@ from lora.attach import using
 from lora.optim import check_optimizer
 from runtime import report
 from runtime.console import say
-from runtime.device import pick_machine
+from runtime.device import Machine, pick_machine
 from runtime.errors import run_command
 from runtime.settings.config import EARLIER, SHAPE, Settings, from_command_line, has_records
 from runtime.settings.fields import format_value, settings_of
@@ -59,14 +59,21 @@ def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
     summary.print(samples)
 
 
-def train(given: Resolved) -> Run:
-    """One run, from its settings to its published files; an identical finished run is left alone."""
+def begin(given: Resolved) -> tuple[Machine, Run | None]:
+    """Say what was chosen; the machine, and the base where there is one. Raises UsageError for what cannot be, before
+    anything is trained."""
     settings = given.settings
     machine = pick_machine(settings.device, settings.dtype)
     for line in (*describe(given), *unread(given), *machine.notes):
         say(line)
     check_optimizer(settings.optimizer, machine.device)
-    base = find_base(settings, [name for name in SHAPE if given.explicit(name)]) if settings.adapting else None
+    check_quantize(settings, machine)
+    return machine, find_base(settings, [n for n in SHAPE if given.explicit(n)]) if settings.adapting else None
+
+
+def train(given: Resolved) -> Run:
+    """One run, from its settings to its published files; an identical finished run is left alone."""
+    settings, (machine, base) = given.settings, begin(given)
     if settings.adapting and not base:
         say(f"There is no trained base in {settings.checkpoints_dir} yet, and LoRA adapts one: training it first")
         base = train(base_settings(given))
@@ -92,12 +99,7 @@ def train(given: Resolved) -> Run:
 
 def dry_run(given: Resolved) -> None:
     """Print how much memory a run would take. Raises UserError where it would be refused."""
-    settings = given.settings
-    machine = pick_machine(settings.device, settings.dtype)
-    for line in (*describe(given), *unread(given), *machine.notes):
-        say(line)
-    check_optimizer(settings.optimizer, machine.device)
-    base = find_base(settings, [name for name in SHAPE if given.explicit(name)]) if settings.adapting else None
+    settings, (machine, base) = given.settings, begin(given)
     if settings.adapting and not base:
         say(f"There is no trained base in {settings.checkpoints_dir} yet; this is for the one that comes first")
     plan, free = fitting.plan_with_batch(given, machine, base)

@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from lora.layers import SMALL
 from models.attention import BLOCK, LONGEST_BY_BLOCKS
 from models.config import ModelConfig
 
 STREAM, MASK = 4, 1  # bytes of a value in the stream between blocks, and of one in a dropout mask
-JOINED = 2**20  # weights up to which linears of one input are made one: `SMALL` in lora/layers.py
 
 NORMS, INPUTS, ATTENTION, MLP = "norm inputs", "inputs of linears", "attention", "MLP"
 WEIGHTS, DROPOUT, LOGITS, BLOCKS = "weights in the compute dtype", "dropout", "logits and head", "inputs of blocks"
@@ -162,10 +162,10 @@ def _weights(step: Step, group: Sequence[Linear]) -> Counter[str]:
         several = (rank * inputs + rank * outputs) * 4 if len(group) > 1 else 0
         return Counter({WEIGHTS: several + (0 if again else count * b)})
     if kind == "plain" or group[0].trains:
-        adapted, joined = kind == "plain", len(group) > 1 and count <= JOINED
+        adapted, joined = kind == "plain", len(group) > 1 and count <= SMALL
         copied = step.keeps != "cheap" and (adapted or joined or group[0].stored != b)
         return Counter({WEIGHTS: copied * count * b})
-    joined = len(group) > 1 and count <= JOINED
+    joined = len(group) > 1 and count <= SMALL
     return Counter({WEIGHTS: (not again and (joined or group[0].stored != b)) * count * b})
 
 

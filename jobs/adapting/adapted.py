@@ -125,7 +125,7 @@ def metadata_of_made(root: Path, kind: str, base: Base, adapter: Adapter | None,
     test_mode = base.run.metadata["settings"]["test_mode"]
     settings = {"use_lora": kind == "lora", "test_mode": test_mode, "base": base.run.name}
     settings["dataset"] = texts[0] if texts else ""
-    if adapter and kind == "lora":
+    if kind == "lora":
         settings |= {f"lora_{name}": getattr(adapter.config, name) for name in IN_CONFIG}
         settings["quantize"] = form_of(base.model)
     named = reference(base, root)

@@ -156,6 +156,11 @@ def test_an_adapter_is_merged_into_the_weights_that_are_asked_for(made: Path, mo
     assert plain != dense
 
 
+def test_a_comparison_quantises_the_base_of_lora_only(made: Path) -> None:
+    told = good(made, "compare.py", "--base", "base", "--quantize", "nf4", **FAST | {"MAX_ITERS": "2"})
+    assert "full" in told and "lora" in told
+
+
 def test_a_base_whose_files_are_quantised_is_adapted_as_it_is(made: Path, monkeypatch) -> None:
     told = good(made, "training.py", "--use-lora", "--base", "small", "--run-name", "on-small", **FAST)
     assert "on-small has finished" in told
