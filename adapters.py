@@ -33,8 +33,9 @@ from models.files import form_of
 from models.pretrained.source import find_source
 from runtime.console import say
 from runtime.device import pick_machine
-from runtime.errors import UsageError, UserError, run_command
+from runtime.errors import UsageError, UserError
 from runtime.pictures import save_picture, without_pictures
+from runtime.processes.command import run_command
 from runtime.report import size
 from runtime.settings.config import FOLDER, NAME, NAMED, CommonSettings, from_command_line
 from runtime.settings.fields import setting

@@ -28,8 +28,9 @@ from jobs.runs.preflight import check_writable
 from lora.variants.registry import VARIANTS
 from runtime.console import say
 from runtime.device import Machine, machine_name, pick_machine
-from runtime.errors import UsageError, UserError, run_command
+from runtime.errors import UsageError, UserError
 from runtime.pictures import save_picture, without_pictures
+from runtime.processes.command import run_command
 from runtime.settings.config import LORA, PRESETS, SHAPE, Settings, from_command_line
 from runtime.settings.fields import setting, settings_of
 from runtime.settings.sources import Resolved

@@ -42,8 +42,9 @@ from jobs.looking.measure import measure_by
 from jobs.looking.progress import told
 from jobs.looking.writing import new_file, new_folder
 from runtime.console import say
-from runtime.errors import UsageError, UserError, run_command
+from runtime.errors import UsageError, UserError
 from runtime.pictures import save_picture, without_pictures
+from runtime.processes.command import run_command
 from runtime.settings.config import FOLDER, RECORD_SETS, Settings, from_command_line
 from runtime.settings.fields import Table, setting
 from runtime.settings.flags import subcommand

@@ -30,7 +30,8 @@ from jobs.runs.preflight import check_writable
 from models.generation.choosing import Sampling
 from runtime.console import say
 from runtime.device import Machine, pick_machine
-from runtime.errors import UsageError, run_command
+from runtime.errors import UsageError
+from runtime.processes.command import run_command
 from runtime.settings.config import FOLDER, CommonSettings, from_command_line
 from runtime.settings.fields import setting
 from runtime.storage.folders import commit_folder

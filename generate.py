@@ -31,7 +31,8 @@ from models.generation.per_row import generate_per_row
 from models.generation.sampling import stream
 from runtime.console import say
 from runtime.device import pick_machine
-from runtime.errors import UsageError, UserError, run_command
+from runtime.errors import UsageError, UserError
+from runtime.processes.command import run_command
 from runtime.settings.config import CommonSettings, from_command_line
 from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved

@@ -30,18 +30,23 @@ from lora.optim import check_optimizer
 from runtime import report
 from runtime.console import say
 from runtime.device import Machine, pick_machine
-from runtime.errors import run_command
+from runtime.errors import UserError
+from runtime.processes.alike import check_alike
+from runtime.processes.command import run_command
+from runtime.processes.world import world
 from runtime.settings.config import EARLIER, SHAPE, Settings, from_command_line, has_records
 from runtime.settings.fields import format_value, settings_of
 from runtime.settings.sources import Resolved, describe
 from runtime.start import command_line
-from runtime.storage.runs import Run, RunLock, claim, open_run
+from runtime.storage.runs import Run, RunLock, WatchedRun, claim, open_run
 from runtime.training import resume
+from runtime.training.reduction import check_parts
 
 
 def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
     """Check what was trained, score and sample the best weights, publish them, and print a summary."""
     peak_memory = job.machine.peak_memory()
+    world().barrier()  # what the first process saved, the others read
     files = self_check(job, run, state, start) if job.kind == "lora" else run.read()
     say("Scoring the whole held-out text, and sampling ...")
     job.load_artifact(files, str(run.folder))
@@ -54,7 +59,9 @@ def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
         with using(job.model):
             result["base_val_loss"] = job.evaluate()
             samples = {"with the adapter": samples[""], "without it": summary.sample()}
+    world().barrier()  # nobody reads any more what is now moved
     run.publish(result)
+    world().barrier()
     print_result(job, run, result)
     summary.print(samples)
 
@@ -64,11 +71,17 @@ def begin(given: Resolved) -> tuple[Machine, Run | None]:
     anything is trained."""
     settings = given.settings
     machine = pick_machine(settings.device, settings.dtype)
+    world().join(settings.collective_timeout, machine.device)
+    check_alike(settings.as_dict(), str(machine))
+    check_parts(settings.parts_of_step, settings.rows_in_step, world().size, settings.reduce)
     for line in (*describe(given), *unread(given), *machine.notes):
         say(line)
     check_optimizer(settings.optimizer, machine.device)
     check_quantize(settings, machine)
-    return machine, find_base(settings, [n for n in SHAPE if given.explicit(n)]) if settings.adapting else None
+    if not settings.adapting:
+        return machine, None
+    with world().machine_by_machine():
+        return machine, find_base(settings, [n for n in SHAPE if given.explicit(n)])
 
 
 def train(given: Resolved) -> Run:
@@ -78,16 +91,16 @@ def train(given: Resolved) -> Run:
         say(f"There is no trained base in {settings.checkpoints_dir} yet, and LoRA adapts one: training it first")
         base = train(base_settings(given))
     given = fitting.fitted(given, machine, base)
-    job = prepare(given, machine, base)
+    with world().machine_by_machine():
+        job = prepare(given, machine, base)
     start = digests(Adapter.from_model(job.model)) if job.kind == "lora" else {}
     stepper = job.stepper()
-    root, about = Path(settings.checkpoints_dir), job.metadata()
-    run = claim(root, job.plain_name, settings.run_name, about, settings.fresh, identity)
+    run = claimed(job)
     if run.finished:
         print_finished(run)
         return run
-    with RunLock(run.folder):
-        preflight(job, run)
+    with world().holding(RunLock(run.folder)):
+        world().first(lambda: preflight(job, run))
         say_why_another(run, job.plain_name)
         print(report.banner(settings, unread_names(settings)))
         if base:
@@ -95,6 +108,22 @@ def train(given: Resolved) -> Run:
         print(report.statistics(job.model.get_parameter_info(), settings.use_lora), flush=True)
         finish(job, run, Training(job, run, stepper).all_steps(), start)
     return run
+
+
+def claimed(job: Job) -> Run:
+    """The folder of the run, which the first process claims and writes."""
+    settings, root = job.settings, Path(job.settings.checkpoints_dir)
+    about = job.metadata()
+    names = (job.plain_name, settings.run_name)
+    if world().size == 1:
+        return claim(root, *names, about, settings.fresh, identity)
+    name = world().first(lambda: claim(root, *names, about, settings.fresh, identity).name)
+    if not (run := open_run(root / name)):
+        raise UserError(
+            f"process {world().rank} sees no {root / name}, which the first has made: several processes need a "
+            "CHECKPOINTS_DIR that all machines share"
+        )
+    return run if world().leads else WatchedRun(run.folder, run.metadata)
 
 
 def dry_run(given: Resolved) -> None:
@@ -140,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, many=True)

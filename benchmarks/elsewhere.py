@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from jobs.generating.load import load
-from runtime.errors import UserError, run_command
+from runtime.errors import UserError
 from runtime.extras import needs_package
+from runtime.processes.command import run_command
 from runtime.report import indented
 
 

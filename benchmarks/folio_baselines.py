@@ -18,7 +18,7 @@ from benchmarks.contest import close, tell
 from data.instructions.folio_pairs import load_folio_pairs
 from data.instructions.records import Record, told
 from data.instructions.spelling import WORD, SpellingScore, score, words_in
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 
 
 def modern_line(record: Record) -> str:

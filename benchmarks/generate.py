@@ -12,7 +12,7 @@ from benchmarks import peers
 from benchmarks.contest import SIZES, close, parser, ratio, take_turns, tell
 from models.generation.sampling import Sampling, generate
 from runtime.device import pick_machine
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 
 GOALS = {("0.8M", 1): 4.0, ("10.7M", 1): 2.0, ("10.7M", 32): 2.0}  # by size and prompts
 

@@ -27,7 +27,7 @@ from jobs.runs.source import read_source_records, template_for
 from lora.optim import make_optimizer
 from models.pretrained.source import Pretrained
 from runtime.device import Machine, pick_machine
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 from runtime.settings.config import Settings
 from runtime.training.steps import Schedule, Stepper
 

@@ -23,7 +23,7 @@ from jobs.runs.base import Base
 from models.files import to_files
 from models.pretrained.source import Pretrained
 from runtime.device import pick_machine
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 from runtime.settings.config import Settings
 from runtime.storage import folders
 from runtime.training.steps import evaluate

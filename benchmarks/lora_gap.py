@@ -9,7 +9,7 @@ import statistics
 
 from benchmarks.runs import median, train
 from runtime.device import machine_name
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 
 GRID = {"full": (5e-4, 1e-3, 2e-3, 4e-3), "lora": (2e-3, 4e-3, 6e-3)}
 SEEDS = (1337, 1338, 1339)

@@ -16,7 +16,7 @@ from benchmarks import peers
 from benchmarks.contest import SIZES, by_size, ratio, take_turns
 from jobs.comparing.timing import repeatable
 from runtime.device import Machine, pick_machine
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 
 # (contestant, against, what it says, goal by size)
 ROWS = (

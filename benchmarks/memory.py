@@ -25,7 +25,7 @@ from lora.attach import attach
 from lora.config import LoRAConfig
 from models.files import from_files, to_files
 from runtime.device import pick_machine
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 from runtime.storage import folders
 from runtime.storage.quantized import quantize
 

@@ -27,8 +27,8 @@ from models.files import to_files
 from models.transformer import Block, Transformer
 from runtime.console import say
 from runtime.device import pick_machine
-from runtime.errors import run_command
 from runtime.pictures import new_figure, save_picture
+from runtime.processes.command import run_command
 from runtime.storage import folders
 from runtime.storage.quantized import Quantized
 

@@ -27,7 +27,7 @@ from models.generation.sampling import generate
 from models.pretrained.families import family_with
 from models.pretrained.source import Pretrained
 from runtime.device import pick_machine
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 
 RANK, ALPHA = 16, 32
 STEP_GOALS = {("lora", "bf16"): 0.75, ("lora", "fp32"): 0.75, ("full", "bf16"): 0.9, ("full", "fp32"): 0.9}

@@ -13,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from runtime.errors import UserError, run_command
+from runtime.errors import UserError
+from runtime.processes.command import run_command
 from runtime.settings.config import EARLIER
 from runtime.storage.content import sha256
 from runtime.training.metrics import read_metrics

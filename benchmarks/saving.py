@@ -35,7 +35,7 @@ from jobs.comparing.timing import repeatable
 from jobs.runs.job import Job, prepare
 from jobs.runs.loop import Training
 from runtime.device import Machine, pick_machine
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
 from runtime.storage.runs import Run, claim

@@ -15,7 +15,8 @@ from pathlib import Path
 from benchmarks.contest import close, parser, tell
 from benchmarks.runs import ROOT
 from data.corpora import load_corpus
-from runtime.errors import UserError, run_command
+from runtime.errors import UserError
+from runtime.processes.command import run_command
 
 
 def first_step(folder: str, data: Path) -> float:

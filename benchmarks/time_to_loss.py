@@ -21,7 +21,8 @@ from pathlib import Path
 from benchmarks.contest import close, parser, tell
 from benchmarks.runs import ROOT
 from data.corpora import load_corpus
-from runtime.errors import UserError, run_command
+from runtime.errors import UserError
+from runtime.processes.command import run_command
 
 LOSS, GOAL = 1.88, 7.0
 SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from benchmarks.runs import median, train
 from runtime.device import machine_name
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 
 SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
 BUDGET = {"batch_size": 12, "max_iters": 2000, "dropout": 0.0}

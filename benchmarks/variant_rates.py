@@ -12,7 +12,7 @@ import argparse
 
 from benchmarks.runs import train
 from runtime.device import machine_name
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 
 SEED = 1337
 USUAL = (2e-3, 4e-3, 8e-3, 16e-3)

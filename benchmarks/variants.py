@@ -16,7 +16,7 @@ from benchmarks.lora_step import make_step
 from jobs.runs.job import lora_config
 from lora.attach import attach
 from runtime.device import pick_machine
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 from runtime.settings.config import Settings
 
 KINDS = {  # settings, and the part of LoRA's time that a step may take

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Self
 
@@ -26,11 +27,14 @@ class InterruptedRunError(UserError):
 class Interruption:
     """While this is entered, `asked` is the number of the first of these signals that came, or 0.
 
-    A second one does what it does elsewhere. One that is ignored, as SIGHUP is under nohup, stays ignored. Only the
-    main thread gets signals; in others this changes nothing.
+    A second one does what it does elsewhere; with `repeats`, one that comes within a second is none. One that is
+    ignored, as SIGHUP is under nohup, stays ignored. Only the main thread gets signals; in others this changes nothing.
     """
 
-    asked = 0
+    asked, at = 0, 0.0
+
+    def __init__(self, repeats: bool = False) -> None:
+        self.repeats = repeats
 
     def __enter__(self) -> Self:
         self.before = {}
@@ -44,7 +48,9 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and self.repeats and time.monotonic() - self.at < 1:
+            return
         if self.asked:
             self.__exit__()
             signal.raise_signal(number)
-        self.asked = number
+        self.asked, self.at = number, time.monotonic()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
 
-from runtime.console import say
+from runtime.console import is_terminal, say
 
 PATIENCE, EVERY = 2, 5  # seconds without a word, and between two lines
 
@@ -22,7 +21,7 @@ def told(rows: Iterable[T]) -> Iterator[T]:
     for i, row in enumerate(rows):
         passed = time.perf_counter() - began
         if passed > next_line and bar is None:
-            if sys.stderr.isatty():
+            if is_terminal():
                 bar = tqdm(initial=i, unit=" rows", dynamic_ncols=True, mininterval=0.2)
             else:
                 say(f"{i:,} rows read in {passed:.0f} s ...")

@@ -14,6 +14,7 @@ from runtime.console import say
 from runtime.device import Machine
 from runtime.errors import UsageError, UserError
 from runtime.memory import free_memory
+from runtime.processes.world import world
 from runtime.report import size
 from runtime.settings.config import EARLIER, Settings
 from runtime.settings.sources import Resolved
@@ -46,6 +47,9 @@ def plan_of(given: Resolved, machine: Machine, base: Run | None) -> Plan:
         settings.quantize,
         settings.dropout,
         settings.optimizer,
+        settings.step_parts,
+        settings.reduce,
+        world().size,
     )
 
 
@@ -72,6 +76,8 @@ def plan_with_batch(given: Resolved, machine: Machine, base: Run | None) -> tupl
     """The plan of a run with BATCH_SIZE=auto as a number, and the bytes that are free; lines tell what that came to,
     and of a rank that is too high."""
     plan, free = plan_of(given, machine, base), free_memory(machine)
+    if free is not None and not machine.is_cuda:  # the processes of a machine share its memory
+        free //= world().launch.local_size
     if given.settings.batch_size is None:
         plan = replace(plan, rows=known_batch(given.settings, plan) or largest_batch(plan, free))
         say(f"BATCH_SIZE=auto: {plan.rows}")
@@ -127,9 +133,13 @@ def cheaper_plans(plan: Plan) -> Iterator[Plan]:
     if plan.lora and plan.form == "none" and plan.machine.device.type != "mps":
         plan = replace(plan, quantize="nf4")
         yield plan
+    if plan.parts:
+        more = range(plan.parts + 1, plan.rows * plan.batches + 1)
+        yield from (replace(plan, parts=parts) for parts in more if parts % plan.parts == 0)
+        return
     rows = plan.rows
-    for fewer in (rows // parts for parts in range(2, rows + 1) if rows % parts == 0):
-        yield replace(plan, rows=fewer, parts=plan.parts * rows // fewer)
+    for fewer in (rows // batches for batches in range(2, rows + 1) if rows % batches == 0):
+        yield replace(plan, rows=fewer, batches=plan.batches * rows // fewer)
 
 
 def changes(plan: Plan, other: Plan) -> list[str]:
@@ -138,7 +148,8 @@ def changes(plan: Plan, other: Plan) -> list[str]:
         "CHECKPOINT_ACTIVATIONS": (plan.keeps, other.keeps),
         "QUANTIZE": (plan.quantize, other.quantize),
         "BATCH_SIZE": (plan.rows, other.rows),
-        "GRADIENT_ACCUMULATION_STEPS": (plan.parts, other.parts),
+        "GRADIENT_ACCUMULATION_STEPS": (plan.batches, other.batches),
+        "STEP_PARTS": (plan.parts, other.parts),
     }
     return [f"{name}={new}" for name, (old, new) in found.items() if new != old]
 

@@ -53,20 +53,40 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """What decides how much memory a run takes. lora: its adapter, or None where all weights train. rows of
-    `positions` tokens are computed at a time, `parts` times a step. keeps: CHECKPOINT_ACTIVATIONS. quantize: QUANTIZE.
-    dropout: of the model."""
+    """What decides how much memory a process of a run takes. lora: its adapter, or None where all weights train. A step
+    has `batches` of `rows` of `positions` tokens, and is cut into `parts`: where that is None, as many as it has
+    batches. keeps: CHECKPOINT_ACTIVATIONS. quantize: QUANTIZE. dropout: of the model."""
 
     shape: Shape
     machine: Machine
     lora: LoRAConfig | None
     rows: int
     positions: int
-    parts: int = 1
+    batches: int = 1
     keeps: str = "cheap"
     quantize: str = "none"
     dropout: float = 0.0
     optimizer: str = "adamw"
+    parts: int | None = None
+    reduce: str = "exact"
+    processes: int = 1
+
+    @property
+    def rows_at_once(self) -> int:
+        """The rows of a part, which are computed at a time."""
+        return -(-self.rows * self.batches // (self.parts or self.batches))
+
+    @property
+    def own_parts(self) -> int:
+        """How many parts of a step a process computes."""
+        return max(1, (self.parts or self.batches) // self.processes)
+
+    @property
+    def sums(self) -> int:
+        """How many gradients of earlier parts are held at most while a part is computed."""
+        if self.reduce == "fast":
+            return min(1, self.own_parts - 1)
+        return self.own_parts.bit_length() - 1  # branches of a balanced tree
 
     @property
     def form(self) -> str:
@@ -109,12 +129,14 @@ def footprint(plan: Plan) -> Footprint:
     linears, step, config = linears_of(model, plan), step_of(plan), plan.shape.config
     activations = kept(config, step, linears)
     loss, block = at_loss(config, step, linears["lm_head"]), at_block(config, step, linears)
-    before = gradients if plan.parts > 1 else 0  # of the parts that were computed before
+    before = gradients * plan.sums
     # A part of a step holds most when its loss is known, when its last block's backward pass runs, or its first one's.
     highest = before + max(sum(activations.values()) + loss, sum(activations.values()) - activations[LOGITS] + block)
     last = gradients + block + (own["token_embedding.weight"].numel() * FP32 if step.embeddings else 0)
     if plan.optimizer == "muon":
         last = max(last, gradients + update_bytes([trained[name] for name in hidden], plan.machine.dtype))
+    if plan.processes > 1:  # gradients lie in one vector too, and half of another process's is received
+        last = max(last, 2 * gradients + gradients // 2)
     running = max(highest, last) - sum(activations.values())
     live = weights + optimizer + max(highest, last)
     peak = live if plan.machine.device.type != "cpu" else resident(live, plan, step)
@@ -167,7 +189,7 @@ def step_of(plan: Plan) -> Step:
     cpu = plan.machine.device.type == "cpu"
     about = {"dropout": plan.dropout > 0, "cpu": cpu, "whole": whole(plan.machine.device)}
     return Step(
-        plan.rows,
+        plan.rows_at_once,
         plan.positions,
         plan.machine.dtype.itemsize,
         plan.keeps,
@@ -201,7 +223,7 @@ def linears_of(model: Transformer, plan: Plan) -> dict[str, Linear]:
 
 def _kind(plan: Plan, group: list[Linear]) -> str:
     """How the adapters of linears of one input are computed."""
-    tokens = plan.rows * plan.positions
+    tokens = plan.rows_at_once * plan.positions
     with torch.device("meta"):
         parts = [_part(linear, plan.stored) for linear in group]
     if group[0].dropped or needs_adding(parts[0].W, plan.machine.dtype):

@@ -35,6 +35,7 @@ from runtime.console import say
 from runtime.device import Machine, check_compiler
 from runtime.errors import UsageError, UserError
 from runtime.extras import bitsandbytes
+from runtime.processes.world import world
 from runtime.settings.config import EARLIER, Settings
 from runtime.settings.fields import settings_of
 from runtime.settings.sources import Resolved
@@ -83,7 +84,8 @@ class Job:
             self.data.batch,
             self.machine,
             seed=s.seed,
-            accumulation=s.gradient_accumulation_steps,
+            parts=s.parts_of_step,
+            reduce=s.reduce,
             grad_clip=s.grad_clip,
             compile=s.compile,
             extra_losses=extra_losses(self.model),
@@ -102,6 +104,8 @@ class Job:
         settings = self.settings.as_dict()
         about = run_metadata(self.kind, settings, self.model.config, base, self.tokenizer, dataset=dataset)
         about["machine"] = f"{platform.machine()}, {self.machine}, {torch.get_num_threads()} threads"
+        if world().size > 1:
+            about["processes"] = world().size
         if self.settings.block_size < self.model.config.max_positions:
             about["window"] = self.settings.block_size
         if isinstance(self.data, InstructionData):

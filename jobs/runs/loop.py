@@ -9,6 +9,7 @@ from contextlib import suppress
 from jobs.runs.job import Job
 from jobs.runs.postmortem import with_batch
 from runtime.interrupt import InterruptedRunError, Interruption
+from runtime.processes.world import LostProcessError, world
 from runtime.storage.runs import Run, say
 from runtime.training import resume
 from runtime.training.metrics import MetricsLog, Progress
@@ -23,7 +24,8 @@ class Training:
         if saved := run.newest("step"):
             self.state = resume.restore(stepper, saved[1], f"{run.folder}/step-{saved[0]:06d}")
             say(f"Going on with {run.name} after step {self.state.step} of {job.settings.max_iters}")
-        self.log = MetricsLog(run.folder / "metrics.jsonl", self.state.step)
+        self.check_replicas()
+        self.log = MetricsLog(run.folder / "metrics.jsonl", self.state.step, writes=world().leads)
         every = job.settings.log_interval
         self.progress = Progress(run.name, job.settings.max_iters, self.state.step, every_steps=every)
         self.first, self.before = self.state.step, self.state.seconds
@@ -32,30 +34,41 @@ class Training:
     def all_steps(self) -> resume.State:
         """Step until the last one, or until patience ends. However it ends, the log is whole up to there."""
         try:
-            with Interruption() as interruption:
+            # Ctrl-C comes twice where torchrun runs: from the terminal, and from torchrun.
+            with Interruption(repeats=world().size > 1) as interruption:
                 while self.state.step < self.job.settings.max_iters and not self.impatient:
                     self.one_step()
-                    if interruption.asked:
-                        self.stop(interruption.asked)
+                    if (self.host_waits or world().size == 1) and (asked := world().highest(interruption.asked)):
+                        self.stop(asked)
         except KeyboardInterrupt:
-            saved = self.run.saved("step")
-            where = f"after step {saved[-1][0]}" if saved else "from the beginning"
-            say(f"\nStopped at step {self.state.step}; the same command goes on {where}")
+            say(f"\nStopped at step {self.state.step}; {self.goes_on()}")
             raise
         except OSError:  # nobody reads what is printed any more, as where a terminal was closed
             self.save_now()
             raise
         except NonFiniteError as error:
-            raise with_batch(error, self.job, self.run, self.stepper) from None
+            found = with_batch(error, self.job, self.run, self.stepper)
+            world().barrier()  # torchrun ends all processes as soon as one has failed
+            raise found from None
+        except (LostProcessError, RuntimeError) as error:
+            if lost := world().lost(error):
+                raise LostProcessError(f"{lost}, at step {self.state.step + 1}; {self.goes_on()}") from None
+            raise
         finally:
             self.log.close()
             with suppress(OSError):
                 self.progress.close()
         return self.state
 
+    def goes_on(self) -> str:
+        """Where the same command goes on with the run, in words."""
+        saved = self.run.saved("step")
+        return f"the same command goes on {f'after step {saved[-1][0]}' if saved else 'from the beginning'}"
+
     def stop(self, number: int) -> None:
         """Save the step just taken, as a signal asks to stop. Raises InterruptedRunError."""
         self.save_now()
+        world().barrier()
         raise InterruptedRunError(
             f"stopped after step {self.state.step}, which is saved; the same command goes on there", number
         )
@@ -69,13 +82,12 @@ class Training:
     def one_step(self) -> None:
         """A step, and whatever is due after it: reading the loss, evaluating, saving."""
         s, state = self.job.settings, self.state
-        reading = 1 if self.job.machine.device.type == "cpu" else 10  # to read the loss, an accelerator is waited for
         self.stepper.step(state.step)
         state.step += 1
         last = state.step == s.max_iters
         evaluating, saving = (last or state.step % every == 0 for every in (s.eval_interval, s.save_interval))
         telling = s.log_interval and state.step % s.log_interval == 0
-        if evaluating or saving or telling or state.step % reading == 0:
+        if evaluating or saving or telling or self.host_waits:
             self.read()
         paused = time.perf_counter()
         if evaluating:
@@ -83,6 +95,12 @@ class Training:
         if saving or self.impatient:
             self.save()
         self.clock += time.perf_counter() - paused  # speeds are those of training alone
+
+    @property
+    def host_waits(self) -> bool:
+        """Whether the loss of this step is read, for which an accelerator is waited for, and so only now and then; then
+        processes also ask each other whether one was told to stop."""
+        return self.job.machine.device.type == "cpu" or self.state.step % 10 == 0
 
     @property
     def impatient(self) -> bool:
@@ -113,8 +131,14 @@ class Training:
         else:
             state.stale += 1
 
+    def check_replicas(self) -> None:
+        """Raises UsageError where the processes are not at the same step with the same weights."""
+        if world().size > 1:
+            world().check_same({"step": self.state.step, "weights": resume.digest(self.stepper)})
+
     def save(self) -> None:
         """Commit a resumable step."""
+        self.check_replicas()
         self.log.flush()
         self.run.save(
             "step", self.state.step, resume.to_files(self.stepper, self.state), self.job.settings.keep_checkpoints

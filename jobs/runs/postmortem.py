@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from jobs.runs.job import Job
-from runtime.storage import folders
 from runtime.storage.encoding import to_json
 from runtime.storage.runs import Run
 from runtime.training.steps import NonFiniteError, Stepper
@@ -21,6 +20,5 @@ def with_batch(error: NonFiniteError, job: Job, run: Run, stepper: Stepper) -> N
     rows = stepper.batch(error.step).tokens.tolist()
     about = {"step": error.step, "learning_rate": stepper.schedule(error.step), "error": str(error), "tokens": rows}
     about["text"] = [job.tokenizer.decode(row) for row in rows]
-    path = run.folder / BAD_BATCH
-    folders.write_file(path, to_json(about))
-    return NonFiniteError(f"{error}; its batch is in {path}", error.step)
+    run.write(BAD_BATCH, to_json(about))
+    return NonFiniteError(f"{error}; its batch is in {run.folder / BAD_BATCH}", error.step)

@@ -12,11 +12,11 @@ from runtime.report import size, table
 def summary_of_memory(plan: Plan, found: Footprint, free: str) -> str:
     """Parameters, files and memory of a run, and the same model trained whole, with LoRA, and with LoRA in 4 bits."""
     config, machine = plan.shape.config, plan.machine
-    parts = f"{plan.parts} x " if plan.parts > 1 else ""
+    parts = f"{plan.parts or plan.batches} x " if plan.rows_at_once < plan.rows * plan.batches else ""
     kept = ", ".join(f"{name} {size(count)}" for name, count in found.activations.most_common() if count)
     lines = [
         f"🧮 {config.n_layer} blocks, {config.n_embd} wide, a vocabulary of {config.vocab_size:,}, on {machine}",
-        f"   A step: {parts}{plan.rows} rows of {plan.positions} tokens",
+        f"   A step: {parts}{plan.rows_at_once} rows of {plan.positions} tokens",
         f"   Parameters: {found.parameters:,}, of which {found.trained:,} train",
         *([f"   Adapter file: {size(found.adapter)}"] if plan.lora else []),
         f"   Weights: {size(found.weights)}",

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from dotenv import dotenv_values
 
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 from runtime.settings.fields import ContradictionError, Table, setting, settings_of
 from runtime.settings.listing import rewrite
 from runtime.settings.sources import Resolved, read_settings
@@ -106,7 +106,7 @@ PRESETS = {
 }
 
 # What runs were trained with whose run.json is older than the setting.
-EARLIER = {"optimizer": "adamw", "lr_decay": "cosine"}
+EARLIER = {"optimizer": "adamw", "lr_decay": "cosine", "step_parts": None, "reduce": "exact"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +172,15 @@ class Settings(CommonSettings):
         **NO_RESULT,
     )
     force: bool = setting(False, "Begin a run although it will take more memory than is free", group=RUN, **NO_RESULT)
+
+    collective_timeout: float = setting(
+        600.0,
+        "Seconds that one of several processes waits for the others before it gives up",
+        group=RUN,
+        high=10**6,
+        **ABOVE_0,
+        **NO_RESULT,
+    )
 
     dataset: str = setting(
         "shakespeare",
@@ -284,6 +293,21 @@ class Settings(CommonSettings):
         nothing="auto",
     )
     gradient_accumulation_steps: int = setting(1, "Batches per training step", group=TRAINING, low=1, high=10**6)
+    step_parts: int | None = setting(
+        None,
+        "Into how many parts a step is cut, each with dropout of its own, which the processes share equally; none is "
+        "GRADIENT_ACCUMULATION_STEPS",
+        group=TRAINING,
+        low=1,
+        high=10**6,
+    )
+    reduce: str = setting(
+        "exact",
+        "How the gradients of a step's parts are added up: in one order (exact), so that the number of processes "
+        "changes no bit, or as is the fastest (fast)",
+        group=TRAINING,
+        choices=("exact", "fast"),
+    )
     checkpoint_activations: str = setting(
         "none",
         "What a step makes again for its backward pass, which saves memory and changes no number: nothing (none), what "
@@ -368,6 +392,16 @@ class Settings(CommonSettings):
             raise ContradictionError(self, "lora_target_rank", "must not be more than", "lora_rank")
 
     @property
+    def rows_in_step(self) -> int:
+        """How many sequences a step learns from, on all processes together."""
+        return (self.batch_size or 1) * self.gradient_accumulation_steps
+
+    @property
+    def parts_of_step(self) -> int:
+        """Into how many parts a step is cut."""
+        return self.step_parts or self.gradient_accumulation_steps
+
+    @property
     def adapting(self) -> bool:
         """Whether the run starts from a base."""
         return self.use_lora or bool(self.base)
@@ -412,7 +446,8 @@ class Settings(CommonSettings):
             unread |= set(READ_WITH_RECORDS)
         if self.eval_batch_size in (None, self.batch_size):
             unread.add("eval_batch_size")
-        return {name: value for name, value in super().identity().items() if name not in unread}
+        read = super().identity() | {"step_parts": self.parts_of_step}
+        return {name: value for name, value in read.items() if name not in unread}
 
 
 def has_records(dataset: str) -> bool:

@@ -131,12 +131,16 @@ class Run:
             )
         raise UserError(f"run {self.name} has not saved anything yet; start it again to go on with it")
 
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file beside what the run saves."""
+        folders.write_file(self.folder / name, data)
+
     def publish(self, result: dict) -> None:
         """Finish: write down what the run came to, give its best weights their final name, drop what resumes it.
 
         Raises CorruptedError where no best weights can be read.
         """
-        folders.write_file(self.folder / "result.json", to_sealed_json(result))
+        self.write("result.json", to_sealed_json(result))
         if not (best := self.newest("best")):
             raise folders.CorruptedError(f"the best weights of run {self.name} cannot be read; start it again")
         folders.publish_folder(dict(self.saved("best"))[best[0]], self.artifact)
@@ -151,6 +155,19 @@ class Run:
         for prefix in ("step", "best"):
             for _, folder in self.saved(prefix):
                 folders.remove_folder(folder)
+
+
+class WatchedRun(Run):
+    """A run whose folder another process writes, while this one takes part in its steps: it only reads."""
+
+    def save(self, prefix: str, step: int, files: folders.Files, keep: int) -> None:
+        """Leave it to the other."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Leave it to the other."""
+
+    def publish(self, result: dict) -> None:
+        """Leave it to the other."""
 
 
 def _read(folder: Path, otherwise: str = "saving it again") -> folders.Files | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -36,10 +36,15 @@ class Batch:
         """The same batch on a device."""
         return Batch(**{name: t.to(device, non_blocking=True) for name, t in self._tensors().items()})
 
-    def chunk(self, n: int) -> list[Batch]:
-        """The rows in at most `n` parts, as torch.chunk cuts them."""
-        parts = {name: t.chunk(n) for name, t in self._tensors().items()}
-        return [Batch(**dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
+    def cut(self, n: int) -> list[Batch]:
+        """The rows in `n` parts, whose numbers of rows differ by one at most. Where there are fewer rows than parts,
+        those without one have the first row, of which nothing counts."""
+        parts = {name: t.tensor_split(n) for name, t in self._tensors().items()}
+        cut = [Batch(**dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
+        return [part if len(part.tokens) else cut[0]._uncounted() for part in cut]
+
+    def _uncounted(self) -> Batch:
+        return replace(self, targets=torch.full_like(self.targets, IGNORED))
 
     def count(self) -> Tensor:
         """The number of targets that count, a scalar where the targets are, so that nobody waits for a device."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime.console import say
+from runtime.console import is_terminal, say
 from runtime.errors import UserError
 from runtime.storage import folders
 
@@ -17,9 +17,13 @@ from runtime.storage import folders
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, each with the step it was made after."""
 
-    def __init__(self, path: Path, resumed_at: int) -> None:
-        """Go on with the log of a run that resumes after `resumed_at` steps: later lines will be written anew."""
-        self.path, self.pending = path, []
+    def __init__(self, path: Path, resumed_at: int, writes: bool = True) -> None:
+        """Go on with the log of a run that resumes after `resumed_at` steps: later lines will be written anew.
+
+        writes: False where another process writes it."""
+        self.path, self.pending, self.writes = path, [], writes
+        if not writes:
+            return
         kept = [line for line in read_metrics(path) if line["step"] <= resumed_at] if path.exists() else []
         last = max((line["step"] for line in kept), default=0)
         if last < resumed_at:
@@ -32,9 +36,9 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Append what is pending to the file."""
-        if self.pending:
+        if self.pending and self.writes:
             folders.append_lines(self.path, "\n".join(self.pending) + "\n")
-            self.pending.clear()
+        self.pending.clear()
 
     def close(self) -> None:
         """Append what is pending, however the run ended; where that fails it is said, and is no reason to stop."""
@@ -80,7 +84,7 @@ class Progress:
         self.values: dict[str, str] = {}
         self.began = self.last_line = time.perf_counter()
         self.bar = None
-        if sys.stderr.isatty():
+        if is_terminal():
             self.bar = tqdm(total=total, initial=start, desc=label, unit="step", dynamic_ncols=True, mininterval=0.2)
 
     def update(self, step: int, **values: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from runtime.errors import join_problems
 from runtime.storage.encoding import read_json, to_json
 from runtime.storage.folders import CorruptedError, Files
-from runtime.storage.tensors import TensorFile, pack
+from runtime.storage.tensors import TensorFile, fingerprint, pack
 from runtime.training.steps import Stepper
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -52,6 +52,11 @@ def to_files(stepper: Stepper, state: State) -> Files:
     """The files of a resumable step."""
     about = asdict(state) | {"scaler": stepper.scaler.state_dict()}
     return {WEIGHTS: pack(_changing(stepper.model)), OPTIMIZER: pack(_kept(stepper)), STATE: to_json(about)}
+
+
+def digest(stepper: Stepper) -> str:
+    """A fingerprint of everything that steps change, but for what the optimizer keeps."""
+    return fingerprint(_changing(stepper.model))
 
 
 def restore(stepper: Stepper, files: Files, where: str) -> State:

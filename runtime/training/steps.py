@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from runtime.device import Machine
 from runtime.errors import UserError
+from runtime.processes.world import world
 from runtime.training.batch import Batch
+from runtime.training.reduction import REDUCTIONS
 
 
 class NonFiniteError(UserError):
@@ -51,9 +53,10 @@ class Schedule:
         return self.final + (self.peak - self.final) * left
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The seed of one step's dropout, unrelated to that of any other seed and step."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
+def step_seed(seed: int, step: int, part: int = 0) -> int:
+    """The seed of the dropout in one part of a step, unrelated to that of any other seed, step and part."""
+    name = f"{seed}/{step}/{part}" if part else f"{seed}/{step}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
 class Stepper:
@@ -62,8 +65,9 @@ class Stepper:
     model(tokens, targets) -> (logits, mean loss over the targets that count, 0 where none does).
     optimizer: a fused one, as the others cannot skip an update without the host; parameter
     groups may carry `lr_scale`, a factor on the schedule.
-    batch(step): all rows of a step, which are cut into `accumulation` parts. The loss of a step is a sum over all its
-    targets that count, divided by their number, however they are spread over the parts.
+    batch(step): all rows of a step, which are cut into `parts`, each with dropout of its own. The loss of a step is a
+    sum over all its targets that count, divided by their number, however they are spread over the parts. Of several
+    processes each takes some of the parts; `reduce` says how their gradients are added up (`reduction.py`).
     extra_losses() -> () each: terms of the loss beside the batch's, which `self.loss` leaves out.
     after_steps(step): called after each update, while the gradients are still there.
     lap(phase) is called after each `forward`, `backward` and `optimizer` phase, for whoever has a clock.
@@ -80,7 +84,8 @@ class Stepper:
         machine: Machine,
         *,
         seed: int,
-        accumulation: int = 1,
+        parts: int = 1,
+        reduce: str = "exact",
         grad_clip: float = 1.0,
         compile: bool = False,
         extra_losses: Sequence[Callable[[], Tensor]] = (),
@@ -89,44 +94,49 @@ class Stepper:
         if not optimizer.defaults.get("fused"):
             raise ValueError(f"{type(optimizer).__name__} must be fused, or it would update with what is not finite")
         self.model, self.optimizer, self.schedule, self.batch, self.machine = model, optimizer, schedule, batch, machine
-        self.seed, self.accumulation, self.grad_clip = seed, accumulation, grad_clip
+        self.seed, self.parts, self.grad_clip = seed, parts, grad_clip
         self.extra_losses, self.after_steps = extra_losses, after_steps
-        # A compiled model is a wrapper around the model, which keeps its names: only steps go through the wrapper.
-        self.forward = torch.compile(model) if compile else model
-        self.scaler = machine.scaler()
+        self.scaler, self.mine = machine.scaler(), world().mine(parts)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.reduction = REDUCTIONS[reduce](self.parameters, world())
+        # Wrappers around the model would change its names: only steps go through them.
+        self.forward = self.reduction.wrap(model)
+        if compile:
+            self.forward = torch.compile(self.forward)
         self.loss = torch.zeros((), device=machine.device)
         self.first_bad = torch.full((), math.inf, device=machine.device)
 
     def step(self, step: int) -> None:
         """Take step number `step`. `self.loss` is its mean loss, left on the device."""
-        torch.manual_seed(step_seed(self.seed, step))
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(step) * group.get("lr_scale", 1.0)
         if not self.model.training:  # walking through the modules takes 1 % of a small model's step
             self.model.train()
-        self.loss = self.backward(self.batch(step))
+        self.loss = self.backward(self.batch(step), step)
         self.update(step)
         for after_step in self.after_steps:
             after_step(step)
         self.optimizer.zero_grad(set_to_none=True)
         self.lap("optimizer")
 
-    def backward(self, batch: Batch) -> Tensor:
+    def backward(self, batch: Batch, step: int = 0) -> Tensor:
         """Gradients of the mean loss over the whole batch, part by part, and of what is added; returns that mean."""
-        loss, parts = torch.zeros((), device=self.machine.device), batch.chunk(self.accumulation)
+        parts = batch.cut(self.parts)
         counts = torch.stack([part.count() for part in parts]).to(self.machine.device, non_blocking=True)
-        for part, share in zip(parts, counts / counts.sum().clamp(min=1), strict=True):
-            part = part.to(self.machine.device)
-            with self.machine.autocast():
-                part_loss = self.forward(part.tokens, part.targets, **part.inputs())[1] * share
-            self.lap("forward")
-            self.scaler.scale(part_loss).backward()
-            loss += part_loss.detach()
+        shares = counts / counts.sum().clamp(min=1)
+        for i in self.mine:
+            part = parts[i].to(self.machine.device)
+            torch.manual_seed(step_seed(self.seed, step, i))
+            with self.reduction.part(last=i == self.mine[-1]):
+                with self.machine.autocast():
+                    loss = self.forward(part.tokens, part.targets, **part.inputs())[1] * shares[i]
+                self.lap("forward")
+                self.reduction.backward(self.scaler.scale(loss), loss)
             self.lap("backward")
+        loss = self.reduction.finish()
         for extra_loss in self.extra_losses:
             self.scaler.scale(extra_loss()).backward()
-            self.lap("backward")
+        self.lap("backward")
         return loss
 
     def update(self, step: int) -> None:
@@ -174,21 +184,24 @@ class Stepper:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Batch], machine: Machine) -> float:
-    """Mean cross-entropy in nats over all targets that count. The model's mode is left as it was.
+    """Mean cross-entropy in nats over all targets that count, each process taking some of the batches. The model's mode
+    is left as it was.
 
     Raises ValueError where there are none.
     """
-    training, losses, counts = model.training, [], []
+    batches, training = list(batches), model.training
+    losses = torch.zeros(len(batches), device=machine.device)
     model.eval()
     try:
-        for batch in (batch.to(machine.device) for batch in batches):
+        for i in world().mine(len(batches)):
+            batch = batches[i].to(machine.device)
             with machine.autocast():
-                losses.append(model(batch.tokens, batch.targets, **batch.inputs())[1])
-            counts.append(batch.count())
+                losses[i] = model(batch.tokens, batch.targets, **batch.inputs())[1]
     finally:
         model.train(training)
+    world().add_up(losses)  # to zeros, which changes none of them
     # Read all at once, as reading makes an accelerator wait; summed here in doubles, which MPS does not have.
-    counts = torch.stack(counts).tolist() if counts else []
+    counts = [int(batch.count()) for batch in batches]
     if not any(counts):
         raise ValueError("there are no batches with a target to evaluate on")
-    return sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True)) / sum(counts)
+    return sum(loss * count for loss, count in zip(losses.tolist(), counts, strict=True)) / sum(counts)

@@ -27,7 +27,7 @@ from jobs.adapting.adapted import metadata_of_made, open_adapters, publish
 from jobs.runs.base import load_trained
 from lora.combine import delta
 from lora.peft_format import to_files
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 from runtime.storage.runs import find_run
 from runtime.storage.tensors import fingerprint
 

@@ -11,7 +11,7 @@ from command_line import run as run_process
 
 import generate
 import training
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 from runtime.settings.config import EARLIER, Settings
 from runtime.settings.sources import Resolved
 from runtime.training.metrics import Patience

@@ -18,7 +18,8 @@ from data.tokenizers import load_tokenizer
 from jobs.adapting.adapted import open_adapters
 from jobs.runs.base import find_base
 from runtime import report
-from runtime.errors import UsageError, run_command
+from runtime.errors import UsageError
+from runtime.processes.command import run_command
 from runtime.settings.config import Settings
 from runtime.storage.encoding import read_sealed_json, to_sealed_json
 from runtime.storage.runs import RunLock, all_runs, find_run

@@ -52,7 +52,7 @@ TRAIN = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import jobs.summaries.text, training
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 jobs.summaries.text.TEST_SAMPLE_CHARACTERS = 20
 for i, flags in enumerate(json.loads(sys.argv[2])):
     sys.argv = ["training.py", *flags]

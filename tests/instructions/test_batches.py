@@ -160,7 +160,7 @@ def test_a_step_has_the_same_loss_however_it_is_cut(packed: bool) -> None:
         attach(model, LoRAConfig(2))
         optimizer, machine = make_optimizer(model, (0.9, 0.99), 0.0), pick_machine("cpu", "fp32")
         stepper = Stepper(
-            model, optimizer, Schedule(1e-3, 0, 0, 9), found.batch, machine, seed=0, accumulation=parts, grad_clip=0
+            model, optimizer, Schedule(1e-3, 0, 0, 9), found.batch, machine, seed=0, parts=parts, grad_clip=0
         )
         model.train()
         loss = stepper.backward(found.batch(2)).item()

@@ -23,7 +23,7 @@ from jobs.generating.load import load
 from jobs.judging.rendering import shown
 from jobs.judging.scores import faithfulness
 from jobs.runs.source import load_source
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
 from runtime.storage.runs import open_run

@@ -137,7 +137,7 @@ def test_the_peak_has_all_of_it_and_parts_of_a_step_hold_gradients_longer():
     plan = plan_of("gpt, full", rows=16)
     one = footprint(plan)
     assert one.peak > one.weights + one.optimizer + one.activations.total()
-    assert footprint(replace(plan, parts=4)).peak > one.peak
+    assert footprint(replace(plan, batches=4)).peak > one.peak
     assert footprint(replace(plan, keeps="block")).peak < footprint(replace(plan, keeps="none")).peak
     elsewhere = footprint(replace(plan, machine=Machine(torch.device("cuda"), BF16)))
     assert elsewhere.peak == elsewhere.weights + elsewhere.optimizer + elsewhere.activations.total() + elsewhere.running

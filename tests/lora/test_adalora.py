@@ -175,7 +175,7 @@ def test_a_step_adds_the_regulariser_once_and_reports_the_loss_without_it(accumu
     model = adapted(CONFIG)
     plain = model(batch(0).tokens, batch(0).targets)[1]
     wanted = torch.autograd.grad(plain + plain_term(model), list(trained(model).values()))
-    loss = stepper(model, STEPS, accumulation=accumulation).backward(batch(0))
+    loss = stepper(model, STEPS, parts=accumulation).backward(batch(0))
     assert torch.isclose(loss, plain, rtol=1e-5)
     for (name, p), gradient in zip(trained(model).items(), wanted, strict=True):
         assert torch.allclose(p.grad, gradient, rtol=1e-3, atol=1e-5), name

@@ -29,7 +29,7 @@ import jobs.summaries.text
 import training
 from jobs.runs import loop
 from lora.peft_format import load_adapter, save_adapter
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 from runtime.storage.content import sha256
 from runtime.storage.folders import read_folder
 from runtime.training.resume import OPTIMIZER, WEIGHTS, to_files

@@ -21,7 +21,8 @@ import compare
 import dataset
 import evaluate
 import generate
-from runtime.errors import UsageError, run_command
+from runtime.errors import UsageError
+from runtime.processes.command import run_command
 from runtime.settings.config import Settings
 from runtime.settings.fields import Setting, Table, settings_of
 from runtime.settings.sources import Resolved, read_settings

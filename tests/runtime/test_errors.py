@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import LESS_MEMORY, UsageError, UserError
+from runtime.errors import UsageError, UserError
+from runtime.processes.command import LESS_MEMORY
 from runtime.storage.folders import CorruptedError
 from runtime.training.steps import NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys, time
-from runtime.errors import UsageError, UserError, run_command
+from runtime.errors import UsageError, UserError
+from runtime.processes.command import run_command
 def main():
     {body}
 run_command(main)

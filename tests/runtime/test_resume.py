@@ -30,7 +30,7 @@ def steps(one: Stepper, first: int, last: int) -> list[float]:
 
 def fresh(seed: int = 0, **changes) -> Stepper:
     """A stepper that has not taken a step, on a model of its own."""
-    return stepper(Tiny(seed), accumulation=2, batch=lambda step: batch(step, rows=7), **changes)
+    return stepper(Tiny(seed), parts=2, batch=lambda step: batch(step, rows=7), **changes)
 
 
 MACHINES = {"fp32": CPU, "bf16": Machine(CPU.device, torch.bfloat16), "scaler": Fp16(CPU.device, torch.float32)}

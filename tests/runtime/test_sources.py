@@ -511,7 +511,7 @@ def test_help_of_a_command_shows_its_own_flags_first(capsys):
 
 def test_a_usage_error_ends_a_command_with_status_2(tmp_path):
     code = (
-        "from runtime.settings.config import *; from runtime.errors import run_command\n"
+        "from runtime.settings.config import *; from runtime.processes.command import run_command\n"
         "run_command(lambda: from_command_line(Settings, ''))"
     )
     root = Path(__file__).resolve().parents[2]

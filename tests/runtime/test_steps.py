@@ -73,7 +73,7 @@ def test_no_two_steps_of_any_seed_share_their_dropout():
 
 
 def gradients(accumulation: int, rows: int) -> tuple[dict[str, Tensor], Tensor]:
-    one = stepper(Tiny(dropout=0.0), accumulation=accumulation)
+    one = stepper(Tiny(dropout=0.0), parts=accumulation)
     one.model.train()
     loss = one.backward(batch(0, rows))
     return {name: p.grad for name, p in one.model.named_parameters() if p.grad is not None}, loss
@@ -89,7 +89,7 @@ def test_parts_add_up_to_the_gradient_and_loss_of_the_whole_batch(accumulation, 
 
 
 def test_parts_are_as_many_as_were_asked_for_and_share_no_graph():
-    sizes, one = [], stepper(accumulation=3)
+    sizes, one = [], stepper(parts=3)
     one.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     one.step(0)
     assert sizes == [ROWS // 3] * 3
@@ -108,7 +108,7 @@ def step_of(gradient_norm: float, grad_clip: float) -> float:
         lambda _: Batch(torch.ones(4, 2), torch.ones(4, 2)),
         CPU,
         seed=0,
-        accumulation=2,
+        parts=2,
         grad_clip=grad_clip,
     )
     one.step(0)
@@ -154,7 +154,7 @@ def test_a_step_leaves_the_model_training_no_gradient_and_its_loss():
 
 def test_dropout_is_a_function_of_seed_and_step_alone():
     def after(seed: int, step: int, disturb: bool) -> dict[str, Tensor]:
-        one = stepper(Tiny(), seed=seed, accumulation=2)
+        one = stepper(Tiny(), seed=seed, parts=2)
         if disturb:
             one.model(*pair(3))
             torch.manual_seed(99)
@@ -167,7 +167,7 @@ def test_dropout_is_a_function_of_seed_and_step_alone():
 
 
 def test_parts_of_a_batch_do_not_share_their_dropout():
-    seen, one = [], stepper(accumulation=2, batch=lambda _: Batch(*(torch.cat([t, t]) for t in pair(0, 3))))
+    seen, one = [], stepper(parts=2, batch=lambda _: Batch(*(torch.cat([t, t]) for t in pair(0, 3))))
     one.model.dropout.register_forward_hook(lambda *args: seen.append(args[2] == 0))
     one.step(0)
     assert len(seen) == 2 and not torch.equal(*seen)
@@ -191,7 +191,7 @@ class Unwatched(Tiny):
 
 @pytest.mark.parametrize("machine", MACHINES, ids=["plain", "scaler"])
 def test_a_step_never_waits_for_the_device(machine):
-    one = stepper(Unwatched(), machine=machine, accumulation=2)
+    one = stepper(Unwatched(), machine=machine, parts=2)
     with NoReading():
         one.step(0)
         one.step(1)
@@ -246,7 +246,7 @@ def slow_losses(mask: str, steps: int) -> list[float]:
 def test_the_loss_is_a_mean_over_what_counts_in_the_whole_step_however_it_is_cut(mask):
     expected = slow_losses(mask, 4)
     for accumulation in (1, 2, 3, 4, 6):
-        one = stepper(Tiny(dropout=0.0).double(), accumulation=accumulation, batch=lambda step: masked(step, mask))
+        one = stepper(Tiny(dropout=0.0).double(), parts=accumulation, batch=lambda step: masked(step, mask))
         for step, loss in enumerate(expected):
             one.step(step)
             assert one.read_loss() == pytest.approx(loss, rel=1e-6), (accumulation, step)
@@ -274,7 +274,7 @@ def test_where_all_targets_count_the_loss_is_pytorchs_bit_for_bit(dtype):
 
 def test_packed_batches_reach_the_model_whole_or_not_at_all():
     x, targets = pair(0)
-    one = stepper(Tiny(), accumulation=2, batch=lambda _: Batch(x, targets, positions=x, segments=targets))
+    one = stepper(Tiny(), parts=2, batch=lambda _: Batch(x, targets, positions=x, segments=targets))
     with pytest.raises(TypeError, match="positions"):
         one.step(0)
     seen = []
@@ -303,7 +303,7 @@ def spoilt(bad: int, *steps: int):
 @pytest.mark.parametrize("first", [0, 3])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_from_the_first_bad_loss_on_nothing_changes_any_more(machine, first, accumulation):
-    one = stepper(batch=spoilt(BAD_LOSS, first, first + 3), machine=machine, accumulation=accumulation)
+    one = stepper(batch=spoilt(BAD_LOSS, first, first + 3), machine=machine, parts=accumulation)
     for step in range(first):
         one.step(step)
         assert math.isfinite(one.read_loss())
@@ -343,7 +343,7 @@ def test_a_scaler_skips_an_overflow_lowers_its_scale_and_goes_on():
 
 
 def test_a_scaler_changes_no_step():
-    plain, scaled = (stepper(machine=machine, accumulation=2) for machine in MACHINES)
+    plain, scaled = (stepper(machine=machine, parts=2) for machine in MACHINES)
     for step in range(4):
         plain.step(step)
         scaled.step(step)
