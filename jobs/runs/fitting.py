@@ -133,6 +133,8 @@ def cheaper_plans(plan: Plan) -> Iterator[Plan]:
     if plan.lora and plan.form == "none" and plan.machine.device.type != "mps":
         plan = replace(plan, quantize="nf4")
         yield plan
+    if not plan.lora:  # the sums of parts' gradients are as large as the model
+        plan = replace(plan, reduce="fast")
     if plan.parts:
         more = range(plan.parts + 1, plan.rows * plan.batches + 1)
         yield from (replace(plan, parts=parts) for parts in more if parts % plan.parts == 0)
@@ -150,6 +152,7 @@ def changes(plan: Plan, other: Plan) -> list[str]:
         "BATCH_SIZE": (plan.rows, other.rows),
         "GRADIENT_ACCUMULATION_STEPS": (plan.batches, other.batches),
         "STEP_PARTS": (plan.parts, other.parts),
+        "REDUCE": (plan.reduce, other.reduce),
     }
     return [f"{name}={new}" for name, (old, new) in found.items() if new != old]
 

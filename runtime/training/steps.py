@@ -201,7 +201,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], machine: Machine) -> fl
         model.train(training)
     world().add_up(losses)  # to zeros, which changes none of them
     # Read all at once, as reading makes an accelerator wait; summed here in doubles, which MPS does not have.
-    counts = [int(batch.count()) for batch in batches]
+    counts = torch.stack([batch.count() for batch in batches]).tolist() if batches else []
     if not any(counts):
         raise ValueError("there are no batches with a target to evaluate on")
     return sum(loss * count for loss, count in zip(losses.tolist(), counts, strict=True)) / sum(counts)

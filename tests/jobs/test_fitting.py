@@ -44,7 +44,7 @@ CHEAPER = [  # what is changed, in the order in which it is tried
     ({"keeps": "block"}, "CHECKPOINT_ACTIVATIONS=block"),
     ({"keeps": "block", "quantize": "nf4"}, "CHECKPOINT_ACTIVATIONS=block QUANTIZE=nf4"),
     (
-        {"keeps": "block", "quantize": "nf4", "rows": 4, "parts": 2},
+        {"keeps": "block", "quantize": "nf4", "rows": 4, "batches": 2},
         "CHECKPOINT_ACTIVATIONS=block QUANTIZE=nf4 BATCH_SIZE=4 GRADIENT_ACCUMULATION_STEPS=2",
     ),
 ]
