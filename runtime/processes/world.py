@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
@@ -43,7 +45,7 @@ class World:
     def __init__(self, launch: Launch, store: dist.Store | None = None) -> None:
         self.launch, self.store = launch, store
         self.rank, self.size, self.sent = launch.rank, launch.size, 0
-        self.seconds = START_SECONDS
+        self.seconds, self.failing = START_SECONDS, False
 
     @property
     def leads(self) -> bool:
@@ -62,6 +64,13 @@ class World:
                 backend, store=self.store, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=seconds)
             )
             self.barrier()
+        signal.signal(signal.SIGTERM, self._terminated)
+
+    def _terminated(self, number: int, frame: FrameType | None) -> None:
+        """End at once, but for a process that is about to say why it fails: torchrun ends all as soon as one has."""
+        if not self.failing:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def _backend(self, device: torch.device) -> str:
         if not dist.is_gloo_available():
@@ -99,6 +108,7 @@ class World:
         ours = isinstance(error, dist.DistError) or re.search(r"gloo|nccl|connection (closed|reset)", text, re.I)
         if self.size == 1 or not ours:
             return None
+        self.failing = True
         if re.search(r"timed? ?out", text, re.I):
             return LostProcessError(f"another process has not answered for COLLECTIVE_TIMEOUT={self.seconds:g} seconds")
         return LostProcessError("lost another process, which was killed or failed, or whose network is gone")
@@ -219,6 +229,7 @@ class World:
     def speaks(self) -> bool:
         """Whether this process is the first of all that have something to say at their end; the others wait until it
         is said."""
+        self.failing = True
         if not self.store:
             return self.leads
         with suppress(RuntimeError):
