@@ -19,6 +19,7 @@ from runtime.report import size
 from runtime.settings.config import EARLIER, Settings
 from runtime.settings.sources import Resolved
 from runtime.storage.runs import Run, all_runs
+from runtime.training.reduction import check_parts
 
 CLOSE, TOO_MUCH = 0.85, 1.15  # of what is free: a run that takes more is warned of, or refused
 LARGEST_BATCH = 1024  # that BATCH_SIZE=auto takes
@@ -69,7 +70,9 @@ def fitted(given: Resolved, machine: Machine, base: Run | None) -> Resolved:
     found = footprint(plan)
     say(told(found, free))
     check_fits(plan, found, free, given.settings.force)
-    return replace(given, settings=replace(given.settings, batch_size=plan.rows))
+    settings = replace(given.settings, batch_size=plan.rows)
+    check_parts(settings.parts_of_step, settings.rows_in_step, world().size, settings.reduce)
+    return replace(given, settings=settings)
 
 
 def plan_with_batch(given: Resolved, machine: Machine, base: Run | None) -> tuple[Plan, int | None]:
@@ -79,7 +82,8 @@ def plan_with_batch(given: Resolved, machine: Machine, base: Run | None) -> tupl
     if free is not None and not machine.is_cuda:  # the processes of a machine share its memory
         free //= world().launch.local_size
     if given.settings.batch_size is None:
-        plan = replace(plan, rows=known_batch(given.settings, plan) or largest_batch(plan, free))
+        fits = known_batch(given.settings, plan) or largest_batch(plan, free)
+        plan = replace(plan, rows=-world().highest(-fits))  # on each of several processes
         say(f"BATCH_SIZE=auto: {plan.rows}")
     for line in ranks_told(plan):
         say(line)

@@ -392,9 +392,9 @@ class Settings(CommonSettings):
             raise ContradictionError(self, "lora_target_rank", "must not be more than", "lora_rank")
 
     @property
-    def rows_in_step(self) -> int:
-        """How many sequences a step learns from, on all processes together."""
-        return (self.batch_size or 1) * self.gradient_accumulation_steps
+    def rows_in_step(self) -> int | None:
+        """How many sequences a step learns from, on all processes together; None where BATCH_SIZE is auto."""
+        return self.batch_size and self.batch_size * self.gradient_accumulation_steps
 
     @property
     def parts_of_step(self) -> int:

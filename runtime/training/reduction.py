@@ -118,9 +118,10 @@ class Fast:
 REDUCTIONS = {"exact": Exact, "fast": Fast}
 
 
-def check_parts(parts: int, rows: int, processes: int, reduce: str) -> None:
-    """Raises UsageError where the parts of a step of so many rows cannot be spread over so many processes."""
-    if parts > rows:
+def check_parts(parts: int, rows: int | None, processes: int, reduce: str) -> None:
+    """Raises UsageError where the parts of a step of so many rows cannot be spread over so many processes; rows: None
+    where that is not decided yet."""
+    if rows and parts > rows:
         raise UsageError(
             f"a step has {rows} rows (BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS), which cannot be cut into "
             f"STEP_PARTS={parts}"
@@ -140,7 +141,7 @@ def check_parts(parts: int, rows: int, processes: int, reduce: str) -> None:
     if reduce == "exact":
         even = max(parts, processes)
     if parts != even:
-        more = "" if even <= rows else f" and BATCH_SIZE to {even} or more"
+        more = "" if not rows or even <= rows else f" and BATCH_SIZE to {even} or more"
         raise UsageError(
             f"{processes} processes share the parts of a step equally, and STEP_PARTS={parts} (by default "
             f"GRADIENT_ACCUMULATION_STEPS): set STEP_PARTS={even}{more}"
