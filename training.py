@@ -17,7 +17,7 @@ import runtime.start  # noqa: F401 - before what takes seconds to import
 from jobs.runs import fitting
 from jobs.runs.base import base_settings, find_base
 from jobs.runs.footprint import footprint
-from jobs.runs.job import Job, check_quantize, identity, prepare, unread, unread_names
+from jobs.runs.job import Job, check_quantize, check_shard, identity, prepare, unread, unread_names
 from jobs.runs.loop import Training
 from jobs.runs.preflight import preflight
 from jobs.runs.selfcheck import Names, digests, self_check
@@ -78,6 +78,7 @@ def begin(given: Resolved) -> tuple[Machine, Run | None]:
         say(line)
     check_optimizer(settings.optimizer, machine.device)
     check_quantize(settings, machine)
+    check_shard(settings, machine)
     if not settings.adapting:
         return machine, None
     with world().machine_by_machine():

@@ -19,6 +19,7 @@ from models.pretrained.families import Family, config_of, family_of
 from models.stored import EMBEDDING, HEAD, INDEX, WEIGHTS, StoredTensors
 from models.transformer import Transformer
 from runtime.errors import UserError, join_problems
+from runtime.processes.pieces import write
 from runtime.storage.encoding import read_json, to_json
 from runtime.storage.folders import CorruptedError, Files, plain_errors, read_content
 from runtime.storage.quantized import Quantized, config_of_form, quantize
@@ -144,7 +145,7 @@ def load_weights(model: Transformer, files: Files, where: str) -> None:
     _check_fit(model, tensors, where)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
+            write(parameter, tensors[name])
 
 
 def stored_tensors(files: Files, where: str, config: ModelConfig) -> StoredTensors:

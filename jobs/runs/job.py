@@ -22,7 +22,7 @@ from jobs.runs.base import TOKENIZER, Base, block_size_for, check_shape, referen
 from jobs.runs.source import as_data, load_source
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
-from lora.attach import attach, detach
+from lora.attach import adapter_parameters, attach, detach
 from lora.config import LoRAConfig
 from lora.optim import after_steps, extra_losses, make_optimizer
 from lora.variants.registry import VARIANTS
@@ -65,6 +65,11 @@ class Job:
         return "lora" if self.settings.use_lora else "full" if self.base else "base"
 
     @property
+    def in_pieces(self) -> bool:
+        """Whether each process has only a piece of what trains."""
+        return self.settings.shard and not self.settings.use_lora
+
+    @property
     def plain_name(self) -> str:
         """What the run is called unless that name is taken by other settings."""
         kind, rank = self.kind, ""
@@ -85,7 +90,7 @@ class Job:
             self.machine,
             seed=s.seed,
             parts=s.parts_of_step,
-            reduce=s.reduce,
+            reduce="sharded" if self.in_pieces else s.reduce,
             grad_clip=s.grad_clip,
             compile=s.compile,
             extra_losses=extra_losses(self.model),
@@ -194,6 +199,7 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
     if settings.batch_size is None:
         raise UsageError("BATCH_SIZE=auto is known to training.py alone; give it a number here")
     check_quantize(settings, machine)
+    check_shard(settings, machine)
     if settings.compile:
         check_compiler(machine.device)
         say("Compiling, which takes the first step a minute or so")
@@ -225,7 +231,18 @@ def prepare(given: Resolved, machine: Machine, base: Run | None) -> Job:
     data = as_data(source, tokenizer, settings)
     if settings.epochs is not None:
         settings = with_steps(given, settings, data)
-    return Job(settings, machine, opened, data, tokenizer, model.to(machine.device))
+    to_device(model, settings, machine)
+    return Job(settings, machine, opened, data, tokenizer, model)
+
+
+def to_device(model: Transformer, settings: Settings, machine: Machine) -> None:
+    """Move a model to the machine's device, in pieces where SHARD is set; an adapter is whole on each process."""
+    if not settings.shard:
+        model.to(machine.device)
+        return
+    from runtime.processes.shards import shard  # half a second, which other runs do not need
+
+    shard(model, model.blocks, adapter_parameters(model), machine.device)
 
 
 def check_quantize(settings: Settings, machine: Machine) -> None:
@@ -240,6 +257,24 @@ def check_quantize(settings: Settings, machine: Machine) -> None:
             f"{asked} works on CUDA and the CPU only, as bitsandbytes does: set DEVICE=cpu or leave it out"
         )
     bitsandbytes()
+
+
+def check_shard(settings: Settings, machine: Machine) -> None:
+    """Raises UsageError where SHARD cannot be."""
+    if not settings.shard:
+        return
+    if world().size == 1:
+        raise UsageError("SHARD=True needs several processes: start them with torchrun, or leave it out")
+    clashes = {
+        f"QUANTIZE={settings.quantize}": settings.quantize != "none",
+        f"OPTIMIZER={settings.optimizer}": settings.optimizer in ("adamw8bit", "paged_adamw"),
+        "COMPILE=True": settings.compile,
+        "REDUCE=exact": settings.reduce == "exact" and not settings.use_lora,
+        "DTYPE=fp16": machine.scaler().is_enabled() and not settings.use_lora,
+    }
+    if found := [clash for clash, holds in clashes.items() if holds]:
+        whole = "" if settings.use_lora else " of a model that trains whole"
+        raise UsageError(f"SHARD=True{whole} does not work with {' and '.join(found)}: leave out one or the other")
 
 
 def check_trains_whole(base: Base) -> None:

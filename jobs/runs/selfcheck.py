@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from jobs.runs.base import load_trained
-from jobs.runs.job import Job
+from jobs.runs.job import Job, to_device
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.attach import adaptable_layers, base_tensors, using
@@ -22,6 +22,7 @@ from models.files import stored_fingerprint
 from models.pretrained.families import family_with
 from models.transformer import Transformer
 from runtime.errors import UserError, join_problems
+from runtime.processes.pieces import own, whole
 from runtime.storage import folders
 from runtime.storage.runs import Run
 from runtime.storage.tensors import differences, fingerprint
@@ -62,12 +63,12 @@ def self_check(job: Job, run: Run, state: State, start: Names) -> folders.Files:
 def check_finite(job: Job) -> None:
     """Raises UserError where the model in memory is not finite."""
     for name, p in job.model.named_parameters():
-        if not p.isfinite().all():
+        if not own(p).isfinite().all():
             raise UserError(f"{name} has values that are not finite")
 
 
 def read_back(job: Job, run: Run) -> tuple[Transformer, folders.Files, Adapter]:
-    """The base, and the files and the adapter of the run's best weights, from disk.
+    """The base with the run's best adapter on it, that adapter's files, and itself, all from disk.
 
     Raises UserError where the base in memory or on disk is another than the run began with, or the adapter is gone.
     """
@@ -75,13 +76,16 @@ def read_back(job: Job, run: Run) -> tuple[Transformer, folders.Files, Adapter]:
         raise UserError("the best weights that it saved are gone")
     fresh, _ = load_trained(job.base.run, job.settings.quantize)
     memory, disk = (base_tensors(model) for model in (job.model, fresh))
-    if differences(memory, disk) or not all(torch.equal(t.cpu(), disk[name]) for name, t in memory.items()):
+    if differences(memory, disk) or not all(torch.equal(whole(t).cpu(), disk[name]) for name, t in memory.items()):
         if stored_fingerprint(job.base.run.read(), "") == job.base.sha256:  # not asked where both are equal
             raise UserError("the base's weights changed, which must never be")
         raise UserError(f"the base in {job.base.run.artifact} is no longer the one that this run began with")
     folder = saved[-1][1]
     files = folders.read_folder(folder)
-    return fresh.to(job.machine.device), files, adapter_files.from_files(files, str(folder), family_with)
+    adapter = adapter_files.from_files(files, str(folder), family_with)
+    adapter.attach_to(fresh, base_sha256=job.base.sha256)
+    to_device(fresh, job.settings, job.machine)
+    return fresh, files, adapter
 
 
 def unmoved(start: Names, now: Names) -> set[str]:
@@ -127,11 +131,10 @@ def check_losses(job: Job, fresh: Transformer, adapter: Adapter) -> None:
     """Raises UserError where a fresh base, without and with the adapter from disk, computes something else than the
     run's own model with the same values in the adapter that it trained; these stay in it."""
     few = job.data.validation(FEW)
-    with using(job.model):
-        without = evaluate(job.model, few, job.machine)
-    if not math.isclose(without, expected := evaluate(fresh, few, job.machine), rel_tol=SAME):
+    with using(job.model), using(fresh):
+        without, expected = (evaluate(model, few, job.machine) for model in (job.model, fresh))
+    if not math.isclose(without, expected, rel_tol=SAME):
         raise UserError(f"without its adapter the model has loss {without:.6f}, and its base {expected:.6f}")
-    adapter.attach_to(fresh, base_sha256=job.base.sha256)
     for path, tensors in adapter.tensors.items():
         job.model.get_submodule(path).lora["default"].load_adapter_state(tensors)
     loss, expected = (evaluate(model, few, job.machine) for model in (fresh, job.model))

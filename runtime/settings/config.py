@@ -93,6 +93,7 @@ PRESETS = {
         "checkpoint_activations": "cheap",
     },
     "LoRA on a pretrained base": {"learning_rate": 5e-4},
+    "SHARD": {"reduce": "fast"},
     "records": {"patience": 3},
     "records on a pretrained base": {"batch_size": 8, "epochs": 3.0},
     "TEST_MODE on a pretrained base": {
@@ -308,6 +309,13 @@ class Settings(CommonSettings):
         group=TRAINING,
         choices=("exact", "fast"),
     )
+    shard: bool = setting(
+        False,
+        "Cut the model's frozen weights, or all of it where it trains whole, with gradients and optimizer state, into "
+        "pieces, one for each process: for models that do not fit on one device",
+        group=TRAINING,
+        **NO_RESULT,
+    )
     checkpoint_activations: str = setting(
         "none",
         "What a step makes again for its backward pass, which saves memory and changes no number: nothing (none), what "
@@ -415,6 +423,7 @@ class Settings(CommonSettings):
         places = values["checkpoints_dir"], values["base"]
         pretrained = all(isinstance(place, str) for place in places) and bool(values["base"]) and is_pretrained(*places)
         holds |= {"a pretrained base": pretrained, "LoRA on a pretrained base": pretrained and lora}
+        holds |= {"SHARD": values["shard"] and not lora}
         records = isinstance(values["dataset"], str) and has_records(values["dataset"])
         holds |= {"records": records, "records on a pretrained base": records and pretrained}
         holds |= {"TEST_MODE on a pretrained base": pretrained and test}

@@ -12,7 +12,12 @@ PART = 2**20  # bytes
 
 
 class Content(ABC):
-    """Bytes that come one part after the other, each time anew."""
+    """Bytes that come one part after the other, each time anew.
+
+    gathered: whether several processes must go through the parts together.
+    """
+
+    gathered = False
 
     @abstractmethod
     def __len__(self) -> int:

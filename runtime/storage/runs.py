@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from runtime.console import say
 from runtime.errors import UsageError, UserError
 from runtime.start import command_line
 from runtime.storage import folders
-from runtime.storage.content import sha256
+from runtime.storage.content import Content, sha256
 from runtime.storage.encoding import read_sealed_json, to_sealed_json
 from runtime.storage.lock import RunLock
 
@@ -89,11 +90,26 @@ class Run:
         A run that fell back to an earlier step passes this one again: a good folder is then left as it is. What lies
         further on belongs to the past that was left, and goes too.
         """
-        folder = self.folder / f"{prefix}-{step:06d}"
+        if self.lacks(prefix, step):
+            self.commit(prefix, step, files)
+        self.keep_newest(prefix, step, keep)
+
+    def lacks(self, prefix: str, step: int) -> bool:
+        """Whether there is no good folder `<prefix>-<step>`; one that is corrupted is removed."""
+        folder = self._folder(prefix, step)
         if folder.exists() and _read(folder) is None:
             folders.remove_folder(folder)
-        if not folder.exists():
-            folders.commit_folder(folder, files)
+        return not folder.exists()
+
+    def commit(self, prefix: str, step: int, files: folders.Files) -> None:
+        """Commit a folder `<prefix>-<step>`."""
+        folders.commit_folder(self._folder(prefix, step), files)
+
+    def _folder(self, prefix: str, step: int) -> Path:
+        return self.folder / f"{prefix}-{step:06d}"
+
+    def keep_newest(self, prefix: str, step: int, keep: int) -> None:
+        """Remove folders of a prefix but for the newest `keep` up to this step."""
         kept = [path for there, path in self.saved(prefix) if there <= step][-keep:]
         for _, path in self.saved(prefix):
             if path not in kept:
@@ -160,7 +176,13 @@ class Run:
 class WatchedRun(Run):
     """A run whose folder another process writes, while this one takes part in its steps: it only reads."""
 
-    def save(self, prefix: str, step: int, files: folders.Files, keep: int) -> None:
+    def commit(self, prefix: str, step: int, files: folders.Files) -> None:
+        """Take part in what must be gathered, and leave the rest to the other."""
+        for content in files.values():
+            if isinstance(content, Content) and content.gathered:
+                deque(content, 0)
+
+    def keep_newest(self, prefix: str, step: int, keep: int) -> None:
         """Leave it to the other."""
 
     def write(self, name: str, data: bytes) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from runtime.processes.pieces import in_pieces, whole
 from runtime.storage.content import PART, Content, OpenFile
 from runtime.storage.encoding import no_duplicates
 from runtime.storage.folders import CorruptedError, plain_errors
@@ -52,12 +53,16 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = Non
 
 
 class PackedTensors(Content):
-    """A safetensors file, made while it is written, so that it is never held beside the tensors."""
+    """A safetensors file, made while it is written, so that it is never held beside the tensors.
+
+    gathered: whether tensors are in pieces on several processes, which then all must go through its parts.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         order = list(DTYPES.values())
         names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
         self.tensors = [tensors[name] for name in names]
+        self.gathered = any(map(in_pieces, self.tensors))
         header, start = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}, 0
         for name, tensor in zip(names, self.tensors, strict=True):
             end = start + tensor.nbytes
@@ -72,7 +77,7 @@ class PackedTensors(Content):
 
     def __iter__(self) -> Iterator[memoryview | bytes]:
         yield self.header
-        for tensor in self.tensors:
+        for tensor in map(whole, self.tensors):
             rows = tensor.detach().unsqueeze(0) if tensor.dim() == 0 else tensor.detach()
             for some in rows.split(max(1, PART * len(rows) // max(1, tensor.nbytes))):
                 yield bytes_of(some.cpu().contiguous())
@@ -165,7 +170,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(bytes_of(tensor.cpu().contiguous()))
+        digest.update(bytes_of(whole(tensor).cpu().contiguous()))
     return digest.hexdigest()
 
 

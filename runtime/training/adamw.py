@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from runtime.processes.pieces import own
+
 
 class PartlyAdamW(torch.optim.AdamW):
     """AdamW, fused, but for groups with `own=True`, which `update_own` updates.
@@ -29,7 +31,7 @@ class PartlyAdamW(torch.optim.AdamW):
         found_inf = getattr(self, "found_inf", None)
         for group in groups:
             if group["own"]:
-                self.update_own(group, group["params"][0].new_ones(()) if found_inf is None else 1 - found_inf)
+                self.update_own(group, own(group["params"][0]).new_ones(()) if found_inf is None else 1 - found_inf)
 
     def update_own(self, group: dict, kept: Tensor) -> None:
         """Update those parameters of a group that have a gradient. kept: 1 () on their device, or 0 where the update is

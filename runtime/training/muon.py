@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from runtime.processes.pieces import own, piece_of, whole
 from runtime.training.adamw import PartlyAdamW
 
 MOMENTUM = 0.95
@@ -48,9 +49,9 @@ class Muon(PartlyAdamW):
             # An update that must be skipped is one with gradients of 0 and a weight of 0, whatever the gradients are.
             momenta = [self._momentum(p, kept) for p in parameters]
             decay = 1 - group["lr"] * group["weight_decay"] * kept
-            for p, update in zip(parameters, orthogonal(momenta, self.dtype), strict=True):
+            for p, update in zip(parameters, orthogonal(list(map(whole, momenta)), self.dtype), strict=True):
                 length = group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1]))
-                p.mul_(decay).addcmul_(update, kept, value=-length)
+                own(p).mul_(decay).addcmul_(piece_of(update, p), kept, value=-length)
 
     def _momentum(self, p: nn.Parameter, kept: Tensor) -> Tensor:
         """Nesterov's momentum of a parameter, after its buffer took in the gradient."""
@@ -58,8 +59,11 @@ class Muon(PartlyAdamW):
         if not state:
             state |= {"step": torch.zeros_like(kept), "momentum_buffer": torch.zeros_like(p)}
         state["step"] += kept  # which AdamW keeps of every parameter, and asks for when it is loaded
-        gradient = torch.where(kept.bool(), p.grad, 0.0)
-        return gradient.lerp_(state["momentum_buffer"].lerp_(gradient, (1 - MOMENTUM) * kept), MOMENTUM)
+        gradient = torch.zeros_like(p)
+        own(gradient).copy_(torch.where(kept.bool(), own(p.grad), 0.0))
+        own(state["momentum_buffer"]).lerp_(own(gradient), (1 - MOMENTUM) * kept)
+        own(gradient).lerp_(own(state["momentum_buffer"]), MOMENTUM)
+        return gradient
 
 
 def update_bytes(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> int:

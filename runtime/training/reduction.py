@@ -115,7 +115,16 @@ class Fast:
         return self.world.add_up(loss)
 
 
-REDUCTIONS = {"exact": Exact, "fast": Fast}
+class Sharded(Fast):
+    """The same for a model whose parameters are in pieces: each process gets the sum for its own, while the backward
+    pass goes on."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model that parts go through, which adds up by itself."""
+        return model
+
+
+REDUCTIONS = {"exact": Exact, "fast": Fast, "sharded": Sharded}
 
 
 def check_parts(parts: int, rows: int | None, processes: int, reduce: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.errors import join_problems
+from runtime.processes.pieces import write
 from runtime.storage.encoding import read_json, to_json
 from runtime.storage.folders import CorruptedError, Files
 from runtime.storage.tensors import TensorFile, fingerprint, pack
@@ -76,7 +77,7 @@ def restore(stepper: Stepper, files: Files, where: str) -> State:
     with torch.no_grad():
         for tensors, saved in ((changing, weights), (kept, moments)):
             for name, tensor in tensors.items():
-                tensor.copy_(saved[name])
+                write(tensor, saved[name])
     if scaler:  # none was saved where the run began on a machine that needs none
         stepper.scaler.load_state_dict(scaler)
     return state

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from runtime.device import Machine
 from runtime.errors import UserError
+from runtime.processes.pieces import whole
 from runtime.processes.world import world
 from runtime.training.batch import Batch
 from runtime.training.reduction import REDUCTIONS
@@ -146,7 +147,7 @@ class Stepper:
             self._note(step, self.loss.isfinite())
             gradients[0] += torch.where(self.first_bad.isfinite(), math.nan, 0.0)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         if self.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         if not self.scaler.is_enabled():
