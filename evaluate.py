@@ -4,6 +4,7 @@ python evaluate.py lora-pairs-r16                        on the run's own held-o
 python evaluate.py lora-pairs-r16 --data test.jsonl      on the records of a file
 python evaluate.py lora-pairs-r16 --temperature 0.3      sampled instead of greedy
 python evaluate.py lora-pairs-r16 --out report           report.json, report.md and answers.jsonl as well
+torchrun --nproc-per-node 2 evaluate.py lora-pairs-r16   the same, by two processes
 python evaluate.py HuggingFaceTB/SmolLM2-135M-Instruct --data test.jsonl      a model by itself
 
 Base and run get the same prompts, seeds and settings. Rules cannot tell whether an answer is true or helpful.
@@ -31,8 +32,10 @@ from models.generation.choosing import Sampling
 from runtime.console import say
 from runtime.device import Machine, pick_machine
 from runtime.errors import UsageError
+from runtime.processes.alike import check_alike, check_read_alike
 from runtime.processes.command import run_command
-from runtime.settings.config import FOLDER, CommonSettings, from_command_line
+from runtime.processes.world import world
+from runtime.settings.config import FOLDER, ProcessSettings, from_command_line
 from runtime.settings.fields import setting
 from runtime.storage.folders import commit_folder
 
@@ -41,7 +44,7 @@ A_PATH = {"pattern": rf"|{FOLDER}", "path": True, "allowed": "a path", **WHAT}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(CommonSettings):
+class Options(ProcessSettings):
     """The flags of evaluate.py."""
 
     run: str = setting(
@@ -90,9 +93,14 @@ def check(options: Options) -> None:
     if options.columns and not options.data:
         raise UsageError("--columns are those of --data, which is not given")
     if options.out:
-        check_free(Path(options.out))
-        check_writable(Path(options.out).absolute().parent)
+        world().first(lambda: check_out(Path(options.out)))
     check_packages()
+
+
+def check_out(folder: Path) -> None:
+    """Raises UsageError or UserError where no new folder can be made there."""
+    check_free(folder)
+    check_writable(folder.absolute().parent)
 
 
 def sampling(options: Options) -> Sampling:
@@ -114,12 +122,16 @@ def about(options: Options, opened: Opened, asked: Asked, machine: Machine) -> d
 def main() -> None:
     """Run the command."""
     options = from_command_line(Options, __doc__).settings
+    machine = pick_machine(options.device, options.dtype)
+    world().join(options.collective_timeout, machine.device)
+    check_alike(options.as_dict(), str(machine))
     check(options)
     phrases = read_word_list(Path(options.word_list)) if options.word_list else LISTED
-    machine = pick_machine(options.device, options.dtype)
-    opened = open_sides(Path(options.checkpoints_dir), options.run, options.strength, machine)
     wish = Wish(options.data, options.columns, options.limit, options.base_text, Path(options.data_dir))
-    material = gather(opened, wish)
+    with world().machine_by_machine():
+        opened = open_sides(Path(options.checkpoints_dir), options.run, options.strength, machine)
+        material = gather(opened, wish)
+    check_read_alike(prompts=[(r.asked, r.answer) for r in material.asked.records], run=opened.run.metadata)
     say(f"Asking {opened.run.name}{' and its base' * bool(opened.base)} {len(material.asked)} prompts, on {machine}")
     limits = Limits(
         options.tolerance, (options.short, options.medium), phrases, Scaffolding.of(opened.template),
@@ -129,11 +141,11 @@ def main() -> None:
     records, notes = material.asked.records, [*opened.notes, *material.notes]
     told = report.to_report(about(options, opened, material.asked, machine), findings, records, notes)
     if options.out:
-        commit_folder(Path(options.out), report.files(told, findings, records))
+        world().first(lambda: commit_folder(Path(options.out), report.files(told, findings, records)))
     print(plain(told))
     if options.out:
         print(f"Files: {options.out}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, many=True)

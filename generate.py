@@ -6,6 +6,7 @@ python generate.py --run lora-folio-r8 --adapter none     the same base without 
 python generate.py --adapter lora-folio-r8=0.5            half of what the adapter adds
 python generate.py --adapter lora-folio-r8 --adapter lora-milton-r8       the sum of what both add
 python generate.py --prompts prompts.jsonl                lines {"prompt": "O Romeo", "adapter": "lora-folio-r8"}
+torchrun --nproc-per-node 2 -- generate.py --prompts prompts.jsonl        the same, by two processes
 python generate.py --run HuggingFaceTB/SmolLM2-135M-Instruct --chat       talk to a model that has a chat template
 python generate.py --instruction "Rewrite in First Folio spelling." --input "O for a muse of fire"
 """
@@ -32,8 +33,10 @@ from models.generation.sampling import stream
 from runtime.console import say
 from runtime.device import pick_machine
 from runtime.errors import UsageError, UserError
+from runtime.processes.alike import check_alike, check_read_alike
 from runtime.processes.command import run_command
-from runtime.settings.config import CommonSettings, from_command_line
+from runtime.processes.world import world
+from runtime.settings.config import ProcessSettings, from_command_line
 from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
 from runtime.training.metrics import Patience
@@ -44,7 +47,7 @@ WHAT, HOW = ({"group": title, "env": False} for title in ("What to continue", "S
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(CommonSettings):
+class Options(ProcessSettings):
     """The flags of generate.py."""
 
     run: str = setting("", "The run to sample from; empty takes the newest", path=True, **WHAT)
@@ -134,8 +137,13 @@ def print_lines(choice: Choice, requests: Sequence[Request], texts: Sequence[str
 
 
 def what_to_continue(given: Resolved) -> list[Request]:
-    """The prompts, each as often as it is to be continued. Raises UsageError where there are two sources of them."""
+    """The prompts, each as often as it is to be continued. Raises UsageError where there are two sources of them, and
+    for several processes where no file is to be shared out."""
     options = given.settings
+    if world().size > 1 and not options.prompts:
+        raise UsageError(
+            "several processes share out a file of --prompts: give one, or start generate.py without torchrun"
+        )
     if options.prompts and given.explicit("prompt"):
         raise UsageError("--prompt and --prompts are both given; put all prompts into the file")
     if options.chat and (options.prompts or given.explicit("prompt") or given.explicit("num_samples")):
@@ -165,14 +173,18 @@ def main() -> None:
     given = from_command_line(Options, __doc__)
     options, machine = given.settings, pick_machine(given.settings.device, given.settings.dtype)
     requests = what_to_continue(given)
+    world().join(options.collective_timeout, machine.device)
+    check_alike(options.as_dict(), str(machine))
     wanted = parse_adapters(options.adapter) if options.adapter else None
     named = [name for request in requests for name in request.adapters or ()]
-    choice = choose(Path(options.checkpoints_dir), options.run, wanted, named)
+    with world().machine_by_machine():
+        choice = choose(Path(options.checkpoints_dir), options.run, wanted, named)
     model, tokenizer = choice.base.model.requires_grad_(False).to(machine.device), choice.base.tokenizer
     adapters = f" with {in_words(choice.default)}" if choice.default else ""
     say(f"From {choice.base.run.name}{adapters}, on {machine}, seed {options.seed}")
     template = choice.template or template_of(tokenizer) if options.chat or options.instruction else choice.template
     prompts = [] if options.chat else [encode(tokenizer, template, request) for request in requests]
+    check_read_alike(prompts=prompts, base=choice.base.sha256)
     how = sampling(given, choice)
     ends = [template.end] if choice.tuned and not tokenizer.stop_ids else []
     stops = [*options.stop, *ends]
@@ -203,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, many=True)

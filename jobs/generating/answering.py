@@ -14,6 +14,7 @@ from jobs.generating.stopping import cut
 from models.generation.sampling import Sampling, stream
 from models.transformer import Transformer
 from runtime.device import Machine
+from runtime.processes.world import Step, world
 
 TOGETHER = 32  # prompts that are answered at a time: those of similar length
 
@@ -37,20 +38,20 @@ def answers(
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
     """An answer to each record's prompt, of at most `longest` tokens, up to where it ends. how: its stop tokens are the
-    tokenizer's. tell(done, total) is called as the work goes on."""
+    tokenizer's. Several processes share out the batches, which are those of one. tell(done, total) is called as the
+    work goes on."""
     prompts = [prompt_tokens(record, template, tokenizer, model) for record in records]
     how, found = replace(how, stop_ids=tokenizer.stop_ids), {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    starts = range(0, len(order), TOGETHER)
-    for done, chosen in enumerate(order[start : start + TOGETHER] for start in starts):
+    batches = [order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)]
+
+    def answered(chosen: list[int], step: Step) -> list[Answer]:
         tokens = stream(model, [prompts[i] for i in chosen], longest, how, seed)
-
-        def step(made: int, before: int = done * longest) -> None:
-            tell(before + made, len(starts) * longest)
-
         with machine.autocast():
-            found |= zip(chosen, _answers(tokens, len(chosen), tokenizer, template.end, longest, step), strict=True)
-        step(longest)
+            return _answers(tokens, len(chosen), tokenizer, template.end, longest, step)
+
+    for chosen, made in zip(batches, world().shared_out(batches, answered, tell, longest), strict=True):
+        found |= zip(chosen, (Answer(*each) for each in made), strict=True)
     return [found[i] for i in range(len(prompts))]
 
 
@@ -62,7 +63,7 @@ def prompt_tokens(record: Record, template: Template, tokenizer: Tokenizer, mode
 
 def _answers(
     tokens: Iterator[list[int | None]], rows: int, tokenizer: Tokenizer, end: str, longest: int,
-    step: Callable[[int], None],
+    step: Step,
 ) -> list[Answer]:  # fmt: skip
     """The answers in rows of tokens as they are made; where no token ends them, up to the text that does."""
     made: list[list[int]] = [[] for _ in range(rows)]
@@ -72,7 +73,7 @@ def _answers(
         if not tokenizer.stop_ids and all(end in tokenizer.decode(row) for row in made):
             tokens.close()
             break
-        step(min(i, longest - 1))
+        step(i)
     texts = [tokenizer.decode(row) for row in made]
     if tokenizer.stop_ids:
         return [Answer(text, len(row) < longest) for text, row in zip(texts, made, strict=True)]

@@ -13,6 +13,7 @@ from data.instructions.packing import batch_of
 from data.tokenizers import Tokenizer
 from models.transformer import Transformer
 from runtime.device import Machine
+from runtime.processes.world import world
 from runtime.training.batch import IGNORED
 
 ROOM = 2**25  # logits of a batch: 128 MB in fp32
@@ -41,17 +42,20 @@ def encode_windows(tokens: np.ndarray, length: int, limit: int) -> list[Encoded]
 def loss_of_each(
     model: Transformer, texts: Sequence[Encoded], machine: Machine, tell: Callable[[int, int], None]
 ) -> list[float | None]:
-    """The mean loss of the tokens of each text that count; None where none does. tell(done, total) is called as the
-    work goes on."""
+    """The mean loss of the tokens of each text that count; None where none does. Several processes share out the
+    batches, which are those of one. tell(done, total) is called as the work goes on."""
     model.eval()
     found: list[float | None] = [None] * len(texts)
     order = sorted((i for i in range(len(texts)) if count(texts[i])), key=lambda i: len(texts[i]))
+    batches = []
     while order:
         rows = max(1, min(TOGETHER, ROOM // (len(texts[order[-1]]) * model.config.vocab_size)))
-        chosen, order = order[-rows:], order[:-rows]  # the longest first, so that memory runs short at once or never
-        for i, loss in zip(chosen, _losses(model, [texts[i] for i in chosen], machine), strict=True):
+        batches.append(order[-rows:])  # the longest first, so that memory runs short at once or never
+        order = order[:-rows]
+    made = world().shared_out(batches, lambda chosen, _: _losses(model, [texts[i] for i in chosen], machine), tell)
+    for chosen, losses in zip(batches, made, strict=True):
+        for i, loss in zip(chosen, losses, strict=True):
             found[i] = loss
-        tell(len(texts) - len(order), len(texts))
     return found
 
 

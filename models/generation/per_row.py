@@ -8,6 +8,7 @@ from lora.attach import Strengths, using
 from models.generation.choosing import Sampling
 from models.generation.sampling import stream
 from models.transformer import Transformer
+from runtime.processes.world import Step, world
 
 AT_ONCE = 64  # rows, so that the cache of a long list of prompts fits into memory
 
@@ -33,20 +34,23 @@ def generate_per_row(
 ) -> list[list[int]]:
     """The continuations of prompts (token ids), each with its own adapters and seed, as if each were alone.
 
+    Several processes share out the batches, which are those of one: a matmul of fewer rows may round otherwise.
     tell(done, total) is called as the work goes on. Raises UsageError for an adapter that is not attached.
     """
     groups = list(grouped(adapters))
-    found: list[list[int]] = [[] for _ in prompts]
-    total = len(groups) * max_new_tokens
-    for i, (strengths, rows) in enumerate(groups):
-        done = i * max_new_tokens
+
+    def continued(group: tuple[Strengths, list[int]], step: Step) -> list[list[int]]:
+        strengths, rows = group
+        made: list[list[int]] = [[] for _ in rows]
         with using(model, strengths):
             some = [prompts[row] for row in rows], max_new_tokens, how, [seeds[row] for row in rows]
-            for tokens in stream(model, *some):
-                for row, token in zip(rows, tokens, strict=True):
-                    found[row] += [] if token is None else [token]
-                done += 1
-                tell(done, total)
-        if done < (i + 1) * max_new_tokens:  # stop tokens have ended all rows
-            tell((i + 1) * max_new_tokens, total)
-    return found
+            for done, tokens in enumerate(stream(model, *some), 1):
+                for each, token in zip(made, tokens, strict=True):
+                    each += [] if token is None else [token]
+                step(done)
+        return made
+
+    found = {}
+    for (_, rows), made in zip(groups, world().shared_out(groups, continued, tell, max_new_tokens), strict=True):
+        found |= zip(rows, made, strict=True)
+    return [found[row] for row in range(len(prompts))]

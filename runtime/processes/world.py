@@ -10,11 +10,11 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ from runtime.processes.launch import Launch, launch_of
 
 START_SECONDS = 300  # how long processes wait for each other to be started
 TELL_SECONDS = 20  # how long a process that fails waits for the one that says why
+
+Item = TypeVar("Item")
+Step = Callable[[int], None]
 
 
 class LostProcessError(UserError):
@@ -189,6 +192,31 @@ class World:
         """Which of so many things in a row are this process's to do: a run of them, all equally long where they can
         be."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def shared_out(
+        self,
+        items: Sequence[Item],
+        make: Callable[[Item, Step], Any],
+        tell: Callable[[int, int], None] = lambda done, total: None,
+        steps: int = 1,
+    ) -> list[Any]:
+        """What `make` makes of each item, which JSON must be able to write, on all processes and in the items' order.
+
+        The processes take items in turn, so that those that lie together, and often take about as long, are not one
+        process's. make(item, step): step(n) says that n of the item's `steps` are done. tell(done, total) is told of
+        the steps of this process's items.
+        """
+        mine, made = items[self.rank :: self.size], []
+        for i, item in enumerate(mine):
+
+            def step(done: int, before: int = i * steps) -> None:
+                if done < steps:  # the last is told below, also where there was less to do
+                    tell(before + done, len(mine) * steps)
+
+            made.append(make(item, step))
+            tell((i + 1) * steps, len(mine) * steps)
+        everywhere = self.gather(made)
+        return [everywhere[i % self.size][i // self.size] for i in range(len(items))]
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum over the processes, in whatever order is the fastest, in place."""

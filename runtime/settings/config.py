@@ -2,7 +2,8 @@
 
 python -m runtime.settings.config    writes .env.example and the README's settings section anew
 
-`Settings` is what training.py and compare.py run on; a command with flags of its own inherits `CommonSettings`.
+`Settings` is what training.py and compare.py run on; a command with flags of its own inherits `CommonSettings`, or
+`ProcessSettings` where it can work as several processes.
 """
 
 from __future__ import annotations
@@ -134,7 +135,21 @@ class CommonSettings(Table):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(CommonSettings):
+class ProcessSettings(CommonSettings):
+    """What a command needs to know besides that can work as several processes."""
+
+    collective_timeout: float = setting(
+        600.0,
+        "Seconds that one of several processes waits for the others before it gives up",
+        group=RUN,
+        high=10**6,
+        **ABOVE_0,
+        **NO_RESULT,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ProcessSettings):
     """Everything that decides what a training run does."""
 
     presets: ClassVar = PRESETS
@@ -173,15 +188,6 @@ class Settings(CommonSettings):
         **NO_RESULT,
     )
     force: bool = setting(False, "Begin a run although it will take more memory than is free", group=RUN, **NO_RESULT)
-
-    collective_timeout: float = setting(
-        600.0,
-        "Seconds that one of several processes waits for the others before it gives up",
-        group=RUN,
-        high=10**6,
-        **ABOVE_0,
-        **NO_RESULT,
-    )
 
     dataset: str = setting(
         "shakespeare",
