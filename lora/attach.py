@@ -17,6 +17,7 @@ from lora.layers import MERGED, Adaptable, LoRALinear
 from lora.variants.lora import AdapterModule
 from lora.variants.registry import variant_of
 from runtime.errors import UsageError
+from runtime.processes.pieces import whole
 
 Strengths = dict[str, float]  # of adapters by name; an empty one means the plain base
 REGEX = "re:"  # marks a regular expression for whole module paths, one of PEFT's ways to name targets
@@ -81,7 +82,8 @@ def new_modules(model: nn.Module, config: LoRAConfig) -> dict[str, AdapterModule
     modules, embeddings = {}, getattr(model, "lora_embeddings", ()) if config.train_embeddings else ()
     shared = variant.make_shared(config, [layers[path].shape for path in targets])
     for path, layer in layers.items():
-        base, module = layer.base_tensors(), AdapterModule(config)
+        base = {name: whole(tensor) for name, tensor in layer.base_tensors().items()}
+        module = AdapterModule(config)
         if path in targets:
             with base["weight"].device:
                 module = variant(layer.shape, config, path, shared)

@@ -242,6 +242,7 @@ def to_device(model: Transformer, settings: Settings, machine: Machine) -> None:
         return
     from runtime.processes.shards import shard  # half a second, which other runs do not need
 
+    world().in_step = True
     shard(model, model.blocks, adapter_parameters(model), machine.device)
 
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lora.config import LoRAConfig
 from lora.functional import LowRankLinear, lora_linear
-from runtime.processes.pieces import whole
 from runtime.storage.tensors import fingerprint
 
 
@@ -46,7 +45,7 @@ class AdapterModule(nn.Module):
         for name, tensor in self.values_from_base(base).items():
             own = self.get_parameter(name)
             if name not in self.base_hashes or self.base_hashes[name] == fingerprint({"": own}):
-                own.copy_(whole(tensor))
+                own.copy_(tensor)
                 self.base_hashes[name] = fingerprint({"": own})
 
     def _apply(self, *args, **kwargs) -> AdapterModule:

@@ -43,12 +43,16 @@ class ElsewhereError(UserError):
 
 
 class World:
-    """The processes of a command, seen from one of them. sent: bytes of tensors that this one has sent to others."""
+    """The processes of a command, seen from one of them.
+
+    sent: bytes of tensors that this one has sent to others. in_step: whether a model is in pieces, so that all must go
+    through it equally often.
+    """
 
     def __init__(self, launch: Launch, store: dist.Store | None = None) -> None:
         self.launch, self.store = launch, store
         self.rank, self.size, self.sent = launch.rank, launch.size, 0
-        self.seconds, self.failing = START_SECONDS, False
+        self.seconds, self.failing, self.in_step = START_SECONDS, False, False
 
     @property
     def leads(self) -> bool:
@@ -193,6 +197,11 @@ class World:
         be."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
+    def mine_in_step(self, count: int) -> list[int | None]:
+        """The same; where all processes must do equally much, with None for what is to be done to no purpose."""
+        mine: list[int | None] = list(self.mine(count))
+        return mine + [None] * (-(-count // self.size) - len(mine) if self.in_step else 0)
+
     def shared_out(
         self,
         items: Sequence[Item],
@@ -204,9 +213,9 @@ class World:
 
         The processes take items in turn, so that those that lie together, and often take about as long, are not one
         process's. make(item, step): step(n) says that n of the item's `steps` are done. tell(done, total) is told of
-        the steps of this process's items.
+        the steps of this process's items. Where a model is in pieces, each process makes all.
         """
-        mine, made = items[self.rank :: self.size], []
+        mine, made = items if self.in_step else items[self.rank :: self.size], []
         for i, item in enumerate(mine):
 
             def step(done: int, before: int = i * steps) -> None:
@@ -215,6 +224,8 @@ class World:
 
             made.append(make(item, step))
             tell((i + 1) * steps, len(mine) * steps)
+        if self.in_step:
+            return made
         everywhere = self.gather(made)
         return [everywhere[i % self.size][i // self.size] for i in range(len(items))]
 

@@ -194,10 +194,12 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], machine: Machine) -> fl
     losses = torch.zeros(len(batches), device=machine.device)
     model.eval()
     try:
-        for i in world().mine(len(batches)):
-            batch = batches[i].to(machine.device)
+        for i in world().mine_in_step(len(batches)):
+            batch = batches[i or 0].to(machine.device)
             with machine.autocast():
-                losses[i] = model(batch.tokens, batch.targets, **batch.inputs())[1]
+                loss = model(batch.tokens, batch.targets, **batch.inputs())[1]
+            if i is not None:
+                losses[i] = loss
     finally:
         model.train(training)
     world().add_up(losses)  # to zeros, which changes none of them
