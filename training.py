@@ -54,16 +54,20 @@ def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
     result["tokens_per_second"] = state.step * job.data.tokens_in_step / state.seconds
     summary = summary_of(job)
     result |= summary.figures(result["val_loss"])
-    samples = {"": summary.sample()}
+    sample = summary.sample if not job.settings.shard else lambda: None  # a model in pieces takes too long to speak
+    samples = {"": sample()}
     if job.kind == "lora":
         with using(job.model):
             result["base_val_loss"] = job.evaluate()
-            samples = {"with the adapter": samples[""], "without it": summary.sample()}
+            samples = {"with the adapter": samples[""], "without it": sample()}
     world().barrier()  # nobody reads any more what is now moved
     run.publish(result)
     world().barrier()
     print_result(job, run, result)
-    summary.print(samples)
+    if job.settings.shard:
+        print(f"➡️  To see what it says: {command_line('generate.py', '--run', run.name)}")
+    else:
+        summary.print(samples)
 
 
 def begin(given: Resolved) -> tuple[Machine, Run | None]:

@@ -213,9 +213,9 @@ class World:
 
         The processes take items in turn, so that those that lie together, and often take about as long, are not one
         process's. make(item, step): step(n) says that n of the item's `steps` are done. tell(done, total) is told of
-        the steps of this process's items. Where a model is in pieces, each process makes all.
+        the steps of this process's items.
         """
-        mine, made = items if self.in_step else items[self.rank :: self.size], []
+        mine, made = items[self.rank :: self.size], []
         for i, item in enumerate(mine):
 
             def step(done: int, before: int = i * steps) -> None:
@@ -224,8 +224,6 @@ class World:
 
             made.append(make(item, step))
             tell((i + 1) * steps, len(mine) * steps)
-        if self.in_step:
-            return made
         everywhere = self.gather(made)
         return [everywhere[i % self.size][i // self.size] for i in range(len(items))]
 
