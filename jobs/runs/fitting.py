@@ -51,6 +51,7 @@ def plan_of(given: Resolved, machine: Machine, base: Run | None) -> Plan:
         settings.step_parts,
         settings.reduce,
         world().size,
+        settings.shard,
     )
 
 
@@ -137,6 +138,9 @@ def cheaper_plans(plan: Plan) -> Iterator[Plan]:
     if plan.lora and plan.form == "none" and plan.machine.device.type != "mps":
         plan = replace(plan, quantize="nf4")
         yield plan
+    if plan.processes > 1 and not plan.shard and plan.form == "none" and plan.optimizer in ("adamw", "muon"):
+        plan = replace(plan, shard=True)
+        yield plan
     if not plan.lora:  # the sums of parts' gradients are as large as the model
         plan = replace(plan, reduce="fast")
     if plan.parts:
@@ -156,6 +160,7 @@ def changes(plan: Plan, other: Plan) -> list[str]:
         "BATCH_SIZE": (plan.rows, other.rows),
         "GRADIENT_ACCUMULATION_STEPS": (plan.batches, other.batches),
         "STEP_PARTS": (plan.parts, other.parts),
+        "SHARD": (plan.shard, other.shard),
         "REDUCE": (plan.reduce, other.reduce),
     }
     return [f"{name}={new}" for name, (old, new) in found.items() if new != old]

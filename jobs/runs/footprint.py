@@ -70,6 +70,12 @@ class Plan:
     parts: int | None = None
     reduce: str = "exact"
     processes: int = 1
+    shard: bool = False
+
+    @property
+    def pieces(self) -> int:
+        """Into how many pieces the base is cut."""
+        return self.processes if self.shard else 1
 
     @property
     def rows_at_once(self) -> int:
@@ -123,9 +129,11 @@ def footprint(plan: Plan) -> Footprint:
     trained = adapter_tensors(model, plan.lora) if plan.lora else {name: tuple(p.shape) for name, p in own.items()}
     hidden = {name for name, shape in trained.items() if name.startswith("blocks.") and len(shape) == 2}
     counts = {name: torch.Size(shape).numel() for name, shape in trained.items()}
-    gradients = FP32 * sum(counts.values())
-    weights = bytes_of_base(plan) + (gradients if plan.lora else 0)
-    optimizer = sum(state_bytes(plan.optimizer, count, name in hidden) for name, count in counts.items())
+    adapter = FP32 * sum(counts.values()) if plan.lora else 0
+    weights = bytes_of_base(plan) + adapter
+    own_share = 1 if plan.lora else plan.pieces  # an adapter is whole on each process
+    gradients = FP32 * sum(counts.values()) // own_share
+    optimizer = sum(state_bytes(plan.optimizer, count, name in hidden) for name, count in counts.items()) // own_share
     linears, step, config = linears_of(model, plan), step_of(plan), plan.shape.config
     activations = kept(config, step, linears)
     loss, block = at_loss(config, step, linears["lm_head"]), at_block(config, step, linears)
@@ -135,13 +143,12 @@ def footprint(plan: Plan) -> Footprint:
     last = gradients + block + (own["token_embedding.weight"].numel() * FP32 if step.embeddings else 0)
     if plan.optimizer == "muon":
         last = max(last, gradients + update_bytes([trained[name] for name in hidden], plan.machine.dtype))
-    if plan.processes > 1:  # gradients lie in one vector too, and half of another process's is received
+    if plan.processes > own_share:  # gradients lie in one vector too, and half of another process's is received
         last = max(last, 2 * gradients + gradients // 2)
     running = max(highest, last) - sum(activations.values())
     live = weights + optimizer + max(highest, last)
     peak = live if plan.machine.device.type != "cpu" else resident(live, plan, step)
-    parameters = sum(p.numel() for p in own.values()) + (sum(counts.values()) if plan.lora else 0)
-    adapter = gradients if plan.lora else 0
+    parameters = sum(p.numel() for p in own.values()) + adapter // FP32
     return Footprint(
         parameters, sum(counts.values()), adapter, weights, gradients, optimizer, activations, running, peak
     )
@@ -173,14 +180,21 @@ def adapter_tensors(model: Transformer, lora: LoRAConfig) -> dict[str, tuple[int
 
 
 def bytes_of_base(plan: Plan) -> int:
-    """What the base takes as it is held."""
+    """What the base takes as it is held: in pieces, where these are many, this process's, what is outside the blocks
+    whole, and of two blocks the weights, and in training whole their gradients."""
     model = plan.shape.model
     inside = set(model.linears_of_blocks()) if plan.form != "none" else ()
     sizes = (
         FORMS[plan.form].bytes_of(p.shape) if name in inside else p.numel() * plan.stored.itemsize
         for name, p in model.named_parameters()
     )
-    return sum(sizes)
+    if plan.pieces == 1:
+        return sum(sizes)
+    together = list(model.blocks[:2].parameters()) + [
+        p for n, p in model.named_parameters() if ".blocks." not in f".{n}"
+    ]
+    widths = plan.stored.itemsize + (0 if plan.lora else FP32)
+    return sum(sizes) // plan.pieces + sum(p.numel() for p in together) * widths
 
 
 def step_of(plan: Plan) -> Step:
