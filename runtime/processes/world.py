@@ -195,7 +195,23 @@ class World:
     def mine(self, count: int) -> range:
         """Which of so many things in a row are this process's to do: a run of them, all equally long where they can
         be."""
-        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+        return self._share(self.rank, count)
+
+    def _share(self, rank: int, count: int) -> range:
+        return range(rank * count // self.size, (rank + 1) * count // self.size)
+
+    def all_rows(self, mine: Tensor, count: int) -> Tensor:
+        """All of `count` rows (count, ...), of which this process has made those that are its to make."""
+        if self.size == 1:
+            return mine
+        most = -(-count // self.size)
+        padded = mine.new_zeros(most, *mine.shape[1:])
+        padded[: len(mine)] = mine
+        rows = padded.new_empty(self.size * most, *mine.shape[1:])
+        with self._plain_errors():
+            dist.all_gather_into_tensor(rows, padded)
+        self.sent += (self.size - 1) * padded.nbytes
+        return torch.cat([rows[rank * most :][: len(self._share(rank, count))] for rank in range(self.size)])
 
     def mine_in_step(self, count: int) -> list[int | None]:
         """The same; where all processes must do equally much, with None for what is to be done to no purpose."""

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from runtime.processes.pieces import own, piece_of, whole
+from runtime.processes.world import world
 from runtime.training.adamw import PartlyAdamW
 
 MOMENTUM = 0.95
 STEPS, COEFFICIENTS, EPSILON = 5, (3.4445, -4.7750, 2.0315), 1e-7  # of the Newton-Schulz iteration, as in torch
+WORTH_SHARING = 2**26  # multiplications of a matmul of all matrices of a shape with their transposes
 
 
 class MuonSettings(NamedTuple):
@@ -49,7 +51,7 @@ class Muon(PartlyAdamW):
             # An update that must be skipped is one with gradients of 0 and a weight of 0, whatever the gradients are.
             momenta = [self._momentum(p, kept) for p in parameters]
             decay = 1 - group["lr"] * group["weight_decay"] * kept
-            for p, update in zip(parameters, orthogonal(list(map(whole, momenta)), self.dtype), strict=True):
+            for p, update in zip(parameters, orthogonal_together(list(map(whole, momenta)), self.dtype), strict=True):
                 length = group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1]))
                 own(p).mul_(decay).addcmul_(piece_of(update, p), kept, value=-length)
 
@@ -72,6 +74,19 @@ def update_bytes(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> int:
     found: Counter[tuple[int, ...]] = Counter(tuple(sorted(shape)) for shape in shapes)
     taken = (n * (4 * a * b + 2 * dtype.itemsize * (a * b + a * a)) for (a, b), n in found.items())
     return max(taken, default=0)
+
+
+def orthogonal_together(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """`orthogonal`, for which each of several processes makes some of the matrices where that takes a while."""
+    first, count = matrices[0], len(matrices)
+    mine = world().mine(count)
+    if world().size == 1 or count * first.numel() * min(first.shape) < WORTH_SHARING:
+        return orthogonal(matrices, dtype)
+    wide = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+    made = orthogonal(wide[mine.start : mine.stop], dtype) if mine else []
+    rows = torch.stack(made).to(dtype) if made else wide[0].new_empty(0, *wide[0].shape, dtype=dtype)
+    found = world().all_rows(rows, count).to(first.dtype).unbind(0)  # made in this dtype, so that nothing is lost
+    return [x.T if matrix.shape[0] > matrix.shape[1] else x for x, matrix in zip(found, matrices, strict=True)]
 
 
 def orthogonal(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
