@@ -29,7 +29,7 @@ def launch_of(environ: Mapping[str, str]) -> Launch:
     WORLD_SIZE=1 alone, as some clusters set it, is a process by itself.
     """
     given = [name for name in NEEDED if environ.get(name)]
-    if "RANK" not in given and environ.get("WORLD_SIZE", "1") == "1":
+    if "RANK" not in given and environ.get("WORLD_SIZE") in (None, "", "1"):
         return Launch()
     fix = "start several processes with torchrun, or unset RANK and WORLD_SIZE for one"
     if missing := [name for name in NEEDED if name not in given]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch._dynamo  # what the first optimizer would import, in every child anew
 import torch.distributed as dist
 
+import jobs.summaries.answers
 import jobs.summaries.text
 import training  # that and all it needs, once
 from jobs.runs import loop
@@ -51,7 +52,7 @@ def child(case: dict, rank: int, said: Path) -> None:
     told = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(told, 1), os.dup2(told, 2)
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", encoding="utf-8") for fd in (1, 2))
-    jobs.summaries.text.TEST_SAMPLE_CHARACTERS = 4
+    jobs.summaries.text.TEST_SAMPLE_CHARACTERS = jobs.summaries.answers.LONGEST = 4
     os.environ.update(case["environ"] | case["odd"].get(str(rank), {}))
     meet_by(case["name"])
     if case["interrupt"] and case["interrupt"][0] == rank:
