@@ -13,10 +13,11 @@ import os
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
-import torch._dynamo  # what the first optimizer would import, in every child anew
 import torch.distributed as dist
+from torch import _dynamo  # noqa: F401 - what the first optimizer would import, in every child anew
 
 import jobs.summaries.answers
 import jobs.summaries.text
@@ -63,7 +64,7 @@ def child(case: dict, rank: int, said: Path) -> None:
 
 
 def run(case: dict, rank: int, said: Path) -> None:
-    """Fork a child for a case, and note how it ended."""
+    """Fork a child for a case, and note how it ended. Where one fails, the others get SIGTERM, as from torchrun."""
     pid = os.fork()
     if pid == 0:
         status = 99
@@ -76,8 +77,15 @@ def run(case: dict, rank: int, said: Path) -> None:
         finally:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    said.with_name(f"{said.name}.status").write_text(str(status))
+    ended, told = 0, False
+    while not ended:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        others = said.parent.glob(f"{case['name']}.*.status")
+        if not ended and not told and any(path.read_text() not in ("", "0") for path in others):
+            os.kill(pid, signal.SIGTERM)
+            told = True
+        time.sleep(0.01)
+    said.with_name(f"{said.name}.status").write_text(str(os.waitstatus_to_exitcode(status)))
 
 
 if __name__ == "__main__":

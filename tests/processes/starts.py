@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,21 @@ TINY = ("--test-mode", "--n-layer=1", "--n-embd=16", "--n-head=2", "--block-size
 SHORT = (*TINY, "--max-iters=6", "--eval-interval=3", "--eval-iters=3", "--save-interval=3")
 OURS = ("error:", "stopped after", "Stopped at")
 TRACEBACK = "Traceback (most recent call last)"
+
+ODD = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+if os.environ["RANK"] == {rank!r}:
+    from jobs.runs import loop
+    from runtime.errors import UserError
+    one_step = loop.Training.one_step
+    def odd(this):
+        if this.state.step == 12:
+            raise {error}
+        one_step(this)
+    loop.Training.one_step = odd
+runpy.run_path({root!r} + "/training.py", run_name="__main__")
+"""  # training.py, with an error in one process
 
 
 def clean(**more: str) -> dict[str, str]:
@@ -71,9 +89,66 @@ def in_a_row(folder: Path, processes: int, cases: dict[str, Case]) -> dict[str, 
     ]
     (said / "cases.json").write_text(json.dumps(rows))
     script = Path(__file__).with_name("row_of_commands.py")
-    subprocess.run(torchrun(processes, script, said), cwd=folder, env=clean(), check=True, timeout=240)
+    subprocess.run(torchrun(processes, script, said), cwd=folder, env=clean(), check=True, timeout=120)
     return {name: [_ended(said / f"{name}.{rank}") for rank in range(processes)] for name in cases}
 
 
 def _ended(path: Path) -> Ended:
     return Ended(int(path.with_name(f"{path.name}.status").read_text()), path.read_text("utf-8", "replace"))
+
+
+class Started:
+    """A command that torchrun has started, which goes on."""
+
+    def __init__(self, folder: Path, processes: int, *words: Any, **environ: str) -> None:
+        self.path = folder / "told"
+        with self.path.open("wb") as told:
+            self.agent = subprocess.Popen(
+                torchrun(processes, *words), cwd=folder, env=clean(**environ), start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=told, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        self.workers: list[int] = []  # their numbers with the system, by theirs with torchrun
+
+    @property
+    def told(self) -> str:
+        return self.path.read_text("utf-8", "replace")
+
+    def wait_until(self, happened: Callable[[], Any], seconds: float = 90) -> None:
+        """Wait for something that happens while the command runs, and note who its processes are."""
+        end = time.monotonic() + seconds
+        while not happened():
+            assert self.agent.poll() is None, self.told
+            assert time.monotonic() < end, self.told
+            time.sleep(0.02)
+        children = Path(f"/proc/{self.agent.pid}/task/{self.agent.pid}/children").read_text().split()
+        ranks = {rank: int(pid) for pid in children if (rank := _rank(int(pid))) is not None}
+        self.workers = [ranks[rank] for rank in sorted(ranks)]
+
+    def end(self, seconds: float = 60) -> str:
+        """Wait until all of it has ended, and see that no process is left; what was printed."""
+        began = time.monotonic()
+        try:
+            self.agent.wait(seconds)
+        finally:
+            self.took = time.monotonic() - began
+            left = [pid for pid in self.workers if _alive(pid)]
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            if self.agent.poll() is None:
+                os.killpg(self.agent.pid, signal.SIGKILL)
+                self.agent.wait()
+        assert not left, f"{left} outlived torchrun: {self.told}"
+        return self.told
+
+
+def _rank(pid: int) -> int | None:
+    """The number that torchrun gave a process."""
+    values = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((int(value[5:]) for value in values if value.startswith(b"RANK=")), None)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

@@ -181,8 +181,8 @@ def test_the_environment_tells_which_process_this_is(environ, launch):
 @pytest.mark.parametrize(
     ("environ", "told"),
     [
-        ({"RANK": "0"}, "RANK is set in the environment, but not WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, "
-                        f"MASTER_PORT; {HALF}"),
+        ({"RANK": "0"}, "RANK is set in the environment, but not WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, "
+                        f"MASTER_ADDR, MASTER_PORT; {HALF}"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set in the environment, but not RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, "
                               f"MASTER_ADDR, MASTER_PORT; {HALF}"),
         ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK and WORLD_SIZE are set in the environment, but not LOCAL_RANK, "
@@ -235,9 +235,10 @@ def test_parts_that_processes_cannot_share_are_refused(parts, rows_, processes, 
 
 def advice(told: str) -> dict[str, str]:
     """The values of settings, and the number of processes, that a line says would do."""
-    found = dict(re.findall(r"(?:set|and) (STEP_PARTS|REDUCE)=(\w+)", told))
-    found |= {"rows": more for more in re.findall(r"BATCH_SIZE to (\d+) or more", told)}
-    return found | {"processes": n for n in re.findall(r"start (\d+) or", told)}
+    found = dict(re.findall(r"(STEP_PARTS|REDUCE|BATCH_SIZE)(?:=| to )(\w+)", told.partition(": ")[2]))
+    if fewer := re.search(r"start (\d+) or", told):
+        found["processes"] = fewer[1]
+    return found
 
 
 @settings(max_examples=400, deadline=None)
@@ -255,7 +256,7 @@ def test_what_a_refusal_says_to_set_is_taken(parts, count, processes, reduce):
     found = advice(told)
     assert found, told
     if "STEP_PARTS" in found or "REDUCE" in found:
-        rows_ = max(count or 0, int(found.get("rows", 0))) or None
+        rows_ = max(count or 0, int(found.get("BATCH_SIZE", 0))) or None
         check_parts(int(found.get("STEP_PARTS", parts)), rows_, processes, found.get("REDUCE", reduce))
     if "processes" in found and parts.bit_count() == 1 and parts % int(found["processes"]) == 0:
         check_parts(parts, count, int(found["processes"]), reduce)
