@@ -75,7 +75,7 @@ class Ended:
     told: str
 
 
-def in_a_row(folder: Path, processes: int, cases: dict[str, Case]) -> dict[str, list[Ended]]:
+def in_a_row(folder: Path, processes: int, cases: dict[str, Case], seconds: float = 120) -> dict[str, list[Ended]]:
     """Run commands one after the other in one start of so many processes, in `folder`; the endings of each by name.
 
     One start costs seconds of every process, nearly all of it imports, which the commands share.
@@ -89,7 +89,7 @@ def in_a_row(folder: Path, processes: int, cases: dict[str, Case]) -> dict[str, 
     ]
     (said / "cases.json").write_text(json.dumps(rows))
     script = Path(__file__).with_name("row_of_commands.py")
-    subprocess.run(torchrun(processes, script, said), cwd=folder, env=clean(), check=True, timeout=120)
+    subprocess.run(torchrun(processes, script, said), cwd=folder, env=clean(), check=True, timeout=seconds)
     return {name: [_ended(said / f"{name}.{rank}") for rank in range(processes)] for name in cases}
 
 

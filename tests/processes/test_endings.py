@@ -1,4 +1,4 @@
-"""However one of several processes ends, all end: with one line that says why, the last save intact, and no process left.
+"""However one of several processes ends, all end: with one line that says why, the last save intact, nobody left.
 
 One run of two processes is struck again and again; each start goes on from what the one before it saved.
 """
@@ -31,8 +31,11 @@ SILENT += r"goes on after step (\d+)"
 
 @dataclass(frozen=True)
 class Ending:
-    """A way to end. strike: what happens to a run that is under way; line: what it says then, with the step that it speaks of
-    and the last one saved; words: added to the command; soak: takes long and shows little more than the others."""
+    """A way to end.
+
+    strike: what happens to a run that is under way. line: what it says then, with the step that it speaks of and the
+    last one saved. words: added to the command. soak: takes long, or shows little more than the others.
+    """
 
     strike: Callable[[Started], object]
     line: str
@@ -50,6 +53,7 @@ ENDINGS = {
         lambda run: kill(run.workers[1], signal.SIGSTOP),
         SILENT,
         words=("--collective-timeout=5",),
+        soak=True,  # torchrun gives the one that stands still another 30 seconds
     ),
 }
 
@@ -70,7 +74,7 @@ def newest(run: Path) -> int:
 def test_however_a_process_ends_all_end_with_one_line_and_the_run_goes_on(folder, name):
     ending, saves = ENDINGS[name], folder / "checkpoints" / "long"
     before = newest(saves)
-    run = Started(folder, 2, ROOT / "training.py", *LONG, *ending.words, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
+    run = Started(folder, 2, ROOT / "training.py", *LONG, *ending.words)
     run.wait_until(lambda: newest(saves) > before)
     ending.strike(run)
     told = run.end()
