@@ -14,8 +14,11 @@ from os import kill, killpg
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from starts import ODD, ROOT, TEXT, TINY, TRACEBACK, Started, of_ours
 
+from runtime.processes.launch import Launch
+from runtime.processes.world import World
 from runtime.storage.folders import read_folder
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="Linux is needed")
@@ -98,3 +101,19 @@ def test_a_bug_in_one_process_ends_all_with_its_traceback_alone(folder):
     (ours,) = [part for part in told.split(TRACEBACK)[1:] if "ValueError: a bug" in part]
     assert "/runtime/processes/command.py" in ours
     assert newest(folder / "checkpoints/odd") == 10 and read_folder(folder / "checkpoints/odd/step-000010")
+
+
+def test_one_process_speaks_and_the_others_wait_for_it():
+    store = dist.HashStore()
+    worlds = [World(Launch(rank, 3), store) for rank in range(3)]
+    assert worlds[2].speaks()
+    worlds[2].said()
+    assert not worlds[0].speaks() and not worlds[1].speaks()
+
+
+def test_where_what_they_share_has_gone_with_the_first_process_the_next_one_speaks():
+    class Gone:
+        def add(self, *_):
+            raise RuntimeError("Broken pipe")
+
+    assert [World(Launch(rank, 4), Gone()).speaks() for rank in range(4)] == [True, True, False, False]

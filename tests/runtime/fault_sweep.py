@@ -124,7 +124,7 @@ class Starter:
             child, status = os.wait()
             if child not in children:
                 continue
-            if status and all(statuses.values()):
+            if status and not any(statuses.values()):
                 for other in set(children) - {child, *statuses}:
                     os.kill(other, signal.SIGTERM)
             statuses[child] = os.waitstatus_to_exitcode(status)
