@@ -14,13 +14,14 @@ NUMBERS = NEEDED[:4]
 @dataclass(frozen=True)
 class Launch:
     """rank: the number of this process among `size`; local_rank: among the `local_size` on this machine; restart: how
-    often torchrun has started them anew."""
+    often torchrun has started them anew; torchrun: whether it did start them, and keeps what they tell each other."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
     restart: int = 0
+    torchrun: bool = False
 
 
 def launch_of(environ: Mapping[str, str]) -> Launch:
@@ -42,5 +43,5 @@ def launch_of(environ: Mapping[str, str]) -> Launch:
     rank, size, local_rank, local_size = (int(environ[name]) for name in NUMBERS)
     if rank >= size:
         raise UsageError(f"RANK={rank} in the environment must be less than WORLD_SIZE={size}; {fix}")
-    restarts = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Launch(rank, size, local_rank, local_size, int(restarts) if restarts.isdecimal() else 0)
+    restarts, torchrun = environ.get("TORCHELASTIC_RESTART_COUNT", "0"), "TORCHELASTIC_RUN_ID" in environ
+    return Launch(rank, size, local_rank, local_size, int(restarts) if restarts.isdecimal() else 0, torchrun)

@@ -129,6 +129,8 @@ class Started:
         began = time.monotonic()
         try:
             self.agent.wait(seconds)
+            while any(map(_alive, self.workers)) and time.monotonic() < began + seconds:
+                time.sleep(0.02)
         finally:
             self.took = time.monotonic() - began
             left = [pid for pid in self.workers if _alive(pid)]
@@ -142,8 +144,11 @@ class Started:
 
 
 def _rank(pid: int) -> int | None:
-    """The number that torchrun gave a process."""
-    values = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    """The number that torchrun gave a process, None where it is no process of a command or is gone."""
+    try:
+        values = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
     return next((int(value[5:]) for value in values if value.startswith(b"RANK=")), None)
 
 

@@ -37,12 +37,14 @@ class Ending:
     """A way to end.
 
     strike: what happens to a run that is under way. line: what it says then, with the step that it speaks of and the
-    last one saved. words: added to the command. soak: takes long, or shows little more than the others.
+    last one saved. words: added to the command. status: torchrun's, which makes 1 of whatever is not 0. soak: takes
+    long, or shows little more than the others.
     """
 
     strike: Callable[[Started], object]
     line: str
     words: tuple[str, ...] = ()
+    status: int = 1
     soak: bool = False
 
 
@@ -50,6 +52,7 @@ ENDINGS = {
     "the first process is killed": Ending(lambda run: kill(run.workers[0], signal.SIGKILL), LOST),
     "another process is killed": Ending(lambda run: kill(run.workers[1], signal.SIGKILL), LOST),
     "torchrun gets SIGTERM": Ending(lambda run: kill(run.agent.pid, signal.SIGTERM), SAVED),
+    "torchrun is killed": Ending(lambda run: kill(run.agent.pid, signal.SIGKILL), SAVED, status=-signal.SIGKILL),
     "Ctrl-C": Ending(lambda run: killpg(run.agent.pid, signal.SIGINT), SAVED),
     "one process gets SIGTERM": Ending(lambda run: kill(run.workers[1], signal.SIGTERM), SAVED, soak=True),
     "one process stands still": Ending(
@@ -88,7 +91,7 @@ def test_however_a_process_ends_all_end_with_one_line_and_the_run_goes_on(folder
     last = newest(saves)
     assert int(match.groups()[-1]) == last and int(match[1]) >= last > before
     assert read_folder(saves / f"step-{last:06d}")
-    assert run.agent.returncode == 1, "what torchrun makes of every status that is not 0"
+    assert run.agent.returncode == ending.status
     if before:
         assert f"Going on with long after step {before} of 1000000" in told
 
@@ -111,9 +114,11 @@ def test_one_process_speaks_and_the_others_wait_for_it():
     assert not worlds[0].speaks() and not worlds[1].speaks()
 
 
-def test_where_what_they_share_has_gone_with_the_first_process_the_next_one_speaks():
+def test_where_what_they_share_has_gone_with_the_first_process_or_torchrun_one_speaks_all_the_same():
     class Gone:
         def add(self, *_):
             raise RuntimeError("Broken pipe")
 
-    assert [World(Launch(rank, 4), Gone()).speaks() for rank in range(4)] == [True, True, False, False]
+    for torchrun in (False, True):
+        worlds = [World(Launch(rank, 4, torchrun=torchrun), Gone()) for rank in range(4)]
+        assert [world.rank for world in worlds if world.speaks()] == [0 if torchrun else 1]

@@ -5,6 +5,7 @@ All is tried on two processes in one start of torchrun.
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from starts import ODD, ROOT, SHORT, TEXT, TRACEBACK, Case, Ended, clean, in_a_row, of_ours
 
 from runtime.storage.folders import read_folder
+from runtime.storage.lock import RunLock
 
 RUN = (*SHORT, "--dataset=text.txt", "--dtype=fp32", "--batch-size=4", "--step-parts=2")
 REFUSED = {
@@ -58,6 +60,11 @@ REFUSED = {
         2,
         "error: {root}/adapters.py works as one process: start it without torchrun",
     ),
+    "trained already": (
+        Case((*RUN, "--run-name=locked")),
+        1,
+        "error: run locked is being trained by process {pid}; wait for it, or choose another RUN_NAME",
+    ),
     "not finite": (
         Case((*RUN, "--run-name=high", "--learning-rate=1e20", "--save-interval=1")),
         1,
@@ -76,7 +83,9 @@ def ended(tmp_path_factory):
     (root / "odd.py").write_text(ODD.format(root=str(ROOT), rank="1", error="UserError('the cable is out')"))
     cases = {name: case for name, (case, *_) in REFUSED.items()}
     cases["an error in one"].script = str(root / "odd.py")
-    return root, in_a_row(root, 2, cases)
+    (root / "checkpoints/locked").mkdir(parents=True)
+    with RunLock(root / "checkpoints/locked"):
+        return root, in_a_row(root, 2, cases)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -85,7 +94,7 @@ def test_what_cannot_be_is_one_line_of_one_process_and_all_end(ended, name):
     processes: list[Ended] = ended[1][name]
     assert not any(TRACEBACK in process.told for process in processes)
     (told,) = [line for process in processes for line in of_ours(process.told)]
-    assert told.startswith(line.format(root=ROOT)), told
+    assert told.startswith(line.format(root=ROOT, pid=os.getpid())), told
     assert max(process.status for process in processes) == status and all(p.status in (1, 2, -15) for p in processes)
 
 

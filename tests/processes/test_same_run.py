@@ -31,7 +31,6 @@ KINDS = {
     "accumulation": FP32,
     "lora": (*ON_TEXT, "--base=base"),
     "adalora": (*ON_TEXT, "--base=base", "--lora-variant=adalora", "--lora-rank=3"),
-    "dora": (*ON_TEXT, "--base=base", "--lora-variant=dora", "--dtype=fp32"),
     "records": (*LORA, "--base=base", "--dataset=pairs.jsonl", "--packing", "--train-on-prompt"),
     "pretrained": (*LORA, "--base=../theirs", "--dataset=other.txt", "--block-size=16"),
 }

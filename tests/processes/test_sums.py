@@ -169,7 +169,7 @@ HALF = "start several processes with torchrun, or unset RANK and WORLD_SIZE for 
         ({"RANK": "", "WORLD_SIZE": ""}, Launch()),
         ({"LOCAL_RANK": "3", "MASTER_PORT": "29500"}, Launch()),
         (FOUR, Launch(1, 4, 1, 2)),
-        (FOUR | {"TORCHELASTIC_RESTART_COUNT": "2"}, Launch(1, 4, 1, 2, 2)),
+        (FOUR | {"TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "none"}, Launch(1, 4, 1, 2, 2, True)),
         (FOUR | {"TORCHELASTIC_RESTART_COUNT": "none"}, Launch(1, 4, 1, 2)),
         (FOUR | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, Launch(0, 1, 0, 1)),
     ],

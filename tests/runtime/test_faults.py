@@ -1,7 +1,8 @@
 """Real training runs that are struck at an operation of the file system, and what the next start makes of them.
 
-SOAK=1 strikes at every operation; otherwise a few of each kind of run and fault are tried. Of two processes that train
-together, only the first writes: a disk that fails is tried there for a moment only, and on the second, which reads.
+SOAK=1 strikes at every operation; otherwise a few of each kind of run and fault are tried. Two processes that train
+together are killed, and find the disk full, at every operation of either; torn writes and a disk that fails are left to
+one process, but for the reads of the second.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOAK = bool(os.environ.get("SOAK"))
 QUICK = ("--kinds", "base", "lora", "pretrained", "records", "adapter", "--most", "4")
-
-
 LINUX = pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc/self/fd").exists(), reason="Linux is needed")
 TOGETHER = (
     [("--kinds", "first", "second", "--modes", "kill", "ENOSPC"), ("--kinds", "second", "--modes", "EIO")]
