@@ -35,7 +35,8 @@ test: $(VENV)/test.stamp
 soak: $(VENV)/test.stamp
 	SOAK=1 timeout 3600 $(BIN)/python -m pytest -n 0 -s -m "" tests/runtime/test_faults.py tests/runtime/test_rot.py \
 		tests/data/test_hostile_text.py tests/models/test_compiled.py tests/jobs/test_exact_resume.py \
-		tests/runtime/test_settings_fuzz.py tests/runtime/test_settings_together.py tests/runtime/test_names_fuzz.py
+		tests/runtime/test_settings_fuzz.py tests/runtime/test_settings_together.py tests/runtime/test_names_fuzz.py \
+		tests/processes/test_endings.py tests/processes/test_fifty_endings.py
 
 settings: $(VENV)/run.stamp
 	$(BIN)/python -m runtime.settings.config

@@ -39,7 +39,8 @@ class Training:
             with Interruption(repeats=world().size > 1) as interruption:
                 while self.state.step < self.job.settings.max_iters and not self.impatient:
                     self.one_step()
-                    if (self.host_waits or world().size == 1) and (asked := world().highest(interruption.asked)):
+                    asked = interruption.asked or world().abandoned
+                    if (self.host_waits or world().size == 1) and (asked := world().highest(asked)):
                         self.stop(asked)
         except KeyboardInterrupt:
             say(f"\nStopped at step {self.state.step}; {self.goes_on()}")

@@ -14,13 +14,14 @@ NUMBERS = NEEDED[:4]
 @dataclass(frozen=True)
 class Launch:
     """rank: the number of this process among `size`; local_rank: among the `local_size` on this machine; restart: how
-    often torchrun has started them anew."""
+    often torchrun has started them anew; torchrun: whether it did start them, and keeps what they tell each other."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
     restart: int = 0
+    torchrun: bool = False
 
 
 def launch_of(environ: Mapping[str, str]) -> Launch:
@@ -29,7 +30,7 @@ def launch_of(environ: Mapping[str, str]) -> Launch:
     WORLD_SIZE=1 alone, as some clusters set it, is a process by itself.
     """
     given = [name for name in NEEDED if environ.get(name)]
-    if "RANK" not in given and environ.get("WORLD_SIZE", "1") == "1":
+    if "RANK" not in given and environ.get("WORLD_SIZE") in (None, "", "1"):
         return Launch()
     fix = "start several processes with torchrun, or unset RANK and WORLD_SIZE for one"
     if missing := [name for name in NEEDED if name not in given]:
@@ -42,5 +43,5 @@ def launch_of(environ: Mapping[str, str]) -> Launch:
     rank, size, local_rank, local_size = (int(environ[name]) for name in NUMBERS)
     if rank >= size:
         raise UsageError(f"RANK={rank} in the environment must be less than WORLD_SIZE={size}; {fix}")
-    restarts = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Launch(rank, size, local_rank, local_size, int(restarts) if restarts.isdecimal() else 0)
+    restarts, torchrun = environ.get("TORCHELASTIC_RESTART_COUNT", "0"), "TORCHELASTIC_RUN_ID" in environ
+    return Launch(rank, size, local_rank, local_size, int(restarts) if restarts.isdecimal() else 0, torchrun)

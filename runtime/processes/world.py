@@ -53,11 +53,17 @@ class World:
         self.launch, self.store = launch, store
         self.rank, self.size, self.sent = launch.rank, launch.size, 0
         self.seconds, self.failing, self.in_step = START_SECONDS, False, False
+        self.parent = os.getppid()
 
     @property
     def leads(self) -> bool:
         """Whether this is the process that speaks and writes."""
         return self.rank == 0
+
+    @property
+    def abandoned(self) -> int:
+        """SIGTERM where torchrun is gone, which would have ended the other processes when one fails, else 0."""
+        return signal.SIGTERM if self.launch.torchrun and os.getppid() != self.parent else 0
 
     def join(self, seconds: float, device: torch.device) -> None:
         """Make collectives possible, which wait at most `seconds` for each other. Raises UsageError where this device
@@ -291,7 +297,7 @@ class World:
             with suppress(RuntimeError):
                 self.store.wait([f"said/{self.launch.restart}"], timedelta(seconds=TELL_SECONDS))
             return False
-        return self.leads
+        return self.rank == (0 if self.launch.torchrun else 1)  # the store went with torchrun, or with the first
 
     def said(self) -> None:
         """Let the processes end that wait for what this one had to say."""

@@ -137,21 +137,25 @@ def check_parts(parts: int, rows: int | None, processes: int, reduce: str) -> No
         )
     if processes == 1:
         return
+
+    def setting(parts: int) -> str:
+        more = "" if not rows or parts <= rows else f" and BATCH_SIZE to {parts} or more"
+        return f"STEP_PARTS={parts}{more}"
+
     even = -(-parts // processes) * processes
     if reduce == "exact" and processes & (processes - 1):
         fewer = 1 << (processes.bit_length() - 1)
         raise UsageError(
             f"REDUCE=exact works with 2, 4, 8, ... processes, and there are {processes}: start {fewer} or {2 * fewer}, "
-            f"or set REDUCE=fast{'' if even == parts else f' and STEP_PARTS={even}'}"
+            f"or set REDUCE=fast{'' if even == parts else f' and {setting(even)}'}"
         )
     if reduce == "exact" and parts & (parts - 1):
         even = max(processes, 1 << parts.bit_length())
-        raise UsageError(f"REDUCE=exact needs STEP_PARTS to be 2, 4, 8, ..., and it is {parts}: set STEP_PARTS={even}")
+        raise UsageError(f"REDUCE=exact needs STEP_PARTS to be 2, 4, 8, ..., and it is {parts}: set {setting(even)}")
     if reduce == "exact":
         even = max(parts, processes)
     if parts != even:
-        more = "" if not rows or even <= rows else f" and BATCH_SIZE to {even} or more"
         raise UsageError(
             f"{processes} processes share the parts of a step equally, and STEP_PARTS={parts} (by default "
-            f"GRADIENT_ACCUMULATION_STEPS): set STEP_PARTS={even}{more}"
+            f"GRADIENT_ACCUMULATION_STEPS): set {setting(even)}"
         )

@@ -15,6 +15,7 @@ import json
 import mmap
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # what the first optimizer would import, in every child anew
+import torch.distributed as dist
 from faulty_disk import MODES, FaultyDisk, applies
 
 import jobs.summaries.text
@@ -30,6 +32,7 @@ import training
 from jobs.runs import loop
 from lora.peft_format import load_adapter, save_adapter
 from runtime.processes.command import run_command
+from runtime.processes.world import world
 from runtime.storage.content import sha256
 from runtime.storage.folders import read_folder
 from runtime.training.resume import OPTIMIZER, WEIGHTS, to_files
@@ -37,6 +40,7 @@ from tests.pretrained import tiny_models
 
 CHANGES = ("fsync", "rename", "replace", "unlink", "rmdir")
 KINDS = ("base", "full", "lora", "pretrained", "records", "adapter")
+TOGETHER = ("first", "second")  # bases that two processes train, with the fault in one of them
 TINY = ("--test-mode", "--n-layer=1", "--n-embd=8", "--n-head=1", "--block-size=8")
 SHORT = ("--test-mode", "--max-iters=4", "--save-interval=2", "--eval-interval=2", "--eval-iters=1", "--dtype=fp32")
 SHORT += ("--batch-size=2", "--gradient-accumulation-steps=2", "--dropout=0.1", "--keep-checkpoints=1", "--patience=9")
@@ -45,39 +49,103 @@ TEXT = "To be, or not to be, that is the question:\n" * 20
 
 @dataclass
 class Ended:
-    """How a child ended. status: as waitpid tells it; struck: whether the fault happened; log: its operations."""
+    """How a child ended. status: as waitpid tells it; others: those of the processes beside it; struck: whether the
+    fault happened; log: its operations."""
 
     status: int
+    others: list[int]
     struck: bool
     told: str
     log: list[tuple[str, str, str]]
 
 
-def in_child(folder: Path, work: Callable[[], None], k: int = 0, mode: str = "kill") -> Ended:
-    """Run a command in a child, in `folder`/case, with a fault at operation k; what it prints goes beside the case."""
-    struck, log = mmap.mmap(-1, 1), folder / "log.json"
-    log.unlink(missing_ok=True)
-    child = os.fork()
-    if child == 0:
+@dataclass
+class Starter:
+    """Starts a command in `folder`/case as `processes` children, of which number `faulty` has the fault; what they
+    print goes beside the case."""
+
+    folder: Path
+    processes: int = 1
+    faulty: int = 0
+
+    def start(self, work: Callable[[], None], k: int = 0, mode: str = "kill") -> Ended:
+        """Run it, with a fault at operation k, until all have ended."""
+        struck, log = mmap.mmap(-1, 1), self.folder / "log.json"
+        log.unlink(missing_ok=True)
+        agent, launch = meeting_place() if self.processes > 1 else (0, {})
+        children = []
+        for rank in range(self.processes):
+            if (child := os.fork()) == 0:
+                if launch:
+                    os.environ.update(launch | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"})
+                if rank == self.faulty:
+                    disk = FaultyDisk(self.folder / "case", k, mode, lambda: struck.write_byte(1))
+                    self.be_child(rank, work, disk, log)
+                self.be_child(rank, work)
+            children.append(child)
+        statuses = self.wait_for(children)
+        if agent:
+            os.kill(agent, signal.SIGKILL)
+            os.waitpid(agent, 0)
+        operations = json.loads(log.read_text()) if log.exists() else []
+        told = "".join((self.folder / f"told-{rank}").read_text("utf-8", "replace") for rank in range(self.processes))
+        return Ended(statuses.pop(self.faulty), statuses, struck[0] == 1, told, operations)
+
+    def be_child(self, rank: int, work: Callable[[], None], disk: FaultyDisk | None = None, log: Path | None = None):
+        """Run the command in this process, for good; its operations are logged if it comes to its end."""
+        end_now = os._exit
+
+        def end(status: int) -> None:
+            if disk:
+                log.write_text(json.dumps(disk.log))
+            end_now(status)
+
         try:
-            os.chdir(folder / "case")
-            told = os.open(folder / "told", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os._exit = end
+            os.chdir(self.folder / "case")
+            told = os.open(self.folder / f"told-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(told, 1), os.dup2(told, 2)
             sys.stdout, sys.stderr = (os.fdopen(fd, "w", encoding="utf-8") for fd in (1, 2))
-            disk = FaultyDisk(folder / "case", k, mode, lambda: struck.write_byte(1))
-            disk.install()
+            if disk:
+                disk.install()
             try:
-                run_command(work)
-            except SystemExit as end:
-                log.write_text(json.dumps(disk.log))
-                os._exit(end.code or 0)
+                run_command(work, many=self.processes > 1)
+            except SystemExit as ending:
+                end(ending.code or 0)
         except BaseException as error:
             os.write(2, f"Traceback: {type(error).__name__}: {error}".encode())
         finally:
-            os._exit(99)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    operations = json.loads(log.read_text()) if log.exists() else []
-    return Ended(status, struck[0] == 1, (folder / "told").read_text("utf-8", "replace"), operations)
+            end_now(99)
+
+    def wait_for(self, children: list[int]) -> list[int]:
+        """How each ended. When one has failed, the others get SIGTERM, as from torchrun."""
+        statuses: dict[int, int] = {}
+        while len(statuses) < len(children):
+            child, status = os.wait()
+            if child not in children:
+                continue
+            if status and not any(statuses.values()):
+                for other in set(children) - {child, *statuses}:
+                    os.kill(other, signal.SIGTERM)
+            statuses[child] = os.waitstatus_to_exitcode(status)
+        return [statuses[child] for child in children]
+
+
+def meeting_place() -> tuple[int, dict[str, str]]:
+    """A process in which others meet that work on one command, as they do in torchrun, and what tells them of it."""
+    parent, (read, write) = os.getpid(), os.pipe()
+    if (agent := os.fork()) == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(write, str(store.port).encode())
+        os.close(write)
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(0)
+    os.close(write)
+    port = os.read(read, 10).decode()
+    os.close(read)
+    launch = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return agent, launch | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
 class Sweep:
@@ -85,9 +153,12 @@ class Sweep:
 
     def __init__(self, folder: Path, kind: str, base: Path, adapter: Path | None) -> None:
         self.folder, self.kind, self.adapter, self.trained = folder, kind, adapter, folder / "trained"
+        self.starter = Starter(folder, 2, TOGETHER.index(kind)) if kind in TOGETHER else Starter(folder)
         lora = (f"--base={base}", "--use-lora", "--lora-rank=2")
         own = {
             "base": TINY,
+            "first": TINY,
+            "second": TINY,
             "full": (f"--base={base}",),
             "lora": lora,
             "pretrained": (*lora, "--block-size=8"),
@@ -107,7 +178,7 @@ class Sweep:
 
     def again(self, k: int = 0, mode: str = "kill") -> Ended:
         """Start the command on what the last start left."""
-        return in_child(self.folder, self.copy if self.kind == "adapter" else self.train, k, mode)
+        return self.starter.start(self.copy if self.kind == "adapter" else self.train, k, mode)
 
     def train(self) -> None:
         """training.py itself; when its steps are done, their weights and optimizer are noted beside the case."""
@@ -116,7 +187,8 @@ class Sweep:
         def noted(this):
             state = all_steps(this)
             files = to_files(this.stepper, state)
-            self.trained.write_text(sha256(bytes(files[WEIGHTS]) + bytes(files[OPTIMIZER])))
+            if world().leads:
+                self.trained.write_text(sha256(bytes(files[WEIGHTS]) + bytes(files[OPTIMIZER])))
             return state
 
         loop.Training.all_steps = noted
@@ -153,8 +225,10 @@ class Sweep:
             return False, "the fault was not reached"
         if "Traceback" in first.told or first.status not in ((-9,) if mode in ("kill", "torn") else (0, 1)):
             return True, f"it ended with {first.status}: {first.told[-600:]}"
+        if not set(first.others) <= {0, 1, -signal.SIGTERM} or first.told.count("error: ") > 1:
+            return True, f"the others ended with {first.others}: {first.told[-600:]}"
         second = self.again()
-        if second.status or "Traceback" in second.told:
+        if second.status or any(second.others) or "Traceback" in second.told:
             return True, f"the next start ended with {second.status}: {second.told[-600:]}"
         now = self.left()
         return True, " and ".join(key for key, value in self.whole.items() if now.get(key) != value)
@@ -185,9 +259,11 @@ def sweep(folder: Path, kinds: list[str], modes: list[str], most: int | None, sk
         "".join(json.dumps({"prompt": f"{i}", "completion": "To"}) + "\n" for i in range(60))
     )
     problems, began = 0, time.perf_counter()
-    base = Sweep(folder / "start", "base", Path(), None).folder / "case/checkpoints/test-base-text"
-    adapter = Sweep(folder / "adapted", "lora", base, None).folder / "case/checkpoints/test-lora-text-r2/adapter"
-    tiny_models.save(tiny_models.make("qwen2 tied", torch.bfloat16), folder / "theirs")
+    base = adapter = folder
+    if not set(kinds) <= {"base", *TOGETHER}:
+        base = Sweep(folder / "start", "base", Path(), None).folder / "case/checkpoints/test-base-text"
+        adapter = Sweep(folder / "adapted", "lora", base, None).folder / "case/checkpoints/test-lora-text-r2/adapter"
+        tiny_models.save(tiny_models.make("qwen2 tied", torch.bfloat16), folder / "theirs")
     for kind in kinds:
         one = Sweep(folder / kind, kind, folder / "theirs" if kind == "pretrained" else base, adapter)
         for line in (unsafe := one.unsafe_commits()):
@@ -215,7 +291,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--kinds", nargs="+", choices=(*KINDS, *TOGETHER), default=KINDS)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--most", type=int)
     parser.add_argument("--skip", type=int, default=0)
