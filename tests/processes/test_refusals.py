@@ -50,6 +50,16 @@ REFUSED = {
         "error: SEED=seven (from the environment): must be a whole number from 0 to 2147483647",
     ),
     "no such text": (Case((*RUN, "--dataset=gone.txt")), 1, "error: gone.txt: there is no such text file"),
+    "in pieces, but exact": (
+        Case((*RUN, "--shard", "--reduce=exact", "--compile")),
+        2,
+        "error: SHARD=True of a model that trains whole does not work with COMPILE=True and REDUCE=exact: leave out",
+    ),
+    "in pieces of 4 bits": (
+        Case((*RUN, "--shard", "--use-lora", "--quantize=nf4")),
+        2,
+        "error: SHARD=True does not work with QUANTIZE=nf4: leave out one or the other",
+    ),
     "compare": (
         Case(("--test-mode",), "compare.py"),
         2,
@@ -101,6 +111,16 @@ def test_what_cannot_be_is_one_line_of_one_process_and_all_end(ended, name):
 def test_what_was_saved_before_an_error_in_one_process_is_intact(ended):
     for name in ("odd/step-000012", "high/step-000001"):
         assert read_folder(ended[0] / "checkpoints" / name)
+
+
+def test_a_single_process_has_no_pieces(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "training.py", *RUN, "--shard"], cwd=tmp_path, env=clean(), capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and of_ours(done.stderr) == [
+        "error: SHARD=True needs several processes: start them with torchrun, or leave it out"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ KINDS = {
 }
 FEWER = {4: ("base", "lora", "records")}  # the others are not trained on that many
 FAST = (*FP32, "--reduce=fast")
+SHARDED = (*FP32, "--shard")
+PIECES = ("--base=../on-2/base", "--shard")
 
 
 def training(folder: str, name: str, *words: str, **more) -> Case:
@@ -58,12 +60,21 @@ def started(tmp_path_factory) -> tuple[Path, dict[int, dict[str, list[Ended]]]]:
         cases = {name: training(f"on-{n}", name, *words) for name, words in kinds.items()}
         if n == 4:
             cases["stopped"] = training("stopped", "base", *BF16, interrupt=(2, 5))
+            cases["stopped in pieces"] = training("stopped", "fast", *SHARDED, interrupt=(1, 5))
         else:
             shutil.copytree(root / "stopped", root / f"resumed-{n}")
             cases["resumed"] = training(f"resumed-{n}", "base", *BF16)
             cases["fast"] = training(f"on-{n}", "fast", *FAST)
+            cases["resumed in pieces"] = training(f"resumed-{n}", "fast", *(FAST if n == 1 else SHARDED))
         if n == 2:
             cases["fast again"] = training("again-2", "fast", *FAST)
+            cases["sharded"] = training("pieces", "fast", *SHARDED)
+            cases["sharded muon"] = training("pieces", "muon", *SHARDED, "--optimizer=muon")
+            cases["sharded lora"] = training("pieces", "lora", *ON_TEXT, *PIECES)
+            cases["sharded records"] = training(
+                "pieces", "records", *KINDS["records"], "--base=../on-2/base", "--shard"
+            )
+            cases["muon"] = training("on-2", "muon", *FAST, "--optimizer=muon")
             cases["sums"] = Case((), "tests/processes/sums_of_processes.py")
         ended[n] = in_a_row(root, n, cases)
     return root, ended
@@ -104,7 +115,7 @@ def test_the_number_of_processes_changes_no_bit(started, kind, n):
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_first_process_alone_speaks_and_all_end_well(started, n):
     for name, (first, *others) in started[1][n].items():
-        if name != "stopped":
+        if not name.startswith("stopped"):
             assert [process.status for process in (first, *others)] == [0] * n, (name, first.told)
             assert [other.told for other in others] == [""] * (n - 1), name
             assert ("has finished" in first.told) == (name != "sums"), name
@@ -130,6 +141,24 @@ def test_a_fast_reduction_is_the_same_run_within_rounding(started):
             assert all(a == b or math.isclose(a, b, rel_tol=1e-5) for a, b in zip(ours, theirs, strict=True))
         (ours,), (theirs,) = (run.artifact.glob("*.safetensors") for run in (fast, exact))
         torch.testing.assert_close(load_file(ours), load_file(theirs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("folder", "name", "like"), [
+    ("pieces", "fast", "on-1"), ("pieces", "muon", "on-2"), ("resumed-1", "fast", "on-1"), ("resumed-2", "fast", "on-1"),
+])  # fmt: skip
+def test_a_model_in_pieces_is_the_same_run_within_rounding(started, folder, name, like):
+    """Also where 4 processes began it, and 2 or a single one, which has it whole, went on."""
+    pieces, whole = finished(started, folder, name), finished(started, like, name)
+    assert pieces.metadata["identity"] == whole.metadata["identity"]
+    for ours, theirs in zip(losses(pieces), losses(whole), strict=True):
+        assert all(a == b or math.isclose(a, b, rel_tol=1e-5) for a, b in zip(ours, theirs, strict=True))
+    (ours,), (theirs,) = (run.artifact.glob("*.safetensors") for run in (pieces, whole))
+    torch.testing.assert_close(load_file(ours), load_file(theirs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "records"])
+def test_lora_on_a_base_in_pieces_changes_no_bit(started, kind):
+    assert same(finished(started, "pieces", kind), finished(started, "on-1", kind))
 
 
 def test_a_fast_reduction_repeats_itself(started):
