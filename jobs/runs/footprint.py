@@ -32,6 +32,10 @@ FP32 = 4  # bytes of a value that trains, and of its gradient
 # Quantising and its kernels add QUANTISED bytes.
 PROCESS, HEAP, WIDEST, HEAD, QUANTISED = 11e6, 1.1, 7.5, 2.7, 25e6
 
+# On CUDA torch gives cuBLAS memory to work in, once for the forward pass and once for the backward pass, whose thread
+# is another: 32 MiB each on an H100 or H200, 8 MiB on older GPUs.
+WORKSPACES = 2 * 2**25
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -117,7 +121,7 @@ def footprint(plan: Plan) -> Footprint:
         last = max(last, gradients + update_bytes([trained[name] for name in hidden], plan.machine.dtype))
     running = max(highest, last) - sum(activations.values())
     live = weights + optimizer + max(highest, last)
-    peak = live if plan.machine.device.type != "cpu" else resident(live, plan, step)
+    peak = resident(live, plan, step) if plan.machine.device.type == "cpu" else live + WORKSPACES * plan.machine.is_cuda
     parameters = sum(p.numel() for p in own.values()) + (sum(counts.values()) if plan.lora else 0)
     adapter = gradients if plan.lora else 0
     return Footprint(
