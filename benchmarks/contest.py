@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from jobs.comparing import timing
@@ -56,9 +57,11 @@ def tell(rows: list[dict]) -> None:
 
 
 def close(name: str, rows: list[dict], keep: bool) -> None:
-    """Say on which machine the rows were measured, and keep them in `benchmarks/results/<name>.json` where asked."""
+    """Say on which machine the rows were measured, and keep them in `benchmarks/results/<name>.json` where asked, in
+    `<name>-gpu.json` where there is a GPU."""
     print(machine_name())
     if keep:
+        name += "-gpu" if torch.cuda.is_available() else ""
         path = Path(__file__).with_name("results") / f"{name}.json"
         about = {"machine": machine_name(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
         folders.write_file(path, (json.dumps(about, indent=1) + "\n").encode())

@@ -3,13 +3,16 @@
 python -m pip install trl==1.16.0                                       the peer, which nothing else here needs
 python -m benchmarks.instructions --base FOLDER [--data pairs.jsonl]    by default records of the Folio speller
 python -m benchmarks.instructions --base FOLDER --only memory           the peak of each, in a process of its own
-python -m benchmarks.instructions --base FOLDER --packing               packed rows against padded ones, both ours
+python -m benchmarks.instructions --base FOLDER --packing               packed rows against padded ones, both ours;
+                                                                        FOLDER may be a run of ours
 """
 
 from __future__ import annotations
 
 import itertools
+import statistics
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from data.tokenizers import Tokenizer
 from jobs.runs.base import Base
 from jobs.runs.source import read_source_records, template_for
 from lora.optim import make_optimizer
-from models.pretrained.source import Pretrained
+from models.pretrained.source import find_source
 from runtime.device import Machine, pick_machine
 from runtime.processes.command import run_command
 from runtime.settings.config import Settings
@@ -35,12 +38,15 @@ ROWS, RATE = 8, 5e-4
 STEPS = 10  # of which the peak memory is measured
 
 
-def load(base: Path, dataset: str, data_dir: Path, packed: bool) -> tuple[InstructionData, Tokenizer]:
-    """Records as batches of 8 rows of at most 512 tokens."""
-    tokenizer = Base.of(Pretrained(base)).tokenizer
+def load(
+    base: Path, dataset: str, data_dir: Path, packed: bool, rows: int = ROWS, template: str = ""
+) -> tuple[InstructionData, Tokenizer]:
+    """Records as batches of rows of at most 512 tokens, or as many as the base takes."""
+    opened = Base.of(find_source(Path("checkpoints"), str(base)))
+    tokenizer, longest = opened.tokenizer, min(512, opened.model.config.max_positions)
     records = read_source_records(dataset, "", 0.1, data_dir).head(2000, 20)
-    sizes = Sizes(512, ROWS, ROWS, seed=0, packed=packed)
-    return InstructionData.load(records, template_for(Settings(), tokenizer), tokenizer, data_dir, sizes), tokenizer
+    sizes, how = Sizes(longest, rows, rows, seed=0, packed=packed), replace(Settings(), template=template)
+    return InstructionData.load(records, template_for(how, tokenizer), tokenizer, data_dir, sizes), tokenizer
 
 
 def our_step(model: nn.Module, data: InstructionData, machine: Machine) -> Stepper:
@@ -149,17 +155,22 @@ def measure_memory(base: Path, dataset: str, data_dir: Path) -> list[dict[str, A
     return found
 
 
-def measure_packing(base: Path, dataset: str, data_dir: Path, rounds: int, device: str) -> list[dict[str, Any]]:
+def measure_packing(
+    base: Path, dataset: str, data_dir: Path, rounds: int, device: str, rows: int, template: str
+) -> list[dict[str, Any]]:
     """Seconds a record in packed rows as a share of those in padded ones."""
-    machine, contestants, each = pick_machine(device, "bf16"), {}, {}
+    machine, contestants, each, counted = pick_machine(device, "bf16"), {}, {}, {}
     for name, packed in (("packed", True), ("padded", False)):
-        data, _ = load(base, dataset, data_dir, packed)
+        data, _ = load(base, dataset, data_dir, packed, rows, template)
         each[name] = len(data.train) / data.steps_in_epoch
+        counted[name] = sum(int(one.said[1:].sum()) for one in data.train) / len(data.train)
         stepper, steps = our_step(ours(base, "bf16", True, 0.0), data, machine), itertools.count()
         contestants[name] = partial(lambda stepper, steps: stepper.step(next(steps)), stepper, steps)
     seconds = take_turns(contestants, rounds, machine)
     seconds = {name: [s / each[name] for s in times] for name, times in seconds.items()}
-    what = f"seconds a record, bf16: packed rows ({each['packed']:.0f} records a step) / padded ({each['padded']:.0f})"
+    speeds = ", ".join(f"{name} {counted[name] / statistics.median(seconds[name]):,.0f}" for name in seconds)
+    what = f"seconds a record, bf16, {rows} rows: packed ({each['packed']:.0f} records a step) / padded "
+    what += f"({each['padded']:.0f}); tokens a second that count: {speeds}"
     tell(found := [{"what": what} | ratio(seconds, "packed", "padded")])
     return found
 
@@ -167,10 +178,12 @@ def measure_packing(base: Path, dataset: str, data_dir: Path, rounds: int, devic
 def main() -> None:
     """Run the command."""
     flags = parser(__doc__, rounds=7)
-    flags.add_argument("--base", type=Path, required=True, help="a Hugging Face folder")
+    flags.add_argument("--base", type=Path, required=True, help="a Hugging Face folder; packed rows: or a run")
     flags.add_argument("--data", default="folio-pairs", help="what DATASET takes")
     flags.add_argument("--data-dir", type=Path, default=Path(Settings().data_dir))
     flags.add_argument("--packing", action="store_true", help="packed rows against padded ones, not the peer")
+    flags.add_argument("--rows", type=int, default=ROWS, help="of a step, where rows are packed")
+    flags.add_argument("--template", default="", help="what TEMPLATE takes, where rows are packed")
     flags.add_argument("--only", nargs="+", choices=("steps", "memory"), default=["steps", "memory"])
     flags.add_argument("--peak", choices=("ours", "theirs"), help="what a process of its own measures")
     options = flags.parse_args()
@@ -178,7 +191,7 @@ def main() -> None:
     if options.peak:
         peak(*what, options.peak)
     elif options.packing:
-        close("packing", measure_packing(*what, *how), options.record)
+        close("packing", measure_packing(*what, *how, options.rows, options.template), options.record)
     else:
         rows = measure_peer(*what, *how) if "steps" in options.only else []
         rows += measure_memory(*what) if "memory" in options.only else []

@@ -25,7 +25,7 @@ from lora.config import LoRAConfig
 from models.generation.choosing import Sampling
 from models.generation.sampling import generate
 from models.pretrained.families import family_with
-from models.pretrained.source import Pretrained
+from models.pretrained.source import Pretrained, find_source
 from runtime.device import pick_machine
 from runtime.processes.command import run_command
 
@@ -50,7 +50,7 @@ class WithLoss(nn.Module):
 
 def ours(base: Path, dtype: str, lora: bool, dropout: float, form: str = "none") -> nn.Module:
     """Our model of the base; its weights as they are stored where they are frozen, else in fp32."""
-    model = Base.of(Pretrained(base), form=form).model
+    model = Base.of(find_source(Path("checkpoints"), str(base)), form=form).model
     if dtype == "fp32" or not lora:
         model.float()
     if lora:

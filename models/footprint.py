@@ -26,7 +26,8 @@ class Step(NamedTuple):
     """How a part of a step is computed. rows of `positions` tokens each; size: bytes of a value in the compute dtype.
 
     keeps: CHECKPOINT_ACTIVATIONS. dropout: whether the model has any. cpu: whether attention goes by blocks where rows
-    are short. whole: how many logits may stand at once (`models.loss.whole`). embeddings, norms: whether these train.
+    are short, and RMS norms are several operations. whole: how many logits may stand at once (`models.loss.whole`).
+    embeddings, norms: whether these train.
     """
 
     rows: int
@@ -124,11 +125,12 @@ def of_block(config: ModelConfig, step: Step, block: Mapping[str, Linear], graph
 
 
 def _norm(config: ModelConfig, step: Step, graph: bool) -> Counter[str]:
-    """A norm of the stream: its input, and what it was divided by; a trained RMS norm keeps its quotient too."""
+    """A norm of the stream: its input, and what it was divided by; a trained RMS norm on the CPU keeps its quotient
+    too."""
     if not graph and not step.norms:
         return Counter()
     scalars = 1 if config.norm == "rms" else 2
-    times = 2 if config.norm == "rms" and step.norms else 1
+    times = 2 if config.norm == "rms" and step.norms and step.cpu else 1
     return Counter({NORMS: step.tokens * (times * config.n_embd + scalars) * STREAM})
 
 
@@ -173,7 +175,7 @@ def _attention(config: ModelConfig, step: Step, first: Sequence[Linear]) -> Coun
     """Queries, keys and values, and on the CPU the attention weights, of blocks of queries."""
     N, b, T = step.tokens, step.size, step.positions
     Q, K = config.n_head * config.head_width, config.kv_heads * config.head_width
-    normalised = (Q + K) * N * 4 * (2 if step.norms else 1) if config.qk_norm else 0
+    normalised = (Q + K) * N * 4 * (2 if step.norms and step.cpu else 1) if config.qk_norm else 0
     if step.cpu and T <= LONGEST_BY_BLOCKS:
         pairs = step.rows * config.n_head * sum(min(BLOCK, T - a) * min(a + BLOCK, T) for a in range(0, T, BLOCK))
         weights = pairs * b * (2 if step.dropout else 1) if step.keeps == "none" else 0

@@ -16,6 +16,7 @@ CALLS = {
     "variants": ("--sizes", "tiny", "--tokens", "64", "--rounds", "1"),
     "generate": ("--sizes", "tiny", "--rounds", "1"),
     "levers": ("--sizes", "tiny", "--rounds", "1"),
+    "estimates": ("--only", "tiny"),
     "memory": ("--sizes", "tiny", "--rounds", "1"),
     "saving": ("--sizes", "tiny", "--rounds", "1"),
     "startup": ("--rounds", "1"),

@@ -32,6 +32,10 @@ FP32 = 4  # bytes of a value that trains, and of its gradient
 # Quantising and its kernels add QUANTISED bytes.
 PROCESS, HEAP, WIDEST, HEAD, QUANTISED = 11e6, 1.1, 7.5, 2.7, 25e6
 
+# On CUDA torch gives cuBLAS memory to work in, once for the forward pass and once for the backward pass, whose thread
+# is another. Measured on an H200: with 32 MiB each, 78 cases of benchmarks/estimates come within 14 %.
+WORKSPACES = 2 * 2**25
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -147,7 +151,7 @@ def footprint(plan: Plan) -> Footprint:
         last = max(last, 2 * gradients + gradients // 2)
     running = max(highest, last) - sum(activations.values())
     live = weights + optimizer + max(highest, last)
-    peak = live if plan.machine.device.type != "cpu" else resident(live, plan, step)
+    peak = resident(live, plan, step) if plan.machine.device.type == "cpu" else live + WORKSPACES * plan.machine.is_cuda
     parameters = sum(p.numel() for p in own.values()) + adapter // FP32
     return Footprint(
         parameters, sum(counts.values()), adapter, weights, gradients, optimizer, activations, running, peak

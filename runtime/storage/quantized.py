@@ -8,6 +8,7 @@ kept. It cannot be changed.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
@@ -35,9 +36,10 @@ class Quantized(Tensor):
     names: ClassVar[re.Pattern]  # of parts
     mark: ClassVar[str]  # the part by which a file's matrices in this form are told
     parts: dict[str, Tensor]
+    about: tuple = ()  # what else it is made with, where the parts themselves may not be read
 
     @staticmethod
-    def __new__(cls, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Quantized:
+    def __new__(cls, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype, *about: Any) -> Quantized:
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=parts[WEIGHT].device)
 
     def __init__(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
@@ -77,16 +79,18 @@ class Quantized(Tensor):
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Quantized:
         """The same with each part moved or copied."""
-        return type(self)({name: move(part) for name, part in self.parts.items()}, self.shape, self.dtype)
+        parts = {name: move(part) for name, part in self.parts.items()}
+        return type(self)(parts, self.shape, self.dtype, *self.about)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
-        for name, part in self.parts.items():
-            setattr(self, f"part_{name}", part)
-        return [f"part_{name}" for name in self.parts], (self.dtype,)
+        for i, part in enumerate(self.parts.values()):
+            setattr(self, f"part_{i}", part)  # torch.compile takes no names with dots
+        return [f"part_{i}" for i in range(len(self.parts))], (tuple(self.parts), self.dtype, *self.about)
 
     @classmethod
     def __tensor_unflatten__(cls, inner: Mapping[str, Tensor], about: tuple, size: torch.Size, stride: Any) -> Tensor:
-        return cls({name.removeprefix("part_"): part for name, part in inner.items()}, size, *about)
+        names, *others = about
+        return cls({name: inner[f"part_{i}"] for i, name in enumerate(names)}, size, *others)
 
     def __deepcopy__(self, memo: dict) -> Quantized:
         return self.moved(torch.clone)
@@ -102,14 +106,11 @@ class Quantized(Tensor):
         if op is aten.clone.default:
             return args[0].moved(torch.clone)
         if op is aten._to_copy.default and isinstance(args[0], Quantized):
-            values = args[0] if kwargs.get("dtype") is None else args[0].dense(kwargs["dtype"])
-            if kwargs.get("device") is None:
-                return values
-            return (
-                values.moved(lambda part: part.to(kwargs["device"]))
-                if values is args[0]
-                else values.to(kwargs["device"])
-            )
+            matrix, dtype, device = args[0], kwargs.get("dtype"), kwargs.get("device")
+            if dtype not in (None, matrix.dtype):
+                return matrix.dense(dtype).to(device or matrix.device)
+            # Where only the device was asked for, torch names the dtype all the same.
+            return matrix if device is None else matrix.moved(lambda part: part.to(device))
         if op._schema.is_mutable and isinstance(args[0], Quantized):
             raise TypeError(f"a matrix in {args[0].form} cannot be changed")
         dense = pytree.tree_map_only(Quantized, lambda matrix: matrix.dense(), (args, kwargs))
@@ -150,16 +151,23 @@ class NF4(Quantized):
             {WEIGHT: torch.cat(data)} | {f"{WEIGHT}.{name}": part for name, part in stored.items()}, W.shape, W.dtype
         )
 
-    def __init__(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
+    def __init__(self, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype, told: str = "") -> None:
+        """told: the JSON object, where it was read before."""
         super().__init__(parts, shape, dtype)
-        state = {name.removeprefix(f"{WEIGHT}."): part for name, part in parts.items() if name != WEIGHT}
+        self.about = (told or bytes(parts[self.mark].tolist()).decode(),)
+        state = {
+            name.removeprefix(f"{WEIGHT}."): part for name, part in parts.items() if name not in (WEIGHT, self.mark)
+        }
+        state |= json.loads(self.about[0])
         self.state = bitsandbytes().QuantState.from_dict(state, parts[WEIGHT].device)
+        if self.state.nested:  # a number, as torch.compile would not know where a tensor is from
+            self.state.offset = float(state["nested_offset"])
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return bitsandbytes().dequantize_4bit(self.parts[WEIGHT], self.state).to(dtype or self.dtype)
 
     def scales_are_finite(self) -> bool:
-        return bool(self.state.offset.isfinite())  # the mean of all scales
+        return math.isfinite(self.state.offset)  # the mean of all scales
 
     @classmethod
     def described(cls, parts: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[torch.Size, torch.dtype]:

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.estimates import built, peak_of_steps, plans_of
 from benchmarks.live_bytes import LiveBytes
-from jobs.runs.footprint import Plan, Shape, footprint
-from lora.attach import attach
+from jobs.runs.footprint import WORKSPACES, Plan, Shape, footprint
 from lora.config import LoRAConfig
 from lora.optim import make_optimizer
 from models.config import ModelConfig
 from models.transformer import Transformer
 from runtime.device import Machine
-from runtime.storage.quantized import Quantized, quantize
+from runtime.storage.quantized import Quantized
 from runtime.training.muon import MuonSettings
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -60,19 +60,6 @@ def plan_of(case: str, **changes) -> Plan:
     others = {"rows": 4, "positions": 200, "dtype": BF16} | others | changes
     machine = Machine(torch.device("cpu"), others.pop("dtype"))
     return Plan(Shape(config, stored), machine, lora, **others)
-
-
-def built(plan: Plan) -> Transformer:
-    """The model that a plan is about, with fresh weights."""
-    model = Transformer(plan.shape.config, plan.dropout).to(plan.stored)
-    for name in model.linears_of_blocks() if plan.form != "none" else ():
-        path, _, _ = name.rpartition(".")
-        layer = model.get_submodule(path)
-        layer.weight = torch.nn.Parameter(quantize(plan.form, layer.weight, name))
-    if plan.lora:
-        attach(model, plan.lora)
-    model.checkpoint_activations = plan.keeps
-    return model.train()
 
 
 def tensors_of(model: Transformer) -> list[torch.Tensor]:
@@ -139,5 +126,13 @@ def test_the_peak_has_all_of_it_and_parts_of_a_step_hold_gradients_longer():
     assert one.peak > one.weights + one.optimizer + one.activations.total()
     assert footprint(replace(plan, batches=4)).peak > one.peak
     assert footprint(replace(plan, keeps="block")).peak < footprint(replace(plan, keeps="none")).peak
-    elsewhere = footprint(replace(plan, machine=Machine(torch.device("cuda"), BF16)))
-    assert elsewhere.peak == elsewhere.weights + elsewhere.optimizer + elsewhere.activations.total() + elsewhere.running
+    for device, workspaces in (("mps", 0), ("cuda", WORKSPACES)):
+        told = footprint(replace(plan, machine=Machine(torch.device(device), BF16)))
+        assert told.peak == told.weights + told.optimizer + told.activations.total() + told.running + workspaces
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", ["10.7M", "SmolLM2-135M"])
+def test_the_peak_is_what_a_gpu_holds(name):
+    for plan in plans_of(name, Machine(torch.device("cuda"), BF16)):
+        assert footprint(plan).peak == pytest.approx(peak_of_steps(plan), rel=0.15, abs=WORKSPACES), plan

@@ -71,6 +71,39 @@ def test_a_quantised_matrix_is_a_tensor_that_cannot_change(form: str) -> None:
         made.add_(1)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_copy_on_a_device_is_in_the_same_form(form: str) -> None:
+    made = quantize(form, torch.randn(48, 64), "W")
+    # What `to(device)` asks for: torch names the dtype too.
+    copied = torch.ops.aten._to_copy(made, dtype=made.dtype, layout=torch.strided, device=torch.device("cpu"))
+    assert type(copied) is type(made) and torch.equal(copied.dense(), made.dense())
+
+
+def test_a_layer_is_moved_with_all_parts_of_its_weight() -> None:
+    layer = nn.Linear(64, 64, bias=False)
+    layer.weight = nn.Parameter(quantize("int8", layer.weight, "W"), requires_grad=False)
+    layer.to("meta")
+    assert isinstance(layer.weight, Quantized) and {part.device.type for part in layer.weight.parts.values()} == {
+        "meta"
+    }
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_is_moved_to_a_gpu_and_back_in_its_form(form: str) -> None:
+    small, _ = pair(form, {})
+    names = {name for name, p in small.named_parameters() if isinstance(p, Quantized)}
+    with torch.no_grad():
+        wanted = small(IDX)[0]
+    for device in ("cuda", "cpu"):
+        small.to(device)
+        weights = {name: p for name, p in small.named_parameters() if isinstance(p, Quantized)}
+        assert weights.keys() == names
+        assert {part.device.type for p in weights.values() for part in p.parts.values()} == {device}
+        with torch.no_grad():
+            assert torch.allclose(small(IDX.to(device))[0].cpu(), wanted, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("form", "spoil", "told"),
     [

@@ -58,3 +58,30 @@ def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
     (slope,) = torch.autograd.grad(causal_attention(q, k, v, 0.0).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("device", "length", "made_anew"), [("cuda", 100, False), ("cuda", 128, True), ("cpu", 100, True)]
+)
+def test_a_kernel_that_is_made_anew_for_each_length_serves_usual_lengths_only(device, length, made_anew) -> None:
+    with attention.kernels(device, length):
+        assert torch.backends.cuda.cudnn_sdp_enabled() is made_anew
+        assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("T", [100, 128])
+def test_a_gpu_attends_as_the_cpu_does(T: int, segments: bool) -> None:
+    there = (torch.arange(T) >= 60).long().expand(2, -1) if segments else None
+    mine, its = (
+        qkv(T, torch.float32, 16),
+        [t.detach().cuda().bfloat16().requires_grad_() for t in qkv(T, torch.float32, 16)],
+    )
+    found = causal_attention(*its, 0.0, None if there is None else there.cuda())
+    expected = causal_attention(*mine, 0.0, there)
+    assert (found.cpu() - expected).norm() < 0.02 * expected.norm()
+    grads = (torch.autograd.grad(y.float().square().sum(), ts) for y, ts in ((found, its), (expected, mine)))
+    for one, other in zip(*grads, strict=True):
+        assert (one.cpu() - other).norm() < 0.03 * other.norm()

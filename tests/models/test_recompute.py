@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -42,19 +44,35 @@ def batch(rows: int = 3) -> dict[str, Tensor]:
 
 
 def loss_of(model: Transformer, keeps: str, dtype: torch.dtype) -> Tensor:
+    device = next(model.parameters()).device.type
     model.checkpoint_activations = keeps
     model.zero_grad()
     torch.manual_seed(5)
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        return model(**batch())[1]
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        return model(**{name: tensor.to(device) for name, tensor in batch().items()})[1]
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.fixture
+def one_order() -> Iterator[None]:
+    """Of what some kernels of a GPU add up in an order that differs from call to call."""
+    torch.use_deterministic_algorithms(torch.cuda.is_available(), warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("one_order")
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_losses_and_gradients_are_the_same_bits(shape: str, adapter: str, dropout: float, dtype: torch.dtype) -> None:
-    model, found = make(shape, adapter, dropout), {}
+def test_losses_and_gradients_are_the_same_bits(
+    shape: str, adapter: str, dropout: float, dtype: torch.dtype, device: str
+) -> None:
+    model, found = make(shape, adapter, dropout).to(device), {}
     for keeps in ("none", "cheap", "block"):
         loss = loss_of(model, keeps, dtype)
         loss.backward()

@@ -143,9 +143,15 @@ def test_a_fast_reduction_is_the_same_run_within_rounding(started):
         torch.testing.assert_close(load_file(ours), load_file(theirs), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("folder", "name", "like"), [
-    ("pieces", "fast", "on-1"), ("pieces", "muon", "on-2"), ("resumed-1", "fast", "on-1"), ("resumed-2", "fast", "on-1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("folder", "name", "like"),
+    [
+        ("pieces", "fast", "on-1"),
+        ("pieces", "muon", "on-2"),
+        ("resumed-1", "fast", "on-1"),
+        ("resumed-2", "fast", "on-1"),
+    ],
+)
 def test_a_model_in_pieces_is_the_same_run_within_rounding(started, folder, name, like):
     """Also where 4 processes began it, and 2 or a single one, which has it whole, went on."""
     pieces, whole = finished(started, folder, name), finished(started, like, name)
