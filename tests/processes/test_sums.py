@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import re
 import threading
-from collections import defaultdict
+from itertools import product
 
 import pytest
 import torch
@@ -78,7 +78,8 @@ class Threads:
     P2POp, isend, irecv = staticmethod(lambda *way: way), "send", "receive"
 
     def __init__(self, size: int) -> None:
-        self.size, self.mine, self.ways = size, threading.local(), defaultdict(queue.Queue)
+        self.size, self.mine = size, threading.local()
+        self.ways = {pair: queue.Queue() for pair in product(range(size), repeat=2)}
 
     def batch_isend_irecv(self, ways: list[tuple]) -> list:
         for way, tensor, other in ways:
