@@ -12,6 +12,8 @@
 #   make speller  the Folio speller: a base, an adapter that rewrites modern lines in First Folio spelling (10 minutes
 #                 each of three seeds on 2 cores), and the verdict on all 4,462 held-out pairs
 #   make speller-pretrained   the same on SmolLM2-135M (an hour and a half on 2 cores)
+#   make two-machines   two torchrun agents of two processes each, on two network namespaces of this machine where the
+#                 system allows that, else on loopback: the same weights as one process (a quarter of a minute)
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,7 +21,7 @@ PRETRAINED ?= HuggingFaceTB/SmolLM2-135M-Instruct
 TOUR := pretrained-folio
 BIN := $(VENV)/bin
 
-.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained clean
+.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained two-machines clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python training.py
@@ -67,6 +69,9 @@ speller: $(VENV)/test.stamp
 speller-pretrained: $(VENV)/test.stamp
 	$(BIN)/python training.py --use-lora --base $(PRETRAINED) --dataset folio-pairs --epochs 1 --run-name speller-pretrained
 	$(BIN)/python evaluate.py speller-pretrained --limit 0 --max-new-tokens 60
+
+two-machines: $(VENV)/run.stamp
+	$(BIN)/python -m benchmarks.two_machines
 
 $(VENV)/run.stamp: requirements.txt | $(VENV)/venv.stamp
 	@echo "Setting up $(VENV), once: torch and a few small packages"

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.scaling import table
+from benchmarks.workers import Group
+from runtime.errors import UserError
+
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 CALLS = {
     "lora_step": ("--sizes", "tiny", "--tokens", "64", "--rounds", "1"),
@@ -20,6 +24,7 @@ CALLS = {
     "memory": ("--sizes", "tiny", "--rounds", "1"),
     "saving": ("--sizes", "tiny", "--rounds", "1"),
     "startup": ("--rounds", "1"),
+    "scaling": ("--size", "tiny", "--tokens", "64", "--rounds", "1", "--kinds", "LoRA", "--lengths", "1", "100"),
 }
 
 
@@ -37,6 +42,22 @@ def test_a_benchmark_runs_and_prints_its_rows(name: str, monkeypatch, capsys, da
     rows = [re.fullmatch(r"\w.* (\d+\.\d\d) +\(\d+\.\d\d to \d+\.\d\d\).*", line) for line in lines[:-1]]
     assert rows and all(row and float(row[1]) > 0 for row in rows), lines
     assert kept() == before
+
+
+def test_the_table_of_several_processes_is_made_of_the_rows() -> None:
+    about = {"dtype": "bf16", "name": "LoRA", "weights": 9}
+    one = about | {"team": "1x1", "way": "exact", "seconds": 2.0, "median": 2048.0}
+    two = about | {"team": "2x1", "way": "exact", "seconds": 1.0, "median": 4096.0, "formula_bytes": 2.5e6}
+    ratio = {"against": "1x1", "median": 1.97, "min": 1.5, "max": 2.0} | about | {"team": "2x1", "way": "exact"}
+    held = {"peak": True, "median": 512.4} | about | {"team": "2x1", "way": "exact"}
+    lines = table([one, two | {"reduction_seconds": 0.0014}, ratio, held]).splitlines()
+    assert lines[2] == "| LoRA, bf16 | 1x1 | 2,048 |  |  |  |  |  |"
+    assert lines[3] == "| LoRA, bf16 | 2x1, exact | 4,096 | 1.97 (1.50 to 2.00) |  | 1.4 | 2.50 | 512 |"
+
+
+def test_a_process_that_fails_is_told_in_a_line() -> None:
+    with Group(2, 1, "cpu") as group, pytest.raises(UserError, match="2 processes of 1 thread ended: "):
+        group.ask("steps", training={"kind": "unknown"}, count=1)
 
 
 def test_where_memory_goes_is_drawn(monkeypatch, capsys, tmp_path) -> None:
