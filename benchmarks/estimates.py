@@ -22,7 +22,7 @@ from lora.config import LoRAConfig
 from models.config import ModelConfig
 from models.transformer import Transformer
 from runtime.device import Machine, pick_machine
-from runtime.errors import run_command
+from runtime.processes.command import run_command
 from runtime.storage.quantized import quantize
 
 STEPS = 3
