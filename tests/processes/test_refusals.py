@@ -1,6 +1,6 @@
 """What several processes cannot do, or what goes wrong in one of them, is one line, after which all have ended.
 
-All is tried on two processes in one start of torchrun.
+All that needs processes is tried on two of them in one start of torchrun.
 """
 
 from __future__ import annotations
@@ -11,8 +11,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torch.distributed as dist
 from starts import ODD, ROOT, SHORT, TEXT, TRACEBACK, Case, Ended, clean, in_a_row, of_ours
 
+from runtime.errors import UsageError
+from runtime.processes import alike
+from runtime.processes.launch import Launch
+from runtime.processes.world import World
 from runtime.storage.folders import read_folder
 from runtime.storage.lock import RunLock
 
@@ -144,3 +150,37 @@ def test_an_environment_that_was_set_by_hand_is_refused_in_one_line(tmp_path, en
             capture_output=True, text=True, timeout=60,
         )  # fmt: skip
     assert done.stderr == told.format(port=port) and done.returncode in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "told"),
+    [
+        ("cuda", {"count": 1}, "2 processes on this machine need a GPU each, and there are 1"),
+        ("cuda", {"count": 1, "shown": "3"},
+         "2 processes on this machine need a GPU each, and there are 1, as CUDA_VISIBLE_DEVICES=3 has it"),
+        ("cuda:1", {}, "DEVICE=cuda:1 with several processes: leave the number out, as each takes its own GPU"),
+        ("mps", {}, "several processes cannot work on mps: set DEVICE=cpu, or start one only"),
+        ("cuda", {"nccl": False}, "this build of torch has no NCCL, by which GPUs talk; set DEVICE=cpu"),
+        ("cpu", {"gloo": False}, "this build of torch has no gloo, by which processes talk; start one process only"),
+    ],
+)  # fmt: skip
+def test_a_device_on_which_processes_cannot_talk_is_refused(monkeypatch, device, there, told):
+    monkeypatch.setattr(dist, "is_gloo_available", lambda: there.get("gloo", True))
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: there.get("nccl", True))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there.get("count", 2))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if "shown" in there:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", there["shown"])
+    with pytest.raises(UsageError) as error:
+        World(Launch(1, 4, 1, 2)).join(1, torch.device(device))
+    assert str(error.value) == told
+
+
+@pytest.mark.parametrize("name", ["Python", "torch"])
+def test_other_versions_on_one_process_are_refused(monkeypatch, name):
+    """What processes tell each other is put in their mouths, as there is one Python here."""
+    world = World(Launch(0, 2))
+    monkeypatch.setattr(world, "gather", lambda values: [values, values | {name: "0.1"}])
+    monkeypatch.setattr(alike, "world", lambda: world)
+    with pytest.raises(UsageError, match=f"processes 0 and 1 must have the same {name}, and have .* and 0.1"):
+        alike.check_alike({"seed": 1, "data_dir": "here"}, "cpu, fp32")
