@@ -68,7 +68,7 @@ def check_finite(job: Job) -> None:
 
 
 def read_back(job: Job, run: Run) -> tuple[Transformer, folders.Files, Adapter]:
-    """The base with the run's best adapter on it, that adapter's files, and itself, all from disk.
+    """The base, and the files and the adapter of the run's best weights, from disk.
 
     Raises UserError where the base in memory or on disk is another than the run began with, or the adapter is gone.
     """
@@ -83,8 +83,6 @@ def read_back(job: Job, run: Run) -> tuple[Transformer, folders.Files, Adapter]:
     folder = saved[-1][1]
     files = folders.read_folder(folder)
     adapter = adapter_files.from_files(files, str(folder), family_with)
-    adapter.attach_to(fresh, base_sha256=job.base.sha256)
-    to_device(fresh, job.settings, job.machine)
     return fresh, files, adapter
 
 
@@ -131,6 +129,8 @@ def check_losses(job: Job, fresh: Transformer, adapter: Adapter) -> None:
     """Raises UserError where a fresh base, without and with the adapter from disk, computes something else than the
     run's own model with the same values in the adapter that it trained; these stay in it."""
     few = job.data.validation(FEW)
+    adapter.attach_to(fresh, base_sha256=job.base.sha256)
+    to_device(fresh, job.settings, job.machine)
     with using(job.model), using(fresh):
         without, expected = (evaluate(model, few, job.machine) for model in (job.model, fresh))
     if not math.isclose(without, expected, rel_tol=SAME):

@@ -50,7 +50,7 @@ LORA = {"base": "base", "use_lora": True, "lora_rank": 2, "lora_alpha": 2.0, "lo
 KINDS = {
     "base of characters": TINY,
     "base of word pieces, bf16": TINY | {"tokenizer": "bpe", "vocab_size": 270, "dtype": "bf16"},
-    "base with moments in 8 bits": TINY | {"n_embd": 64, "optimizer": "adamw8bit"},
+    "base with moments in 8 bits": TINY | {"n_embd": 64, "optimizer": "adamw8bit", "learning_rate": 0.01},
     "full fine-tuning": {"base": "base"},
     **{variant: LORA | {"lora_variant": variant} for variant in VARIANTS},
     "on a base in 4 bits": LORA | {"quantize": "nf4"},
