@@ -22,11 +22,13 @@ import torch
 
 from benchmarks import peers
 from benchmarks.contest import SIZES
+from lora.attach import adapter_parameters
 from lora.optim import make_optimizer
 from runtime.device import Machine, pick_machine
 from runtime.errors import UserError
 from runtime.processes.command import run_command
 from runtime.processes.launch import NEEDED
+from runtime.processes.shards import shard
 from runtime.processes.world import world
 from runtime.training.batch import Batch
 from runtime.training.muon import MuonSettings
@@ -51,10 +53,7 @@ class Training:
     dtype: str
 
 
-WAYS: dict[str, dict[str, Any]] = {  # what Stepper is told
-    "exact": {"reduce": "exact"},
-    "fast": {"reduce": "fast"},
-}
+WAYS = ("exact", "fast", "sharded")  # REDUCE, or SHARD
 
 
 class Group:
@@ -141,13 +140,16 @@ class Worker:
         machine, size = self._machine(training.dtype), SIZES[training.size]
         torch.manual_seed(0)
         model = peers.ours(size, training.kind != "full", training.kind == "lora").to(machine.device)
+        reduce = training.way
+        if training.way == "sharded":
+            shard(model, model.blocks, adapter_parameters(model), machine.device)
+            reduce = "sharded" if training.kind == "full" else "exact"
         rows = torch.randint(size[0], (training.tokens // size[-1], size[-1] + 1))
         batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()).to(machine.device)
         muon = MuonSettings(4.0, machine.dtype) if training.optimizer == "muon" else training.optimizer
         optimizer = make_optimizer(model, (0.9, 0.99), 0.1, kind=muon)
-        schedule, options = Schedule(1e-4, 1e-4, 0, 1), WAYS[training.way]
-        made = Stepper(model, optimizer, schedule, lambda _: batch, machine, seed=0, parts=training.parts, **options)
-        return made, machine
+        schedule, how = Schedule(1e-4, 1e-4, 0, 1), {"seed": 0, "parts": training.parts, "reduce": reduce}
+        return Stepper(model, optimizer, schedule, lambda _: batch, machine, **how), machine
 
     def _known(self, about: dict[str, Any]) -> tuple[Stepper, Machine]:
         training = Training(**about)
