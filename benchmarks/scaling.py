@@ -38,7 +38,7 @@ KINDS = {  # name: (kind and optimizer of a Training, goal against 1 process of 
     "LoRA": ("lora", "adamw", 1.9, 0.98),
     "LoRA, embeddings frozen": ("frozen", "adamw", 1.9, 0.98),
 }
-STEPS = 2  # a turn
+STEPS = 4  # a turn; the first after another team has had its own is slower
 LENGTHS = [4**n for n in range(13)]  # of vectors, fp32: 4 bytes to 67 MB
 
 
