@@ -179,6 +179,15 @@ def peaks(cases: list[Case], device: str) -> list[dict[str, Any]]:
     return rows
 
 
+def pieces(dtype: str, device: str) -> list[Case]:
+    """Cases in which weights take more than activations, of which only the memory is measured: one process, and 2 and 4
+    with a model in pieces."""
+    names = [name for name in KINDS if KINDS[name][1] == "adamw"][:2]
+    cases = [case for name in names for case in cases_of(name, "85M", 1024, dtype, [2, 4], device)]
+    alone = [case for case in cases if case.team == Team(1, 1)]
+    return alone + [case for case in cases if case.training.way == "sharded"]
+
+
 def sweep(groups: dict[Team, Group], lengths: list[int]) -> list[dict[str, Any]]:
     """How long vectors of each length take to be added up over processes, which `scaling_model` fits."""
     rows = []
@@ -210,7 +219,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells.append(f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})" if found else "")
         reduction = speed.get("reduction_seconds")
         cells.append(f"{1e3 * reduction:.1f}" if reduction else "")
-        cells.append(f"{speed['formula_bytes'] / 1e6:.2f}" if several else "")
+        sent = speed.get("sent_bytes") or speed.get("wire_bytes") or speed.get("formula_bytes")
+        cells.append(f"{sent / 1e6:.2f}" if several else "")
         cells.append(f"{held[key]:,.0f}" if key in held else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -251,6 +261,8 @@ def main() -> None:
         tell(rows := speeds(found))
         rows += (more := ratios(found) + sweep(groups, options.lengths))
         tell(more)
+    if options.size != "tiny":
+        cases += pieces(dtypes[0], options.device)
     rows += (more := peaks(cases, options.device))
     tell(more)
     close("scaling", rows, options.record)

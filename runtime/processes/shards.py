@@ -14,6 +14,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from runtime.device import give_back_freed_memory
+
 
 def shard(model: nn.Module, units: Iterable[nn.Module], kept: Iterable[nn.Parameter], device: torch.device) -> None:
     """Cut a model's parameters into pieces, and move it to a device.
@@ -21,6 +23,8 @@ def shard(model: nn.Module, units: Iterable[nn.Module], kept: Iterable[nn.Parame
     units: modules inside it whose parameters are put together only while they are needed; what is in none of them stays
     together through a step. kept: parameters that are not cut; nobody adds up their gradients.
     """
+    if device.type == "cpu":
+        give_back_freed_memory()
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     kept = set(kept)
     # Logits are a view, which nobody writes into.
