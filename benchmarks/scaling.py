@@ -204,7 +204,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The recorded speeds, reductions and memory as Markdown."""
     by = {(r["dtype"], r["name"], r["team"], r["way"]): r for r in rows if "seconds" in r and "team" in r}
     against = {(r["dtype"], r["name"], r["team"], r["way"], r["against"]): r for r in rows if "against" in r}
-    held = {(r["dtype"], r["name"], r["team"], r["way"]): r["median"] for r in rows if r.get("peak")}
+    size = next(row["what"].partition(",")[0] for row in by.values())
+    of_size = [r for r in rows if r.get("peak") and r["what"].startswith(size)]
+    held = {(r["dtype"], r["name"], r["team"], r["way"]): r["median"] for r in of_size}
     lines = [
         "| steps of | processes x threads, reduction | tokens/s | of 1x1 | of 1 process with as many threads "
         "| adding up, ms | MB sent a step | peak MB a process |",
