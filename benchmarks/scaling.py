@@ -89,12 +89,18 @@ def wire_bytes() -> int | None:
     return int(found[1].split()[8]) if found else None
 
 
-def take_turns(cases: list[Case], groups: dict[Team, Group], rounds: int) -> dict[Case, dict[str, list]]:
+def place(case: Case) -> tuple[Team, bool]:
+    """Which group takes the steps of a case: those with a model in pieces have processes of their own, as these give
+    memory back at once."""
+    return case.team, case.training.way == "sharded"
+
+
+def take_turns(cases: list[Case], groups: dict[tuple[Team, bool], Group], rounds: int) -> dict[Case, dict[str, list]]:
     """What each case measured, a list of the rounds' each; the first round warms up and does not count."""
     found = {case: defaultdict(list) for case in cases}
     for i in tqdm(range(rounds + 1), desc="rounds", disable=not sys.stderr.isatty(), leave=False):
         for case in cases:
-            group, training, before = groups[case.team], asked(case.training), wire_bytes()
+            group, training, before = groups[place(case)], asked(case.training), wire_bytes()
             told = group.ask("steps", training=training, count=STEPS if i else 1)
             if before is not None:
                 told["wire"] = (wire_bytes() - before) / STEPS / case.team.processes
@@ -188,11 +194,11 @@ def pieces(dtype: str, device: str) -> list[Case]:
     return alone + [case for case in cases if case.training.way == "sharded"]
 
 
-def sweep(groups: dict[Team, Group], lengths: list[int]) -> list[dict[str, Any]]:
+def sweep(groups: dict[tuple[Team, bool], Group], lengths: list[int]) -> list[dict[str, Any]]:
     """How long vectors of each length take to be added up over processes, which `scaling_model` fits."""
     rows = []
-    for team, group in groups.items():
-        for told in group.ask("sweep", lengths=lengths) if team.processes > 1 else ():
+    for (team, sharded), group in groups.items():
+        for told in group.ask("sweep", lengths=lengths) if team.processes > 1 and not sharded else ():
             values, way = told["values"], told["way"]
             what = f"adding up {values:,} values over {team.processes} processes, {way}: ms"
             times = [1e3 * seconds for seconds in told["all"]]
@@ -257,8 +263,8 @@ def main() -> None:
         for case in cases_of(name, *shape, dtype, sorted(options.processes), options.device)
     ]
     with ExitStack() as stack:
-        teams = dict.fromkeys(case.team for case in cases)
-        groups = {team: stack.enter_context(Group(*team, options.device)) for team in teams}
+        places = dict.fromkeys(map(place, cases))
+        groups = {one: stack.enter_context(Group(*one[0], options.device)) for one in places}
         found = take_turns(cases, groups, options.rounds)
         tell(rows := speeds(found))
         rows += (more := ratios(found) + sweep(groups, options.lengths))
