@@ -210,8 +210,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The recorded speeds, reductions and memory as Markdown."""
     by = {(r["dtype"], r["name"], r["team"], r["way"]): r for r in rows if "seconds" in r and "team" in r}
     against = {(r["dtype"], r["name"], r["team"], r["way"], r["against"]): r for r in rows if "against" in r}
-    size = next(row["what"].partition(",")[0] for row in by.values())
-    of_size = [r for r in rows if r.get("peak") and r["what"].startswith(size)]
+    size = {r["what"].partition(",")[0] for r in by.values()}
+    of_size = [r for r in rows if r.get("peak") and r["what"].partition(",")[0] in size]
     held = {(r["dtype"], r["name"], r["team"], r["way"]): r["median"] for r in of_size}
     lines = [
         "| steps of | processes x threads, reduction | tokens/s | of 1x1 | of 1 process with as many threads "

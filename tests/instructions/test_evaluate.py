@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -27,6 +28,7 @@ from runtime.processes.command import run_command
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
 from runtime.storage.runs import open_run
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES, ANIMALS = ("Anna", "Ben", "Clara", "David", "Emma"), ("cats", "dogs", "owls", "bees")
@@ -105,8 +107,7 @@ def held_out(root: Path) -> list[Record]:
 @pytest.fixture(scope="module")
 def done(root: Path) -> subprocess.CompletedProcess:
     """evaluate.py on the tuned run, as a process, with its report in `report`."""
-    words = (ROOT / "evaluate.py", "tuned", *BRIEF, "--out", "report")
-    done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, encoding="utf-8", timeout=120)
+    done = warm.run([ROOT / "evaluate.py", "tuned", *BRIEF, "--out", "report"], root, os.environ)
     assert done.returncode == 0, done.stderr
     return done
 

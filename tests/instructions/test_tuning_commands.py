@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from data.chat import GUIDE
 from runtime.storage.runs import open_run
+from tests import warm
 from tests.pretrained.tiny_chats import CHATML
 from tests.pretrained.tiny_models import make, save
 
@@ -24,10 +24,7 @@ ANSWER = "It sat on the mat."
 
 def run(folder: Path, command: str, *words: str, typed: str = "", **settings: str) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if key in KEPT} | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, ROOT / command, *words], cwd=folder, env=environment | settings,
-        capture_output=True, text=True, encoding="utf-8", input=typed, timeout=120,
-    )  # fmt: skip
+    return warm.run([ROOT / command, *words], folder, environment | settings, typed)
 
 
 def good(*args: str, **settings: str) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from local_hub import TOKEN, serving
 from tiny_models import make, save
+
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLITS = (
@@ -53,10 +54,7 @@ def run(folder: Path, address: str, command: str, *words: str, **settings: str) 
         "HF_HUB_DISABLE_XET": "1",
         "HOME": str(folder),
     }
-    done = subprocess.run(
-        [sys.executable, ROOT / command, *words],
-        cwd=folder, env=environment | settings, capture_output=True, text=True, encoding="utf-8", timeout=120,
-    )  # fmt: skip
+    done = warm.run([ROOT / command, *words], folder, environment | settings)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tiny_models import make, save
 
 from jobs.generating.load import load
 from runtime.storage.runs import open_run
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ("PATH", "HOME", "TMPDIR", "OMP_NUM_THREADS", "XDG_CACHE_HOME")
@@ -27,10 +27,7 @@ FAST |= {"DEVICE": "cpu", "DATASET": "letters.txt", "LEARNING_RATE": "1e-2", "DA
 
 def run(folder: Path, command: str, *words: str, typed: str = "", **settings: str) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if key in KEPT}
-    return subprocess.run(
-        [sys.executable, ROOT / command, *words], cwd=folder, env=environment | {"HF_HUB_OFFLINE": "1"} | settings,
-        capture_output=True, text=True, encoding="utf-8", input=typed, timeout=120,
-    )  # fmt: skip
+    return warm.run([ROOT / command, *words], folder, environment | {"HF_HUB_OFFLINE": "1"} | settings, typed)
 
 
 def good(*args: str, **settings: str) -> str:
