@@ -54,10 +54,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if (path := Path(args.out)).exists():
         raise UserError(f"{path} is there already: choose another --out")
+    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
+        raise UserError(f"{' and '.join(missing)} must be installed first: pip install -r requirements-onnx.txt")
     model, _ = load(args.run, args.checkpoints_dir)
     longest, vocab_size = model.config.max_positions, model.config.vocab_size
 
-    # A graph is fixed arithmetic and cannot switch adapters, so what the adapter adds is written into the weights first.
+    # A graph is fixed arithmetic and cannot switch adapters, so what the adapter adds goes into the weights first.
     # Other programs then need not know that there ever was one: the graph is that of a plain base.
     merge(model)
     # On CPUs this model computes attention in a Python loop over blocks of queries. Tracing would unroll that loop for
@@ -68,17 +70,14 @@ def main(argv: list[str] | None = None) -> None:
     sizes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=1, max=longest)}
     graph, names = Logits(model).eval(), {"input_names": ["tokens"], "output_names": ["logits"]}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it lists packages that this model does not need
-    try:
-        torch.onnx.export(graph, (example,), path, dynamic_shapes=(sizes,), external_data=False, verbose=False, **names)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error}; run: pip install -r requirements-onnx.txt") from None
+    draft = path.with_name(f"{path.name}.unchecked")  # a name that says so: only what was checked gets the other one
+    torch.onnx.export(graph, (example,), draft, dynamic_shapes=(sizes,), external_data=False, verbose=False, **names)
     if importlib.util.find_spec("onnxruntime") is None:
-        print(f"{path}: merged, and not checked, as there is no onnxruntime: pip install -r requirements-onnx.txt")
-    elif (worst := difference(path, graph, vocab_size, longest)) > 1e-4:  # rounding alone is a hundred times smaller
-        path.unlink()
-        raise UserError(f"the file's logits differ by {worst:.1e} of the largest; it was removed")
-    else:
-        print(f"{path}: merged; its logits are the model's within {worst:.0e} of the largest, in four other shapes")
+        raise UserError(f"{draft} was made, but not checked: that needs onnxruntime, of requirements-onnx.txt")
+    if not (worst := difference(draft, graph, vocab_size, longest)) <= 1e-4:  # rounding is a hundred times smaller
+        raise UserError(f"the logits of {draft} are off by {worst:.1e} of the largest: do not use it")
+    draft.rename(path)
+    print(f"{path}: merged; its logits are the model's within {worst:.0e} of the largest, in four other shapes")
 
     # TensorRT compiles the file for one kind of GPU. Its parameters:
     #   --minShapes, --maxShapes   the range of batch x length that the engine accepts; outside it, it refuses to run
@@ -89,9 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     #   --timingCacheFile          keeps what was measured, so that the next build takes seconds
     #   --saveEngine               the engine. It fits this TensorRT version and this kind of GPU, so keep the .onnx too
     shapes = f"--minShapes=tokens:1x1 --optShapes=tokens:1x{longest} --maxShapes=tokens:16x{longest}"
-    more = (
-        f"--fp16 --memPoolSize=workspace:2048 --timingCacheFile=timing.cache --saveEngine={path.with_suffix('.plan')}"
-    )
+    more = f"--fp16 --memPoolSize=workspace:2048 --timingCacheFile=timing.cache --saveEngine={path.stem}.plan"
     print(f"TensorRT (this command was not run here):\n  trtexec --onnx={path} {shapes} {more}")
 
 

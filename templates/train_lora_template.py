@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.checkpoints_dir / args.out
     if folder.exists():
         raise UserError(f"{folder} is there already, and may have taken hours to train: choose another --out")
+    if not Path(args.text).is_file():
+        raise UserError(f"there is no {args.text}: `python training.py --use-lora` fetches the Folio, or name another")
     base, tokenizer = load(args.base, args.checkpoints_dir)
     tokens = torch.tensor(tokenizer.encode(Path(args.text).read_text("utf-8-sig")))
     # The end of the text is held out. Training loss always falls; only text that it never saw tells what was learned.
@@ -46,9 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     shape = {"n_embd": c.n_embd, "block_size": T, "n_head": c.n_head, "n_layer": c.n_layer, "bias": c.bias}
     model = BigramLanguageModelLoRA(c.vocab_size, **shape, use_lora=True, lora_rank=args.rank, lora_alpha=16.0)
     if model.load_state_dict(base.state_dict(), strict=False).unexpected_keys:  # the adapter's own keys are missing
-        raise UserError(
-            f"{args.base} has another architecture or an adapter of its own; training.py knows more of them"
-        )
+        raise UserError(f"{args.base} has another architecture, or an adapter of its own; training.py may help")
 
     # While B is zero, no gradient reaches A: B learns faster (LoRA+). Weight decay would pull A and B to zero, and so
     # the model back to its base; at these few steps that is not wanted.
@@ -69,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
         for group in optimizer.param_groups:
             group["lr"] = PEAK * ((step + 1) / (warmup + 1) if step < warmup else falling) * group["ratio"]
         loss = model(windows[:, :-1], windows[:, 1:])[1]  # the target of each token is the one that follows it
+        if not loss.isfinite():
+            raise UserError(f"the loss is {loss.item()} at step {step + 1}: a lower learning rate may help")
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*slow, *fast], 1.0)  # so that one odd batch cannot undo many good ones
         optimizer.step()
@@ -81,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     # The file has A, B and the trained embeddings, and the fingerprint of the base's weights: on other weights of the
     # same shape the adapter would load as well, and write nonsense. run.json makes the folder a run, so it comes last.
     about = json.loads((args.checkpoints_dir / args.base / "run.json").read_text("utf-8"))
-    sha256, told = fingerprint(base.state_dict()), {"test_mode": about["settings"]["test_mode"], "dataset": args.text}
+    told = {"test_mode": about["settings"]["test_mode"], "dataset": str(Path(args.text).resolve())}
+    sha256 = fingerprint(base.state_dict())
     run = {"kind": "lora", "identity": "template", "settings": told, "base": {"run": args.base, "sha256": sha256}}
     known = {"base": args.base, "base_sha256": sha256, "tokenizer_sha256": tokenizer.sha256}
     save_adapter(folder / "adapter", Adapter.from_model(model, **known))
@@ -92,5 +95,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, OSError) as error:
+    except (UserError, OSError, UnicodeError) as error:
         sys.exit(f"error: {error}")
