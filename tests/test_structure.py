@@ -16,8 +16,11 @@ MAY_IMPORT = {
     "models": {"models", "lora", "runtime"},
     "jobs": {"jobs", "models", "lora", "data", "runtime"},
     "benchmarks": {"benchmarks", "jobs", "models", "lora", "data", "runtime"},
+    "templates": {"jobs", "models", "lora", "runtime"},
     "command": {"jobs", "models", "lora", "data", "runtime"},
 }
+TEMPLATES_IMPORT = {"jobs.generating.load", "models.bigram_lm_v2_lora", "models.attention", "lora.attach", "lora.merge"}
+TEMPLATES_IMPORT |= {"lora.adapter", "lora.peft_format", "runtime.errors", "runtime.storage.tensors"}
 FILES = list(ROOT.glob("*.py"))
 FILES += [path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py")]
 
@@ -51,6 +54,13 @@ def test_imports_follow_the_map(path):
     mine = room(module(path))
     strangers = {name for name in imports(path) if room(name) not in MAY_IMPORT[mine]}
     assert not strangers, f"{module(path)} ({mine}) may not import {', '.join(sorted(strangers))}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "templates").glob("*.py")), ids=module)
+def test_a_template_shows_what_it_does_itself(path):
+    """Of ours it imports the model, how it is loaded, adapters and their files, and what makes errors one line."""
+    named = {name for name in imports(path) if not any(other.startswith(f"{name}.") for other in MODULES)}
+    assert named <= TEMPLATES_IMPORT
 
 
 def test_there_are_no_cycles():

@@ -1,0 +1,1 @@
+"""LoRA in four short files: what the commands do, without what makes them safe to rely on."""
