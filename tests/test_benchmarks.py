@@ -45,12 +45,13 @@ def test_a_benchmark_runs_and_prints_its_rows(name: str, monkeypatch, capsys, da
 
 
 def test_the_table_of_several_processes_is_made_of_the_rows() -> None:
-    about = {"dtype": "bf16", "name": "LoRA", "weights": 9}
+    about = {"what": "10.7M, 4096 tokens", "dtype": "bf16", "name": "LoRA", "weights": 9}
     one = about | {"team": "1x1", "way": "exact", "seconds": 2.0, "median": 2048.0}
     two = about | {"team": "2x1", "way": "exact", "seconds": 1.0, "median": 4096.0, "formula_bytes": 2.5e6}
     ratio = {"against": "1x1", "median": 1.97, "min": 1.5, "max": 2.0} | about | {"team": "2x1", "way": "exact"}
     held = {"peak": True, "median": 512.4} | about | {"team": "2x1", "way": "exact"}
-    lines = table([one, two | {"reduction_seconds": 0.0014}, ratio, held]).splitlines()
+    other = held | {"what": "85M, 1024 tokens", "median": 2066.0}
+    lines = table([one, two | {"reduction_seconds": 0.0014}, ratio, held, other]).splitlines()
     assert lines[2] == "| LoRA, bf16 | 1x1 | 2,048 |  |  |  |  |  |"
     assert lines[3] == "| LoRA, bf16 | 2x1, exact | 4,096 | 1.97 (1.50 to 2.00) |  | 1.4 | 2.50 | 512 |"
 
