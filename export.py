@@ -1,0 +1,68 @@
+"""Take a run elsewhere: a folder that transformers reads, a file for llama.cpp and Ollama, an adapter for PEFT or vLLM.
+
+python export.py lora-folio-r16 --to hf --out folio                     base and adapter as one Hugging Face folder
+python export.py lora-folio-r16 --to gguf --out folio.gguf              as one file for llama.cpp, with a Modelfile
+python export.py lora-folio-r16 --to gguf --out folio.gguf --outtype q8_0    in 8 bits
+python export.py lora-folio-r16 --to peft --out folio-adapter           the adapter by itself, as PEFT reads it
+python export.py lora-folio-r16 --to peft --for vllm --out folio-vllm   and as vLLM does
+
+Whoever reads the format computes with what was written before it gets its name; nothing is overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import runtime.start  # noqa: F401 - before what takes seconds to import
+from jobs.adapting.adapted import check_free
+from jobs.exporting import hugging_face
+from jobs.exporting.opening import open_whole
+from jobs.runs.preflight import check_writable
+from runtime.processes.command import run_command
+from runtime.settings.config import FOLDER, CommonSettings, from_command_line
+from runtime.settings.fields import setting
+
+WHAT = {"group": "What to export", "env": False}
+A_PATH = {"pattern": FOLDER, "path": True, **WHAT}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CommonSettings):
+    """The flags of export.py."""
+
+    run: str = setting(
+        "", "A run, or the Hugging Face folder or hub name of a model", metavar="RUN",
+        allowed="a run's name, a folder, or a name on the hub", **A_PATH,
+    )  # fmt: skip
+    to: str = setting("hf", "The format", choices=("hf",), required=True, **WHAT)
+    out: str = setting("", "The new folder or file", required=True, allowed="a path", **A_PATH)
+
+    @property
+    def root(self) -> Path:
+        """The folder of the runs."""
+        return Path(self.checkpoints_dir)
+
+
+def to_hugging_face(options: Options) -> list[str]:
+    """Write a Hugging Face folder."""
+    hugging_face.check_packages()
+    told = hugging_face.export_folder(open_whole(options.root, options.run), Path(options.out))
+    return [*told, f"transformers.AutoModelForCausalLM.from_pretrained({options.out!r}) reads it"]
+
+
+FORMATS: dict[str, Callable[[Options], list[str]]] = {"hf": to_hugging_face}
+
+
+def main() -> None:
+    """Run the command."""
+    options = from_command_line(Options, __doc__).settings
+    check_free(Path(options.out))
+    check_writable(Path(options.out).absolute().parent)
+    told = FORMATS[options.to](options)
+    print("\n".join([f"{options.out}: {options.run}", *told]))
+
+
+if __name__ == "__main__":
+    run_command(main)
