@@ -17,9 +17,11 @@ from pathlib import Path
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
 from jobs.adapting.adapted import check_free
-from jobs.exporting import hugging_face
-from jobs.exporting.opening import open_whole
+from jobs.exporting import gguf_file, hugging_face
+from jobs.exporting.opening import find_finished, open_adapter, open_whole
+from jobs.exporting.peft_folder import export_folder
 from jobs.runs.preflight import check_writable
+from runtime.errors import UsageError
 from runtime.processes.command import run_command
 from runtime.settings.config import FOLDER, CommonSettings, from_command_line
 from runtime.settings.fields import setting
@@ -36,8 +38,14 @@ class Options(CommonSettings):
         "", "A run, or the Hugging Face folder or hub name of a model", metavar="RUN",
         allowed="a run's name, a folder, or a name on the hub", **A_PATH,
     )  # fmt: skip
-    to: str = setting("hf", "The format", choices=("hf",), required=True, **WHAT)
+    to: str = setting("hf", "The format", choices=("hf", "gguf", "peft"), required=True, **WHAT)
     out: str = setting("", "The new folder or file", required=True, allowed="a path", **A_PATH)
+    outtype: str = setting("f16", "For gguf: what matrices are stored in", choices=gguf_file.TYPES, **WHAT)
+    no_tokenizer: bool = setting(False, "For gguf: leave the tokenizer out, for programs that pass token ids", **WHAT)
+    reader: str = setting(
+        "peft", "For peft, and spelt --for as well: vllm takes adapters of one rank and scale, without embeddings", also="for",
+        choices=("peft", "vllm"), **WHAT,
+    )  # fmt: skip
 
     @property
     def root(self) -> Path:
@@ -52,7 +60,31 @@ def to_hugging_face(options: Options) -> list[str]:
     return [*told, f"transformers.AutoModelForCausalLM.from_pretrained({options.out!r}) reads it"]
 
 
-FORMATS: dict[str, Callable[[Options], list[str]]] = {"hf": to_hugging_face}
+def to_gguf(options: Options) -> list[str]:
+    """Write a GGUF file and its Modelfile."""
+    out = Path(options.out)
+    if out.suffix != ".gguf":
+        raise UsageError(f"--out {out}: the name of a GGUF file ends in .gguf")
+    check_free(gguf_file.modelfile_of(out))
+    gguf_file.check_packages()
+    whole = open_whole(options.root, options.run)
+    told = gguf_file.export_file(whole, out, options.outtype, not options.no_tokenizer)
+    return [*told, f"For Ollama: ollama create {whole.run.name.lower()} -f {gguf_file.modelfile_of(out)}"]
+
+
+def to_peft(options: Options) -> list[str]:
+    """Write an adapter's folder."""
+    run = find_finished(options.root, options.run)
+    if run.kind != "lora":
+        raise UsageError(f"{run.name} has no adapter; --to hf exports the whole model")
+    told = export_folder(open_adapter(options.root, run), Path(options.out), options.reader == "vllm")
+    reads = f"vllm serve BASE --enable-lora --lora-modules {run.name}={options.out}"
+    if options.reader == "peft":
+        reads = f"peft.PeftModel.from_pretrained(model, {options.out!r}) reads it"
+    return [told, reads]
+
+
+FORMATS: dict[str, Callable[[Options], list[str]]] = {"hf": to_hugging_face, "gguf": to_gguf, "peft": to_peft}
 
 
 def main() -> None:

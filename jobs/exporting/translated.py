@@ -80,7 +80,7 @@ def _meaning(config: ModelConfig) -> dict[str, Any]:
 
 
 def _rearranged(model: Transformer, config: ModelConfig) -> Transformer:
-    """The same function with the parts of another config: q, k and v joined, and zeros for biases that there are not."""
+    """The same function with the parts of another config: q, k and v joined, zeros for biases that are missing."""
     made, own = Transformer(config, device="meta"), dict(model.named_parameters())
     for name, p in list(made.named_parameters()):
         parts = [own.get(name.replace("qkv_proj", f"{part}_proj")) for part in "qkv"] if "qkv_proj" in name else []
