@@ -25,8 +25,10 @@ from runtime.errors import UsageError
 from runtime.processes.command import run_command
 from runtime.settings.config import FOLDER, CommonSettings, from_command_line
 from runtime.settings.fields import setting
+from runtime.settings.sources import Resolved
 
 WHAT = {"group": "What to export", "env": False}
+OF_ONE_FORMAT = (("outtype", "outtype", "gguf"), ("no_tokenizer", "no-tokenizer", "gguf"), ("reader", "for", "peft"))
 A_PATH = {"pattern": FOLDER, "path": True, **WHAT}
 
 
@@ -43,14 +45,25 @@ class Options(CommonSettings):
     outtype: str = setting("f16", "For gguf: what matrices are stored in", choices=gguf_file.TYPES, **WHAT)
     no_tokenizer: bool = setting(False, "For gguf: leave the tokenizer out, for programs that pass token ids", **WHAT)
     reader: str = setting(
-        "peft", "For peft, and spelt --for as well: vllm takes adapters of one rank and scale, without embeddings", also="for",
-        choices=("peft", "vllm"), **WHAT,
+        "peft", "For peft, and spelt --for as well: vllm takes adapters of one rank and scale, without embeddings",
+        also="for", choices=("peft", "vllm"), **WHAT,
     )  # fmt: skip
 
     @property
     def root(self) -> Path:
         """The folder of the runs."""
         return Path(self.checkpoints_dir)
+
+
+def check(given: Resolved) -> None:
+    """Raises UsageError for flags of another format and where something is in the way, UserError where nothing can be
+    written there: all before the first model is opened."""
+    options = given.settings
+    for name, flag, to in OF_ONE_FORMAT:
+        if given.explicit(name) and options.to != to:
+            raise UsageError(f"--{flag} is for --to {to}, not --to {options.to}")
+    check_free(Path(options.out))
+    check_writable(Path(options.out).absolute().parent)
 
 
 def to_hugging_face(options: Options) -> list[str]:
@@ -89,9 +102,9 @@ FORMATS: dict[str, Callable[[Options], list[str]]] = {"hf": to_hugging_face, "gg
 
 def main() -> None:
     """Run the command."""
-    options = from_command_line(Options, __doc__).settings
-    check_free(Path(options.out))
-    check_writable(Path(options.out).absolute().parent)
+    given = from_command_line(Options, __doc__)
+    check(given)
+    options = given.settings
     told = FORMATS[options.to](options)
     print("\n".join([f"{options.out}: {options.run}", *told]))
 

@@ -31,7 +31,7 @@ def translated(model: Transformer, eos: int | None) -> tuple[Transformer, dict[s
         ours |= {f"{part}_bias": True for part in PARTS[:-1]}
     if lost := [f"{name}={ours[name]!r}" for name in ours if ours[name] != wanted[name]]:
         raise UserError(f"a {CLASSES[kind]} has no place for {', '.join(lost)}, so this model cannot be one")
-    return _rearranged(model, theirs), values
+    return (model if kind == "llama" else _rearranged(model, theirs)), values
 
 
 def _gpt2(config: ModelConfig) -> dict[str, Any]:
