@@ -28,8 +28,8 @@ from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
 
 WHAT = {"group": "What to export", "env": False}
-OF_ONE_FORMAT = (("outtype", "outtype", "gguf"), ("no_tokenizer", "no-tokenizer", "gguf"), ("reader", "for", "peft"))
-A_PATH = {"pattern": FOLDER, "path": True, **WHAT}
+OF_ONE_FORMAT = (("outtype", "outtype", "gguf"), ("tokenizer", "no-tokenizer", "gguf"), ("reader", "for", "peft"))
+A_PATH = {"pattern": rf"|{FOLDER}", "path": True, **WHAT}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,10 @@ class Options(CommonSettings):
         "", "A run, or the Hugging Face folder or hub name of a model", metavar="RUN",
         allowed="a run's name, a folder, or a name on the hub", **A_PATH,
     )  # fmt: skip
-    to: str = setting("hf", "The format", choices=("hf", "gguf", "peft"), required=True, **WHAT)
+    to: str = setting("hf", "The format", choices=("hf", "gguf", "peft"), **WHAT)
     out: str = setting("", "The new folder or file", required=True, allowed="a path", **A_PATH)
     outtype: str = setting("f16", "For gguf: what matrices are stored in", choices=gguf_file.TYPES, **WHAT)
-    no_tokenizer: bool = setting(False, "For gguf: leave the tokenizer out, for programs that pass token ids", **WHAT)
+    tokenizer: bool = setting(True, "For gguf: with its tokenizer, or without for programs that pass token ids", **WHAT)
     reader: str = setting(
         "peft", "For peft, and spelt --for as well: vllm takes adapters of one rank and scale, without embeddings",
         also="for", choices=("peft", "vllm"), **WHAT,
@@ -81,7 +81,7 @@ def to_gguf(options: Options) -> list[str]:
     check_free(gguf_file.modelfile_of(out))
     gguf_file.check_packages()
     whole = open_whole(options.root, options.run)
-    told = gguf_file.export_file(whole, out, options.outtype, not options.no_tokenizer)
+    told = gguf_file.export_file(whole, out, options.outtype, options.tokenizer)
     return [*told, f"For Ollama: ollama create {whole.run.name.lower()} -f {gguf_file.modelfile_of(out)}"]
 
 
