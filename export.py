@@ -80,9 +80,7 @@ def to_gguf(options: Options) -> list[str]:
         raise UsageError(f"--out {out}: the name of a GGUF file ends in .gguf")
     check_free(gguf_file.modelfile_of(out))
     gguf_file.check_packages()
-    whole = open_whole(options.root, options.run)
-    told = gguf_file.export_file(whole, out, options.outtype, options.tokenizer)
-    return [*told, f"For Ollama: ollama create {whole.run.name.lower()} -f {gguf_file.modelfile_of(out)}"]
+    return gguf_file.export_file(open_whole(options.root, options.run), out, options.outtype, options.tokenizer)
 
 
 def to_peft(options: Options) -> list[str]:

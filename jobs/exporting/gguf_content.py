@@ -85,7 +85,7 @@ def write(
     _add_sizes(writer, tensors.config)
     _add_vocabulary(writer, vocabulary)
     if vocabulary and template:
-        writer.add_chat_template(template)
+        writer.add_chat_template(_without_bos(template) if vocabulary.lacks_bos else template)
     for theirs, values, kind in tensors:
         writer.add_tensor_info(theirs, values.shape, values.dtype, values.nbytes, kind)
     writer.write_header_to_file()
@@ -96,6 +96,14 @@ def write(
     writer.close()
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def _without_bos(template: str | list) -> str | list:
+    """A template that writes no token in front of a chat where the tokenizer has none; llama.cpp always has one."""
+    nothing = "{% set bos_token = '' %}"
+    if isinstance(template, str):
+        return nothing + template
+    return [named | {"template": nothing + named["template"]} for named in template]
 
 
 def _add_sizes(writer: Any, config: ModelConfig) -> None:

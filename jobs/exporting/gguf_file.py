@@ -13,7 +13,6 @@ from jobs.exporting.tokens import samples_for
 from jobs.exporting.translated import translated
 from jobs.exporting.verifying import Difference, draft_of
 from jobs.exporting.vocabulary import Vocabulary
-from models.config import ModelConfig
 from models.pretrained.families import FAMILIES
 from models.transformer import Transformer
 from runtime.errors import UserError
@@ -50,7 +49,9 @@ def export_file(opened: Opened, out: Path, kind: str, with_tokenizer: bool = Tru
         told += _asked_of_llama_cpp(draft, opened, kind, vocabulary)
         if tensors.odd:
             told.append(f"In f16 instead, as q8_0 takes rows of {BLOCK} values: {', '.join(tensors.odd)}")
-    write_file(modelfile_of(out), _modelfile(out, opened, model.config))
+    if vocabulary:
+        write_file(modelfile_of(out), _modelfile(out, opened, vocabulary))
+        told.append(f"For Ollama: ollama create {opened.run.name.lower()} -f {modelfile_of(out)}")
     return told
 
 
@@ -95,17 +96,10 @@ def _loss_told(found: Tensor, expected: Tensor) -> str:
     return f"llama.cpp's loss on what the run would write is {more:.1e} nats a token higher (up to {MORE_LOSS} passes)"
 
 
-def _modelfile(out: Path, opened: Opened, config: ModelConfig) -> bytes:
+def _modelfile(out: Path, opened: Opened, vocabulary: Vocabulary) -> bytes:
     """What `ollama create` reads. A chat template is in the GGUF file; without one a prompt is passed on as it is."""
-    lines = [f"FROM ./{out.name}", f"PARAMETER num_ctx {config.max_positions}"]
+    lines = [f"FROM ./{out.name}", f"PARAMETER num_ctx {opened.model.config.max_positions}"]
     if opened.template is None:
         lines.append('TEMPLATE "{{ .Prompt }}"')
-    lines += [f'PARAMETER stop "{text}"' for text in _stop_texts(opened)]
+    lines += [f'PARAMETER stop "{vocabulary.tokens[i]}"' for i in opened.base.tokenizer.stop_ids]
     return ("\n".join(lines) + "\n").encode()
-
-
-def _stop_texts(opened: Opened) -> list[str]:
-    """The tokens that end a text, as texts."""
-    tokenizer = opened.base.tokenizer
-    text = tokenizer.special_text("eos_token")
-    return [text] if text else []

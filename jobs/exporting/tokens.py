@@ -31,7 +31,7 @@ def tokenizer_files(tokenizer: Tokenizer, longest: int) -> Files:
     about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest}
     about["clean_up_tokenization_spaces"] = False
     if tokenizer.eos_id is not None:
-        about["eos_token"] = about["bos_token"] = END
+        about["eos_token"] = END
     return {FILE: json.dumps(json.loads(made.to_str()), ensure_ascii=False).encode(), CONFIG: to_json(about)}
 
 

@@ -28,7 +28,8 @@ PATTERNS = {
 @dataclass(frozen=True)
 class Vocabulary:
     """tokens: the text of each id, or None for one that has none. special, added: ids of control tokens, and of others
-    that are taken out of a text before it is cut. pre: llama.cpp's name for how a text is cut."""
+    that are taken out of a text before it is cut. pre: llama.cpp's name for how a text is cut. puts_bos: whether
+    `bos_id` goes in front of a text; lacks_bos: whether it only stands in for one that the tokenizer does not have."""
 
     pre: str
     tokens: list[str | None]
@@ -38,6 +39,7 @@ class Vocabulary:
     bos_id: int
     eos_id: int
     puts_bos: bool
+    lacks_bos: bool
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, size: int) -> Vocabulary:
@@ -61,6 +63,7 @@ class Vocabulary:
             merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
             bos_id=bos,
             eos_id=end,
+            lacks_bos=tokenizer.bos_id is None,
             puts_bos=tokenizer.encode("a")[:1] == [bos],
         )
 

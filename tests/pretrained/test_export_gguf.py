@@ -6,12 +6,15 @@ import json
 import sys
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
+import transformers
 from tiny_models import folder_of, make
 from tiny_runs import GPT, LLAMA, TEXT, call, lora_run, own_run
 
-from data.tokenizers import build_tokenizer
+from data.chat import GUIDE, Template
+from data.tokenizers import END, build_tokenizer
 from jobs.exporting import gguf_file, llama_cpp
 from jobs.exporting.llama_cpp import LlamaCpp
 from jobs.generating.load import load
@@ -76,6 +79,21 @@ def test_the_chat_template_and_the_tokens_are_in_the_file(here, monkeypatch, cap
     assert "TEMPLATE" not in (here / "it.Modelfile").read_text()
 
 
+def test_a_chat_begins_as_in_training_where_nothing_stands_in_front(here, monkeypatch, capsys):
+    own_run(here, "own", LLAMA)
+    lora_run(here, "tuned", "own", template=GUIDE)
+    chat = [{"role": "user", "content": "Who?"}]
+    _, tokenizer = load("own", ".")
+    wanted = Template.of(GUIDE, tokenizer).write(chat, reply=True)
+    assert call(monkeypatch, capsys, "tuned", "--to", "gguf", "--out", "it.gguf")[0] == 0
+    source = gguf.GGUFReader(here / "it.gguf").fields["tokenizer.chat_template"].contents()
+    about = {"messages": chat, "add_generation_prompt": True, "bos_token": END, "eos_token": END}
+    assert jinja2.Template(source).render(**about) == wanted
+    assert call(monkeypatch, capsys, "tuned", "--to", "hf", "--out", "folder")[0] == 0
+    theirs = transformers.AutoTokenizer.from_pretrained("folder")
+    assert theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == wanted
+
+
 def test_q8_0_keeps_short_rows_in_f16(here, monkeypatch, capsys):
     folder_of("llama", here)
     out = call(monkeypatch, capsys, "base", "--to", "gguf", "--out", "it.gguf", "--outtype", "q8_0")[1]
@@ -87,6 +105,7 @@ def test_without_a_binding_that_is_said(here, monkeypatch, capsys):
     monkeypatch.setattr(gguf_file, "installed", lambda: False)
     status, out, err = call(monkeypatch, capsys, "chars", "--to", "gguf", "--out", "it.gguf", "--no-tokenizer")
     assert status == 0 and "llama.cpp was not asked" in out and "tensors are as they were written" in out, err
+    assert not (here / "it.Modelfile").exists()
 
 
 def test_what_is_refused(here, monkeypatch, capsys):

@@ -48,13 +48,14 @@ def own_run(root: Path, name: str, config: ModelConfig, tokenizer: Tokenizer | N
     return publish(root / name, about, to_model_files(model, tokenizer, None), {})
 
 
-def lora_run(root: Path, name: str, base: str | Path, **config: Any) -> Run:
-    """A LoRA run on a base."""
+def lora_run(root: Path, name: str, base: str | Path, template: str = "", **config: Any) -> Run:
+    """A LoRA run on a base. template: how it was trained to chat."""
     opened = Base.of(find_source(root, str(base)))
     attach(opened.model, LoRAConfig(**{"targets": "all-linear", "train_embeddings": False} | config))
     noisy(opened.model, 0.05)
     adapter = Adapter.from_model(opened.model)
     about = metadata_of_made(root, "lora", opened, adapter, ["letters"], {"how": "test"})
+    about |= {"template": template} if template else {}
     return publish(root / name, about, to_adapter_files(adapter, opened, {}), {})
 
 
