@@ -17,7 +17,8 @@ from pathlib import Path
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
 from jobs.adapting.adapted import check_free
-from jobs.exporting import gguf_file, hugging_face
+from jobs.exporting import hugging_face
+from jobs.exporting.gguf import file as gguf_file
 from jobs.exporting.opening import find_finished, open_adapter, open_whole
 from jobs.exporting.peft_folder import export_folder
 from jobs.runs.preflight import check_writable

@@ -15,8 +15,9 @@ from tiny_runs import GPT, LLAMA, TEXT, call, lora_run, own_run
 
 from data.chat import GUIDE, Template
 from data.tokenizers import END, build_tokenizer
-from jobs.exporting import gguf_file, llama_cpp
-from jobs.exporting.llama_cpp import LlamaCpp
+from jobs.exporting.gguf import file as gguf_file
+from jobs.exporting.gguf import llama_cpp
+from jobs.exporting.gguf.llama_cpp import LlamaCpp
 from jobs.generating.load import load
 
 gguf = pytest.importorskip("gguf")

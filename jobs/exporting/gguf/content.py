@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.exporting.vocabulary import Vocabulary
+from jobs.exporting.gguf.vocabulary import Vocabulary
 from models.config import ModelConfig
 from models.pretrained.families import FAMILIES
 from models.transformer import Transformer

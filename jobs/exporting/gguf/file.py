@@ -6,13 +6,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from jobs.exporting.gguf_content import BLOCK, GGUFTensors, count_equal, write
-from jobs.exporting.llama_cpp import LlamaCpp, installed
+from jobs.exporting.gguf.content import BLOCK, GGUFTensors, count_equal, write
+from jobs.exporting.gguf.llama_cpp import LlamaCpp, installed
+from jobs.exporting.gguf.vocabulary import Vocabulary
 from jobs.exporting.opening import Opened
 from jobs.exporting.tokens import samples_for
 from jobs.exporting.translated import translated
 from jobs.exporting.verifying import Difference, draft_of
-from jobs.exporting.vocabulary import Vocabulary
 from models.pretrained.families import FAMILIES
 from models.transformer import Transformer
 from runtime.errors import UserError
