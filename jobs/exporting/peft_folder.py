@@ -48,8 +48,11 @@ def _files(adapted: Adapted) -> Files:
 
 
 def _plain_files(adapted: Adapted) -> Files:
+    """The run's own, with the adapter folded."""
     note = {"folded": f"scales are in B, ranks filled up with zeros; it was {adapted.adapter.config.variant}"}
-    return to_adapter_files(_folded(adapted), adapted.base, note)
+    whole = to_adapter_files(_folded(adapted), adapted.base, note)
+    names = (adapter_files.CONFIG, adapter_files.TENSORS, adapter_files.CARD)
+    return adapted.run.read() | {name: whole[name] for name in names}
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ def test_as_it_is_and_folded(here, monkeypatch, capsys):
         name = "-".join(("out", *words))
         status, out, err = call(monkeypatch, capsys, "run", "--to", "peft", *words, "--out", name)
         assert status == 0 and "the logits of the folder read back differ by" in out, err
+        assert (here / name / "tokenizer.json").exists() and "rslora" in (here / name / "README.md").read_text()
         assert torch.allclose(with_peft(name), ours("run"), atol=1e-4)
         config = json.loads((here / name / "adapter_config.json").read_bytes())
         plain = not any(config[key] for key in ("rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save"))
