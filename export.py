@@ -29,7 +29,7 @@ from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
 
 WHAT = {"group": "What to export", "env": False}
-OF_ONE_FORMAT = (("outtype", "outtype", "gguf"), ("tokenizer", "no-tokenizer", "gguf"), ("reader", "for", "peft"))
+OF_FORMATS = {"outtype": ("hf", "gguf"), "tokenizer": ("gguf",), "reader": ("peft",)}
 A_PATH = {"pattern": rf"|{FOLDER}", "path": True, **WHAT}
 
 
@@ -43,7 +43,10 @@ class Options(CommonSettings):
     )  # fmt: skip
     to: str = setting("hf", "The format", choices=("hf", "gguf", "peft"), **WHAT)
     out: str = setting("", "The new folder or file", required=True, allowed="a path", **A_PATH)
-    outtype: str = setting("f16", "For gguf: what matrices are stored in", choices=gguf_file.TYPES, **WHAT)
+    outtype: str | None = setting(
+        None, "For hf and gguf: what matrices are stored in; none keeps that of the run, or takes f16 for gguf",
+        choices=gguf_file.TYPES, **WHAT,
+    )  # fmt: skip
     tokenizer: bool = setting(True, "For gguf: with its tokenizer, or without for programs that pass token ids", **WHAT)
     reader: str = setting(
         "peft", "For peft, and spelt --for as well: vllm takes adapters of one rank and scale, without embeddings",
@@ -60,9 +63,12 @@ def check(given: Resolved) -> None:
     """Raises UsageError for flags of another format and where something is in the way, UserError where nothing can be
     written there: all before the first model is opened."""
     options = given.settings
-    for name, flag, to in OF_ONE_FORMAT:
-        if given.explicit(name) and options.to != to:
-            raise UsageError(f"--{flag} is for --to {to}, not --to {options.to}")
+    for name, formats in OF_FORMATS.items():
+        if given.explicit(name) and options.to not in formats:
+            flag = {"tokenizer": "no-tokenizer", "reader": "for"}.get(name, name)
+            raise UsageError(f"--{flag} is for --to {' and '.join(formats)}, not --to {options.to}")
+    if options.to == "hf" and options.outtype not in (None, *hugging_face.DTYPES):
+        raise UsageError(f"--outtype {options.outtype} is for --to gguf, not --to hf")
     check_free(Path(options.out))
     check_writable(Path(options.out).absolute().parent)
 
@@ -70,7 +76,8 @@ def check(given: Resolved) -> None:
 def to_hugging_face(options: Options) -> list[str]:
     """Write a Hugging Face folder."""
     hugging_face.check_packages()
-    told = hugging_face.export_folder(open_whole(options.root, options.run), Path(options.out))
+    opened = open_whole(options.root, options.run)
+    told = hugging_face.export_folder(opened, Path(options.out), options.outtype)
     return [*told, f"transformers.AutoModelForCausalLM.from_pretrained({options.out!r}) reads it"]
 
 
@@ -81,7 +88,9 @@ def to_gguf(options: Options) -> list[str]:
         raise UsageError(f"--out {out}: the name of a GGUF file ends in .gguf")
     check_free(gguf_file.modelfile_of(out))
     gguf_file.check_packages()
-    return gguf_file.export_file(open_whole(options.root, options.run), out, options.outtype, options.tokenizer)
+    return gguf_file.export_file(
+        open_whole(options.root, options.run), out, options.outtype or "f16", options.tokenizer
+    )
 
 
 def to_peft(options: Options) -> list[str]:

@@ -18,7 +18,8 @@ from runtime.extras import needs_package
 from runtime.storage.encoding import to_json
 from runtime.storage.folders import Files, commit_folder
 
-LIMITS = {False: 1e-5, True: 2e-2}  # of the largest logit, by whether what an adapter adds is rounded to 16 bits
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+LIMITS = {False: 1e-5, True: 2e-2}  # of the largest logit, by whether weights were rounded to 16 bits
 CARD = "README.md"
 
 
@@ -28,13 +29,17 @@ def check_packages() -> None:
         import transformers  # noqa: F401 - only whether it is there
 
 
-def export_folder(opened: Opened, out: Path) -> list[str]:
-    """Write the folder, and tell what was found. Raises UserError where transformers computes something else, and
-    UsageError where `out` exists."""
+def export_folder(opened: Opened, out: Path, kind: str | None = None) -> list[str]:
+    """Write the folder, and tell what was found. kind: of DTYPES, or None for those of the run's files.
+
+    Raises UserError where transformers computes something else, and UsageError where `out` exists."""
+    rounded = opened.round_to(DTYPES[kind] if kind else None)
     files = whole_files(opened)
     with draft_of(out) as draft:
         commit_folder(draft, files)
-        found = Difference.between("transformers", _their_logits(draft, opened), opened.expected, LIMITS[opened.rounds])
+        fix = "--outtype f32 writes all of what the run has learned" if rounded else ""
+        theirs = _their_logits(draft, opened)
+        found = Difference.between("transformers", theirs, opened.expected, LIMITS[rounded], fix)
         told = [f"Verified on random tokens: {found}"]
         if FILE not in files:
             kind = opened.base.tokenizer.kind
@@ -47,7 +52,6 @@ def export_folder(opened: Opened, out: Path) -> list[str]:
 def whole_files(opened: Opened) -> Files:
     """Config, weights, tokenizer, template and card."""
     if opened.base.family:
-        opened.round_to_stored()
         files = to_model_files(opened.model, opened.base.tokenizer, opened.base)
     else:
         tokenizer = opened.base.tokenizer

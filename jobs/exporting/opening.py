@@ -43,15 +43,14 @@ class Opened:
         own = getattr(self.base.tokenizer, "template", None)
         return self.run.metadata.get("template") or self.base.run.metadata.get("template") or own
 
-    @property
-    def rounds(self) -> bool:
-        """Whether what the adapter adds is rounded to what the weights are stored in, less precisely than fp32."""
-        return self.run.kind == "lora" and any(dtype.itemsize < 4 for dtype in self.dtypes.values())
-
-    def round_to_stored(self) -> None:
-        """Round the weights to what they are stored in."""
+    def round_to(self, dtype: torch.dtype | None) -> bool:
+        """Take the weights to a dtype, or None for those in which they are stored; whether any of them changed."""
+        changed = False
         for name, p in self.model.named_parameters():
-            p.data = p.data.to(self.dtypes[name])
+            values = p.data.to(dtype or self.dtypes[name])
+            changed |= not torch.equal(values.float(), p.data)
+            p.data = values
+        return changed
 
 
 def find_finished(root: Path, name: str) -> Run:

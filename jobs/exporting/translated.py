@@ -85,7 +85,7 @@ def _rearranged(model: Transformer, config: ModelConfig) -> Transformer:
     for name, p in list(made.named_parameters()):
         parts = [own.get(name.replace("qkv_proj", f"{part}_proj")) for part in "qkv"] if "qkv_proj" in name else []
         parts = parts if any(part is not None for part in parts) else [own.get(name)]
-        values = torch.zeros(p.shape) if parts[0] is None else torch.cat(parts)
+        values = torch.zeros(p.shape, dtype=model.lm_head.weight.dtype) if parts[0] is None else torch.cat(parts)
         path, _, leaf = name.rpartition(".")
         setattr(made.get_submodule(path), leaf, torch.nn.Parameter(values, requires_grad=False))
     made.tie_head()

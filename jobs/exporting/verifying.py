@@ -25,13 +25,12 @@ class Difference:
     limit: float
 
     @classmethod
-    def between(cls, reader: str, found: Tensor, expected: Tensor, limit: float) -> Difference:
-        """The largest difference. Raises UserError where it is more than the limit, or not a number."""
+    def between(cls, reader: str, found: Tensor, expected: Tensor, limit: float, fix: str = "") -> Difference:
+        """The largest difference. Raises UserError, with what helps, where it is more than the limit, or no number."""
         off = ((found - expected).abs().max() / expected.abs().max()).item()
         if not off <= limit:
-            raise UserError(
-                f"the logits of {reader} differ by {off:.1e} of the largest, more than {limit:g}; nothing was saved"
-            )
+            told = f"the logits of {reader} differ by {off:.1e} of the largest, more than {limit:g}"
+            raise UserError("; ".join(filter(None, (told, "nothing was saved", fix))))
         return cls(reader, off, limit)
 
     def __str__(self) -> str:

@@ -61,6 +61,9 @@ def test_weights_in_16_bits_stay_so(here, monkeypatch, capsys):
         assert status == 0 and f"(up to {limit} passes)" in out, err
         assert transformers.AutoModelForCausalLM.from_pretrained(f"{name}-out").dtype == torch.bfloat16
         assert (here / f"{name}-out/chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    status, out, err = call(monkeypatch, capsys, "adapted", "--to", "hf", "--out", "wide", "--outtype", "f32")
+    assert status == 0 and "(up to 1e-05 passes)" in out, err
+    assert transformers.AutoModelForCausalLM.from_pretrained("wide").dtype == torch.float32
 
 
 OWN = {
@@ -112,6 +115,7 @@ def test_what_is_refused(here, monkeypatch, capsys):
         (("stopped-base", "--out", "x"), 1, "stopped-base has not finished training"),
         (("own", "--out", "there"), 2, "there is there already, and nothing is overwritten"),
         (("nobody", "--out", "x"), 2, "there is no run 'nobody'"),
+        (("own", "--out", "x", "--outtype", "q8_0"), 2, "--outtype q8_0 is for --to gguf, not --to hf"),
         (("own",), 2, "the following arguments are required: --out"),
     ):
         got, out, err = call(monkeypatch, capsys, *words, "--to", "hf")
@@ -122,9 +126,11 @@ def test_what_is_refused(here, monkeypatch, capsys):
 
 def test_what_does_not_verify_leaves_nothing(here, monkeypatch, capsys):
     own_run(here, "own", GPT)
-    monkeypatch.setattr(hugging_face, "LIMITS", {False: -1.0})
-    status, _, err = call(monkeypatch, capsys, "own", "--to", "hf", "--out", "x")
-    assert status == 1 and "the logits of transformers differ by" in err and "nothing was saved" in err
+    monkeypatch.setattr(hugging_face, "LIMITS", {False: -1.0, True: -1.0})
+    for words, fix in (((), False), (("--outtype", "f16"), True)):
+        status, _, err = call(monkeypatch, capsys, "own", "--to", "hf", "--out", "x", *words)
+        assert status == 1 and "the logits of transformers differ by" in err and "nothing was saved" in err
+        assert ("--outtype f32 writes all" in err) == fix
     assert sorted(path.name for path in here.iterdir()) == ["own"]
 
 

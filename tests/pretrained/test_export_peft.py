@@ -60,7 +60,7 @@ def test_what_is_refused(here, monkeypatch, capsys):
         (("on-own", "--out", "x", "--for", "vllm"), 1, "which vLLM does not know; export base and adapter as one"),
         (("embedded", "--out", "x", "--for", "vllm"), 1, "train with LORA_TRAIN_EMBEDDINGS=False and LORA_BIAS=none"),
         (("dora", "--out", "x", "--for", "vllm"), 1, "LORA_VARIANT=dora changes more than vLLM reads"),
-        (("dora", "--out", "x", "--outtype", "f16"), 2, "--outtype is for --to gguf, not --to peft"),
+        (("dora", "--out", "x", "--outtype", "f16"), 2, "--outtype is for --to hf and gguf, not --to peft"),
         (("dora", "--out", "base"), 2, "base is there already"),
     ):
         got, out, err = call(monkeypatch, capsys, *words, "--to", "peft")
