@@ -28,6 +28,7 @@ import runtime.start  # noqa: F401 - before what takes seconds to import
 from jobs.adapting import forgetting, making, plots, report
 from jobs.adapting.adapted import Adapted, Base, check_free, held_out, open_adapters, texts_of
 from jobs.adapting.checkup import Checkup
+from jobs.exporting.peft_folder import export_folder
 from jobs.runs.family import orphaned_by, remove_runs
 from models.files import form_of
 from models.pretrained.source import find_source
@@ -302,7 +303,7 @@ class Export(Command):
     def run(self) -> None:
         check_free(Path(self.out))
         (adapted,) = open_adapters(self.root, (self.name,))
-        making.export_folder(adapted, Path(self.out))
+        export_folder(adapted, Path(self.out))
         print(f"{self.out}: {self.name} as PEFT reads it, peft.PeftModel.from_pretrained(model, {self.out!r})")
 
 

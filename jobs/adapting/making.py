@@ -1,4 +1,4 @@
-"""Runs out of adapters: merged into a base, combined with each other, brought in from PEFT's folders and out again."""
+"""Runs out of adapters: merged into a base, combined with each other, brought in from PEFT's folders."""
 
 from __future__ import annotations
 
@@ -161,13 +161,3 @@ def _other_base(adapter: Adapter, base: Base) -> list[str]:
     return [
         f"base_model_name_or_path in its adapter_config.json is {told!r}; change it there if they are the same model"
     ]
-
-
-def export_folder(adapted: Adapted, target: Path) -> None:
-    """An adapter's files as a folder that PEFT reads, wherever it is wanted. Raises UsageError where one stands."""
-    check_free(target)
-    files, shared = adapted.run.read(), adapted.adapter.make_shared(adapted.base.tensors)
-    if shared is not None:  # made of a seed here; elsewhere that might give others
-        whole = to_adapter_files(adapted.adapter, adapted.base, {}, shared)
-        files |= {name: whole[name] for name in (adapter_files.CONFIG, adapter_files.TENSORS)}
-    folders.commit_folder(target, files)

@@ -20,6 +20,7 @@ import adapters
 import compare
 import dataset
 import evaluate
+import export
 import generate
 from runtime.errors import UsageError
 from runtime.processes.command import run_command
@@ -32,6 +33,7 @@ TABLES: dict[str, type[Table]] = {
     "compare.py": compare.Options,
     "generate.py": generate.Options,
     "evaluate.py": evaluate.Options,
+    "export.py": export.Options,
 }
 TABLES |= {f"adapters.py {word}": table for word, table in adapters.COMMANDS.items()}
 TABLES |= {f"dataset.py {word}": table for word, table in dataset.COMMANDS.items()}

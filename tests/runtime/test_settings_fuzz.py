@@ -179,6 +179,7 @@ def test_a_boolean_flag_needs_no_value_and_has_an_opposite(tmp_path):
     for table, row in distinct_rows():
         if row.kind is bool:
             words = ["a" for other in settings_of(table) if other.metavar]
+            words += [f"{other.flag}=a" for other in settings_of(table) if other.required]
             for flag, value in ((row.flag, True), (row.flag.replace("--", "--no-", 1), False)):
                 assert getattr(outcome(table, Given((*words, flag)), tmp_path).settings, row.name) is value
 

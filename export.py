@@ -1,0 +1,121 @@
+"""Take a run elsewhere: a folder that transformers reads, a file for llama.cpp and Ollama, an adapter for PEFT or vLLM.
+
+python export.py lora-folio-r16 --to hf --out folio                     base and adapter as one Hugging Face folder
+python export.py lora-folio-r16 --to gguf --out folio.gguf              as one file for llama.cpp, with a Modelfile
+python export.py lora-folio-r16 --to gguf --out folio.gguf --outtype q8_0    in 8 bits
+python export.py lora-folio-r16 --to peft --out folio-adapter           the adapter by itself, as PEFT reads it
+python export.py lora-folio-r16 --to peft --for vllm --out folio-vllm   and as vLLM does
+
+Whoever reads the format computes with what was written before it gets its name; nothing is overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import runtime.start  # noqa: F401 - before what takes seconds to import
+from jobs.adapting.adapted import check_free
+from jobs.exporting import hugging_face
+from jobs.exporting.gguf import file as gguf_file
+from jobs.exporting.opening import find_finished, open_adapter, open_whole
+from jobs.exporting.peft_folder import export_folder
+from jobs.runs.preflight import check_writable
+from runtime.errors import UsageError
+from runtime.processes.command import run_command
+from runtime.settings.config import FOLDER, CommonSettings, from_command_line
+from runtime.settings.fields import setting
+from runtime.settings.sources import Resolved
+
+WHAT = {"group": "What to export", "env": False}
+OF_FORMATS = {"outtype": ("hf", "gguf"), "tokenizer": ("gguf",), "reader": ("peft",)}
+A_PATH = {"pattern": rf"|{FOLDER}", "path": True, **WHAT}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CommonSettings):
+    """The flags of export.py."""
+
+    run: str = setting(
+        "", "A run, or the Hugging Face folder or hub name of a model", metavar="RUN",
+        allowed="a run's name, a folder, or a name on the hub", **A_PATH,
+    )  # fmt: skip
+    to: str = setting("hf", "The format", choices=("hf", "gguf", "peft"), **WHAT)
+    out: str = setting("", "The new folder or file", required=True, allowed="a path", **A_PATH)
+    outtype: str | None = setting(
+        None, "For hf and gguf: what matrices are stored in; none keeps that of the run, or takes f16 for gguf",
+        choices=gguf_file.TYPES, **WHAT,
+    )  # fmt: skip
+    tokenizer: bool = setting(True, "For gguf: with its tokenizer, or without for programs that pass token ids", **WHAT)
+    reader: str = setting(
+        "peft", "For peft, and spelt --for as well: vllm takes adapters of one rank and scale, without embeddings",
+        also="for", choices=("peft", "vllm"), **WHAT,
+    )  # fmt: skip
+
+    @property
+    def root(self) -> Path:
+        """The folder of the runs."""
+        return Path(self.checkpoints_dir)
+
+
+def check(given: Resolved) -> None:
+    """Raises UsageError for flags of another format and where something is in the way, UserError where nothing can be
+    written there: all before the first model is opened."""
+    options = given.settings
+    for name, formats in OF_FORMATS.items():
+        if given.explicit(name) and options.to not in formats:
+            flag = {"tokenizer": "no-tokenizer", "reader": "for"}.get(name, name)
+            raise UsageError(f"--{flag} is for --to {' and '.join(formats)}, not --to {options.to}")
+    if options.to == "hf" and options.outtype not in (None, *hugging_face.DTYPES):
+        raise UsageError(f"--outtype {options.outtype} is for --to gguf, not --to hf")
+    check_free(Path(options.out))
+    check_writable(Path(options.out).absolute().parent)
+
+
+def to_hugging_face(options: Options) -> list[str]:
+    """Write a Hugging Face folder."""
+    hugging_face.check_packages()
+    opened = open_whole(options.root, options.run)
+    told = hugging_face.export_folder(opened, Path(options.out), options.outtype)
+    return [*told, f"transformers.AutoModelForCausalLM.from_pretrained({options.out!r}) reads it"]
+
+
+def to_gguf(options: Options) -> list[str]:
+    """Write a GGUF file and its Modelfile."""
+    out = Path(options.out)
+    if out.suffix != ".gguf":
+        raise UsageError(f"--out {out}: the name of a GGUF file ends in .gguf")
+    check_free(gguf_file.modelfile_of(out))
+    gguf_file.check_packages()
+    return gguf_file.export_file(
+        open_whole(options.root, options.run), out, options.outtype or "f16", options.tokenizer
+    )
+
+
+def to_peft(options: Options) -> list[str]:
+    """Write an adapter's folder."""
+    run = find_finished(options.root, options.run)
+    if run.kind != "lora":
+        raise UsageError(f"{run.name} has no adapter; --to hf exports the whole model")
+    told = export_folder(open_adapter(options.root, run), Path(options.out), options.reader == "vllm")
+    reads = f"vllm serve BASE --enable-lora --lora-modules {run.name}={options.out}"
+    if options.reader == "peft":
+        reads = f"peft.PeftModel.from_pretrained(model, {options.out!r}) reads it"
+    return [told, reads]
+
+
+FORMATS: dict[str, Callable[[Options], list[str]]] = {"hf": to_hugging_face, "gguf": to_gguf, "peft": to_peft}
+
+
+def main() -> None:
+    """Run the command."""
+    given = from_command_line(Options, __doc__)
+    check(given)
+    options = given.settings
+    told = FORMATS[options.to](options)
+    print("\n".join([f"{options.out}: {options.run}", *told]))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,165 @@
+"""What is in a GGUF file: sizes, vocabulary and tensors, written one tensor at a time and read back."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jobs.exporting.gguf.vocabulary import Vocabulary
+from models.config import ModelConfig
+from models.pretrained.families import FAMILIES
+from models.transformer import Transformer
+from runtime.errors import UserError
+
+FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+BLOCK = 32  # values that q8_0 scales together
+
+
+class GGUFTensors:
+    """The tensors of a GGUF file, made one at a time. odd: names of those whose rows q8_0 cannot have."""
+
+    def __init__(self, model: Transformer, arch: str, kind: str) -> None:
+        import gguf
+
+        self.model, self.arch, self.config = model, arch, model.config
+        self.types = gguf.GGMLQuantizationType
+        self.names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), self.config.n_layer)
+        self.kind, self.odd = self.types[kind.upper()], []
+        self.quantize = gguf.quants.quantize
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray, Any]]:
+        """Names, bytes and types."""
+        self.odd = []
+        if (scaling := self.config.rope_scaling) and scaling["rope_type"] == "llama3":
+            yield "rope_freqs.weight", _rope_factors(self.config), self.types.F32
+        for name, p in self.model.named_parameters():
+            path, _, leaf = name.rpartition(".")
+            values = self._permuted(path, p.detach()).float().contiguous().numpy()
+            theirs = self.names.get_name(f"{FAMILIES['llama'].theirs(path)}.{leaf}", (".weight", ".bias"))
+            kind = self._type_of(theirs, values)
+            yield theirs, self.quantize(values, kind), kind
+
+    def _type_of(self, name: str, values: np.ndarray) -> Any:
+        if values.ndim == 1:
+            return self.types.F32
+        if self.kind == self.types.Q8_0 and values.shape[-1] % BLOCK:
+            self.odd.append(name)
+            return self.types.F16
+        return self.kind
+
+    def _permuted(self, path: str, W: Tensor) -> Tensor:
+        """Rows in llama.cpp's order: its `llama` rotates neighbours, all others halves."""
+        last = path.rpartition(".")[2]
+        if self.arch != "llama" or last not in ("q_proj", "k_proj"):
+            return W
+        heads = self.config.n_head if last == "q_proj" else self.config.kv_heads
+        return W.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(W.shape)
+
+
+def _rope_factors(config: ModelConfig) -> np.ndarray:
+    """By what llama3's scaling divides each frequency of a head."""
+    said, width = config.rope_scaling, config.head_width
+    turns = 2 * math.pi * config.rope_theta ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+    low, high = said["low_freq_factor"], said["high_freq_factor"]
+    share = ((said["original_max_position_embeddings"] / turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - share) / said["factor"] + share)).float().numpy()
+
+
+def write(
+    path: Path, name: str, template: str | list | None, tensors: GGUFTensors, vocabulary: Vocabulary | None
+) -> None:
+    """Write the whole file, with one tensor in memory at a time beside the model. name: the model's."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, tensors.arch)
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[tensors.kind.name.lower()]])
+    _add_sizes(writer, tensors.config)
+    _add_vocabulary(writer, vocabulary)
+    if vocabulary and template:
+        writer.add_chat_template(_without_bos(template) if vocabulary.lacks_bos else template)
+    for theirs, values, kind in tensors:
+        writer.add_tensor_info(theirs, values.shape, values.dtype, values.nbytes, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for _, values, _ in tensors:
+        writer.write_tensor_data(values)
+    writer.close()
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _without_bos(template: str | list) -> str | list:
+    """A template that writes no token in front of a chat where the tokenizer has none; llama.cpp always has one."""
+    nothing = "{% set bos_token = '' %}"
+    if isinstance(template, str):
+        return nothing + template
+    return [named | {"template": nothing + named["template"]} for named in template]
+
+
+def _add_sizes(writer: Any, config: ModelConfig) -> None:
+    import gguf
+
+    writer.add_context_length(config.max_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.inner_width)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_key_length(config.head_width)
+    writer.add_value_length(config.head_width)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_dimension_count(config.head_width)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    if (scaling := config.rope_scaling) and scaling["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling["factor"])
+
+
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary | None) -> None:
+    from gguf import TokenType
+
+    if vocabulary is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    types = [TokenType.UNUSED if token is None else TokenType.NORMAL for token in vocabulary.tokens]
+    for ids, kind in ((vocabulary.special, TokenType.CONTROL), (vocabulary.added, TokenType.USER_DEFINED)):
+        for i in ids:
+            types[i] = kind
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list([f"[PAD{i}]" if token is None else token for i, token in enumerate(vocabulary.tokens)])
+    writer.add_token_types(types)
+    writer.add_token_merges(vocabulary.merges)
+    writer.add_bos_token_id(vocabulary.bos_id)
+    writer.add_eos_token_id(vocabulary.eos_id)
+    writer.add_add_bos_token(vocabulary.puts_bos)
+
+
+def count_equal(path: Path, tensors: GGUFTensors) -> int:
+    """How many tensors the file has, all as they were written. Raises UserError where one is not."""
+    from gguf import GGUFReader
+
+    found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    for name, values, kind in tensors:
+        read = found.pop(name, None)
+        same = read is not None and read.tensor_type == kind and np.array_equal(_raw(read.data), _raw(values))
+        if not same:
+            raise UserError(f"{name} is not in the file as it was written; nothing was saved")
+    if found:
+        raise UserError(f"the file has {', '.join(found)}, which was not written; nothing was saved")
+    return sum(1 for _ in tensors)
+
+
+def _raw(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
