@@ -185,19 +185,24 @@ def what_to_continue(given: Resolved) -> list[Request]:
     return [request for request in found for _ in range(options.num_samples)]
 
 
-NO_DRAWS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "greedy", "best_of", "num_samples")
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "greedy", "best_of", "num_samples")
+
+
+def check_strategy(given: Resolved) -> None:
+    """Raises UsageError for ways to make a text that do not go together."""
+    options = given.settings
+    if options.chat and (options.beams or options.best_of > 1):
+        raise UsageError("--chat prints an answer while it is made, and goes with no --beams and no --best-of")
+    if options.beams and (drawing := [name for name in DRAWING if given.explicit(name)]):
+        raise UsageError(f"--beams draws nothing, and goes with no --{drawing[0].replace('_', '-')}")
 
 
 def strategy(given: Resolved, choice: Choice, ends: Sequence[str]) -> Strategy:
     """How texts are made: for a run that was tuned on instructions, as the guides say unless told otherwise.
 
-    ends: texts that end one. Raises UsageError for strategies that do not go together.
+    ends: texts that end one.
     """
     options = given.settings
-    if options.chat and (options.beams or options.best_of > 1):
-        raise UsageError("--chat prints an answer while it is made, and goes with no --beams and no --best-of")
-    if options.beams and (told := [name for name in NO_DRAWS if given.explicit(name)]):
-        raise UsageError(f"--beams draws nothing, and goes with no --{told[0].replace('_', '-')}")
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "greedy")
     told = {name: getattr(options, name) for name in names if given.explicit(name) or not choice.tuned}
     how = Sampling(**(TUNED if choice.tuned else {}) | told, stop_ids=choice.base.tokenizer.stop_ids)
@@ -238,6 +243,7 @@ def main() -> None:
     given = from_command_line(Options, __doc__)
     options, machine = given.settings, pick_machine(given.settings.device, given.settings.dtype)
     requests = what_to_continue(given)
+    check_strategy(given)
     world().join(options.collective_timeout, machine.device)
     check_alike(options.as_dict(), str(machine))
     adapters = parse_adapters(options.adapter) if options.adapter else None

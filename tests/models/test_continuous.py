@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from models.generation import beams
 from models.generation.choosing import Sampling, choose
 from models.generation.continuous import Asked, continue_all
 from models.generation.sampling import generate, window_start
@@ -82,6 +83,24 @@ def test_the_mode_comes_back_and_an_empty_prompt_is_refused() -> None:
     assert model.training
     with pytest.raises(ValueError, match="at least one token"):
         next(continue_all(model, [Asked([], 2, 0)], WILD, 2))
+
+
+def test_beam_search_past_the_context_is_beam_search_without_a_cache(monkeypatch) -> None:
+    model = tiny(noise=0.3)
+    found = [beams.beam_search(model, prompt, 4, 40, (7,)) for prompt in ([1, 2], list(range(14)), list(range(30)))]
+
+    def whole_passes(model, cache, rows):
+        windows = [row[window_start(len(row), 16) :] for row in rows]
+        return torch.cat([model(torch.tensor([window]))[0][:, -1] for window in windows]).detach()
+
+    monkeypatch.setattr(beams, "read", whole_passes)
+    monkeypatch.setattr(beams, "_follow", lambda cache, origins: None)
+    for made, prompt in zip(found, ([1, 2], list(range(14)), list(range(30))), strict=True):
+        expected = beams.beam_search(model, prompt, 4, 40, (7,))
+        assert made.tokens == expected.tokens and math.isclose(
+            made.log_likelihood, expected.log_likelihood, rel_tol=1e-5
+        )
+    assert any(len(made.tokens) > 16 for made in found)
 
 
 def test_min_p_keeps_what_transformers_keeps() -> None:
