@@ -151,7 +151,7 @@ def print_batch(requests: Sequence[Request], texts: Sequence[str]) -> None:
     print(("-" * 40 + "\n").join(f"{r.prompt}{text}\n" for r, text in zip(requests, texts, strict=True)), end="")
 
 
-def told(choice: Choice, request: Request) -> dict[str, Any]:
+def as_line(choice: Choice, request: Request) -> dict[str, Any]:
     """What a JSON line says of a request."""
     adapter = in_words(choice.default if request.adapters is None else request.adapters)
     asked = {"messages": request.messages} if request.messages else {"prompt": request.prompt}
@@ -269,7 +269,7 @@ def main() -> None:
             print_at_once(writer, room, wanted[0], template, options.system if options.chat else None)
             return
         about = writer.fingerprint(wanted, choice.base.sha256, machine.dtype) if options.out else ""
-        lines = [told(choice, request) for request in requests]
+        lines = [as_line(choice, request) for request in requests]
         with results_in(options.out, about, lambda i, text: lines[i] | {"text": text}) as results:
             texts = writer.in_order(wanted, results, Patience("generate"))
             results.finish(texts)
