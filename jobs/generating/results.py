@@ -77,7 +77,7 @@ class ResultsFile(Results):
             raise UserError(
                 f"{path} was made by a command with other prompts or settings: go on with that one, or remove it"
             )
-        return {line["number"] - 1: line["text"] for line in lines[1:]}
+        return {line["number"] - 1: line["text"] for line in lines[1:] if {"number", "text"} <= line.keys()}
 
 
 def _written(line: dict[str, Any]) -> str:

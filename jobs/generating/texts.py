@@ -102,11 +102,10 @@ class Writer:
     def _by_beams(self, wanted: Sequence[Wanted], mine: Sequence[int], tell: Tell) -> Iterator[tuple[int, list[int]]]:
         """The texts of some numbers, each by a beam search of its own."""
         for i in mine:
-            told = []
             with using(self.model, wanted[i].adapters):
                 how = self.strategy.beams, wanted[i].max_new_tokens, self.strategy.how.stop_ids
-                found = beam_search(self.model, wanted[i].prompt, *how, lambda n, told=told: (told.append(n), tell(n)))
-            tell(wanted[i].max_new_tokens - sum(told))
+                found = beam_search(self.model, wanted[i].prompt, *how)
+            tell(wanted[i].max_new_tokens)
             yield i, found.tokens
 
     def _watch(self) -> Callable[[int], bool]:

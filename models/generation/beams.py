@@ -7,7 +7,7 @@ is better than the worst of N finished ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,11 +49,10 @@ def beam_search(
     beams: int,
     max_new_tokens: int,
     stop_ids: Sequence[int] = (),
-    tell: Callable[[int], None] = lambda tokens: None,
 ) -> Made:
     """The best continuation of a prompt (token ids) among those that so many beams find, and its score.
 
-    tell(n): n more tokens are made. Raises ValueError for an empty prompt.
+    Raises ValueError for an empty prompt.
     """
     if not prompt:
         raise ValueError("a prompt needs at least one token")
@@ -72,7 +71,6 @@ def beam_search(
                 finished += [beam for (_, beam), ends in zip(candidates[:beams], ending, strict=False) if ends]
                 finished = sorted(finished, key=lambda beam: -beam.score)[:beams]
                 going_on = [each for each, ends in zip(candidates, ending, strict=True) if not ends][:beams]
-                tell(1)
                 if not going_on or (len(finished) == beams and going_on[0][1].score <= finished[-1].score):
                     break
                 running = [beam for _, beam in going_on]

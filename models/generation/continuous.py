@@ -102,7 +102,8 @@ class Batch:
         On the CPU that is done row by row: it takes no longer, there is no padding, and what a row gets does not depend
         on which rows are read with it.
         """
-        for some in [[place] for place in places] if self.device.type == "cpu" else [places] if places else []:
+        together = 1 if self.device.type == "cpu" else max(1, len(places))
+        for some in (places[i : i + together] for i in range(0, len(places), together)):
             fresh = self.cache.emptied()
             found = self.model(fresh.begin([self.window(self.rows[place]) for place in some]), cache=fresh)[0][:, 0]
             logits = found.new_zeros(len(self.rows), found.shape[1]) if logits is None else logits
