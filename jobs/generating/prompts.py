@@ -12,20 +12,21 @@ from jobs.generating.choice import parse_adapters
 from lora.attach import Strengths
 from runtime.errors import UserError
 
-KEYS = ("prompt", "messages", "adapter")
+KEYS = ("prompt", "messages", "adapter", "max_new_tokens")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A text to continue, or a chat to answer, and the adapters for it; None leaves them to the command line.
+    """A text to continue, or a chat to answer, the adapters for it, and the tokens that it may have.
 
-    where: for messages of ours.
+    None leaves adapters and tokens to the command line. where: for messages of ours.
     """
 
     prompt: str
     adapters: Strengths | None = None
     where: str = ""
     messages: tuple[Message, ...] = ()
+    max_new_tokens: int | None = None
 
 
 def _request(value: dict[str, Any], where: str) -> Request:
@@ -39,6 +40,10 @@ def _request(value: dict[str, Any], where: str) -> Request:
         request = Request(value["prompt"], None, where)
     else:
         raise UserError(f"{where}: {'prompt must be text' if 'prompt' in value else 'prompt is missing'}")
+    if "max_new_tokens" in value:
+        if type(count := value["max_new_tokens"]) is not int or count < 1:
+            raise UserError(f"{where}: max_new_tokens must be a whole number, at least 1")
+        request = replace(request, max_new_tokens=count)
     if "adapter" not in value:
         return request
     if not isinstance(value["adapter"], str):
@@ -64,8 +69,8 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
 
 
 def read_requests(path: Path) -> list[Request]:
-    """The prompts of a file of JSON lines: {"prompt": text, "adapter": a LoRA run's name or none, optional}, or with
-    `messages`, a chat, in place of the prompt.
+    """The prompts of a file of JSON lines: {"prompt": text}, or with `messages`, a chat, in place of the prompt; and if
+    they are given, `adapter`, a LoRA run's name or none, and `max_new_tokens`.
 
     Raises UserError that names the line for anything else.
     """

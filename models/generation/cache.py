@@ -5,13 +5,14 @@ It is passive: it makes token ids for the next pass, keeps keys and values, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 GROWTH = 256  # positions that a cache has room for at first, and by which it grows at least
+STEP = 64  # the width of a cache whose rows come and go is a multiple of this
 
 
 class LayerCache:
@@ -25,9 +26,9 @@ class LayerCache:
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
 
-    def _make_room(self, kv_2BKTD: Tensor) -> None:
+    def make_room(self, kv_2BKTD: Tensor) -> None:
         """Room for the width of the pass under way, at least half as much again as there was."""
-        _, B, K, _, D = kv_2BKTD.shape
+        B, (_, _, K, _, D) = len(self.cache.lengths), kv_2BKTD.shape
         there, before = self.kv_2BKSD, 0 if self.kv_2BKSD is None else self.kv_2BKSD.shape[3]
         if before >= self.cache.width:
             return
@@ -40,7 +41,7 @@ class LayerCache:
     def store(self, k_BKTD: Tensor, v_BKTD: Tensor) -> bool:
         """Keep new keys and values; True where they are whole windows, which attend to nothing else."""
         kv_2BKTD = torch.stack((k_BKTD, v_BKTD))
-        self._make_room(kv_2BKTD)
+        self.make_room(kv_2BKTD)
         B, T = kv_2BKTD.shape[1], kv_2BKTD.shape[3]
         if self.cache.whole:
             self.kv_2BKSD[:, :, :, :T] = kv_2BKTD
@@ -73,6 +74,7 @@ class KVCache:
     whole: bool  # the pass reads whole windows from position 0, else one token a row
     lengths: list[int]  # of each row, what this pass adds included
     position: int | None  # one token a row: where it stands, if that is the same for all
+    places = False  # whether rows come and go, each in a place of its own
     positions_B1: Tensor
     seen_B11S: Tensor | None  # what each row holds, where that is not the same for all
 
@@ -88,8 +90,10 @@ class KVCache:
 
     @property
     def width(self) -> int:
-        """How many positions the longest row holds."""
-        return max(self.lengths)
+        """How many positions the longest row holds; where rows come and go, in coarse steps, so that what a row gets
+        does not depend on how long the others are."""
+        longest = max(self.lengths)
+        return min(self.block_size, -(-longest // STEP) * STEP) if self.places else longest
 
     def begin(self, windows: Sequence[Sequence[int]]) -> Tensor:
         """Start a pass that reads one window a row, from position 0: its token ids (B, T), padded on the right."""
@@ -100,7 +104,7 @@ class KVCache:
         """Start a pass that reads one more token a row: its token ids (B, 1). Afterwards read a full row anew."""
         at = [min(length, self.block_size - 1) for length in self.lengths]
         self.whole, self.lengths = False, [position + 1 for position in at]
-        self.position = at[0] if len(set(at)) == 1 else None
+        self.position = at[0] if len(set(at)) == 1 and not self.places else None
         self.positions_B1 = torch.tensor(at, device=self.device)[:, None]
         self.seen_B11S = None
         if self.position is None:
@@ -112,12 +116,31 @@ class KVCache:
         """A new cache of the same sizes."""
         return KVCache(len(self.layers), self.block_size, self.device)
 
+    def open_places(self, count: int) -> None:
+        """Have places for so many rows that come and go, by `replace` and `empty`.
+
+        Each pass goes through all places, so that the shapes of its matmuls, and how they round, are always the same.
+        """
+        self.places, self.lengths = True, [0] * count
+
+    def empty(self, rows: Iterable[int]) -> None:
+        """Forget these rows. What an empty place is given in a pass is not kept in mind."""
+        for row in rows:
+            self.lengths[row] = 0
+
     def replace(self, rows: list[int], other: KVCache) -> None:
         """Take the rows of another cache in place of these."""
-        for layer, others in zip(self.layers, other.layers, strict=True):
-            layer.kv_2BKSD[:, rows, :, : others.kv_2BKSD.shape[3]] = others.kv_2BKSD
         for row, length in zip(rows, other.lengths, strict=True):
             self.lengths[row] = length
+        for layer, others in zip(self.layers, other.layers, strict=True):
+            layer.make_room(others.kv_2BKSD)
+            layer.kv_2BKSD[:, rows, :, : other.width] = others.kv_2BKSD[:, :, :, : other.width]
+
+    def reorder(self, rows: list[int]) -> None:
+        """Take these rows, in this order, some perhaps more than once, in place of all."""
+        for layer in self.layers:
+            layer.kv_2BKSD = layer.kv_2BKSD[:, rows]
+        self.lengths = [self.lengths[row] for row in rows]
 
     def positions(self, T: int) -> Tensor:
         """The positions of the pass under way, for the position embedding: (T,) or (B, 1)."""

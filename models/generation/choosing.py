@@ -17,7 +17,8 @@ class Sampling:
     """How the next token is chosen from its logits.
 
     temperature: divides the logits; 0 is greedy. top_k: keep the k likeliest. top_p: keep the likeliest that together
-    reach this probability (Holtzman et al. 2019, arXiv 1904.09751). repetition_penalty: above 0; logits of tokens in
+    reach this probability (Holtzman et al. 2019, arXiv 1904.09751). min_p: keep those that are at least this times as
+    likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082). repetition_penalty: above 0; logits of tokens in
     the window are divided (where positive) or multiplied by it (Keskar et al. 2019, arXiv 1909.05858).
     greedy: the likeliest token, always. stop_ids: tokens that end a text.
 
@@ -30,12 +31,14 @@ class Sampling:
     repetition_penalty: float = 1.0
     greedy: bool = False
     stop_ids: tuple[int, ...] = ()
+    min_p: float | None = None
 
     def __post_init__(self) -> None:
         rules = {
             f"temperature={self.temperature}: must be at least 0": self.temperature >= 0,
             f"top_k={self.top_k}: must be at least 1": self.top_k is None or self.top_k >= 1,
             f"top_p={self.top_p}: must be above 0": self.top_p is None or self.top_p > 0,
+            f"min_p={self.min_p}: must be from 0 to 1": self.min_p is None or 0 <= self.min_p <= 1,
             f"repetition_penalty={self.repetition_penalty}: must be above 0": self.repetition_penalty > 0,
         }
         for message, holds in rules.items():
@@ -79,6 +82,9 @@ def choose(logits_BV: Tensor, seen: Sequence[Sequence[int]], how: Sampling, gene
         logits_BV[logits_BV < logits_BV.topk(how.top_k).values[:, -1:]] = -math.inf
     if how.top_p is not None and how.top_p < 1:
         _keep_nucleus(logits_BV, how.top_p)
+    if how.min_p:
+        least_B1 = logits_BV.max(-1, keepdim=True).values + math.log(how.min_p)
+        logits_BV[logits_BV < least_B1] = -math.inf
     # What torch.multinomial does for one draw, without its checks, which take longer than all the rest.
     chances_BV = logits_BV.softmax(-1)
     return (chances_BV / _exponential(chances_BV, generators)).argmax(-1).tolist()

@@ -18,7 +18,7 @@ from lora.merge import cached_weights
 from models.generation.cache import KVCache
 from models.generation.choosing import Sampling, choose
 
-NARROW = 256  # see `_matmul_dtype`
+NARROW = 256  # see `matmul_dtype`
 
 
 def window_start(n: int, block_size: int) -> int:
@@ -27,7 +27,7 @@ def window_start(n: int, block_size: int) -> int:
     return math.ceil(max(0, n - block_size) / half) * half
 
 
-def _matmul_dtype(model: nn.Module) -> AbstractContextManager:
+def matmul_dtype(model: nn.Module) -> AbstractContextManager:
     """The dtype of matmuls while generating: the caller's, but fp32 for narrow models on the CPU.
 
     With a row or a few, a matmul in bf16 takes 15 microseconds before it starts: at 128 wide, 4 layers, a token's
@@ -38,7 +38,7 @@ def _matmul_dtype(model: nn.Module) -> AbstractContextManager:
 
 
 @torch.inference_mode()
-def _read(model: nn.Module, cache: KVCache, rows: list[list[int]]) -> Tensor:
+def read(model: nn.Module, cache: KVCache, rows: list[list[int]]) -> Tensor:
     """Bring the cache up to date with rows that each grew by one token (or are new): logits (B, V)."""
     windows = [row[window_start(len(row), cache.block_size) :] for row in rows]
     if cache.is_empty:
@@ -75,8 +75,8 @@ def stream(
     try:
         with cached_weights(model):
             for _ in range(max_new_tokens):
-                with _matmul_dtype(model):
-                    logits_BV = _read(model, cache, rows)
+                with matmul_dtype(model):
+                    logits_BV = read(model, cache, rows)
                 seen = [row[window_start(len(row), cache.block_size) :] for row in rows]
                 tokens = choose(logits_BV, seen, how, generators)
                 for i, token in enumerate(tokens):

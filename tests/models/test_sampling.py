@@ -17,6 +17,7 @@ from lora.config import LoRAConfig
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.generation import per_row, sampling
 from models.generation.choosing import Sampling, choose
+from models.generation.continuous import Asked
 from models.generation.per_row import generate_per_row
 from models.generation.sampling import generate, stream, window_start
 from runtime.errors import UsageError
@@ -117,6 +118,12 @@ def test_windows_are_never_too_long_and_move_by_half_a_block(block_size: int, n:
         assert n - start == block_size  # it moves only when it is full
 
 
+def per_row_texts(model, prompts, adapters, count: int, how: Sampling, seeds, tell=lambda n: None) -> list[list[int]]:
+    asked = [Asked(prompt, count, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    found = dict(generate_per_row(model, asked, adapters, how, tell=tell))
+    return [found[i].tokens for i in range(len(asked))]
+
+
 def test_seeds_and_the_global_generator() -> None:
     model, prompt = tiny(), prompts_of([4])
     torch.manual_seed(1)
@@ -206,6 +213,10 @@ def test_narrow_sampling_is_greedy(how: Sampling) -> None:
         (Sampling(top_p=0.65), {1, 3}),  # the likeliest has 0.62 of it
         (Sampling(top_p=0.9), {1, 3, 4}),
         (Sampling(top_p=1.0), {0, 1, 2, 3, 4, 5}),
+        (Sampling(min_p=0.0), {0, 1, 2, 3, 4, 5}),
+        (Sampling(min_p=0.1), {1, 3, 4}),  # e^-2 = 0.14 of the likeliest, and e^-2.5 = 0.08
+        (Sampling(min_p=1.0), {1}),
+        (Sampling(top_k=2, min_p=0.1), {1, 3}),
         (Sampling(top_k=3, top_p=0.7), {1, 3}),  # of what top_k left, the likeliest has 0.67
     ],
     ids=str,
@@ -239,6 +250,7 @@ def test_rows_are_penalised_for_what_they_saw_themselves() -> None:
 
 NONSENSE = [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}, {"top_k": -1}]
 NONSENSE += [{"top_p": 0.0}, {"top_p": -0.1}, {"repetition_penalty": 0.0}, {"repetition_penalty": -1.0}]
+NONSENSE += [{"min_p": -0.1}, {"min_p": 1.5}, {"min_p": math.nan}]
 
 
 @pytest.mark.parametrize("options", NONSENSE, ids=str)
@@ -299,7 +311,7 @@ def test_a_stop_token_ends_its_row_and_changes_no_other() -> None:
     assert len({len(row) for row in expected}) > 1
     found = generate(model, prompts, 24, how, seeds)
     assert [row[len(prompt) :] for row, prompt in zip(found, prompts, strict=True)] == expected
-    assert generate_per_row(model, prompts, [{}] * 4, 24, how, seeds) == expected
+    assert per_row_texts(model, prompts, [{}] * 4, 24, how, seeds) == expected
     (alone,) = generate(model, prompts[:1], 24, how, seeds[:1])
     assert alone[3:] == expected[0]
     options = {"temperature": 1.5, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.2, "stop_ids": (stop,)}
@@ -352,12 +364,12 @@ def test_rows_with_adapters_of_their_own_have_the_texts_that_each_has_alone(monk
     mixed = MIXED[:5] + [{"one": 1.0}]
     activate(model, "two")
     training = {name for name, p in model.named_parameters() if p.requires_grad}
-    found = generate_per_row(model, prompts, mixed, 25, WILD, seeds, lambda *done: told.append(done))
-    assert told == [(i, 5 * 25) for i in range(1, 126)]  # `one` on two rows and on one more, and three others
+    found = per_row_texts(model, prompts, mixed, 25, WILD, seeds, told.append)
+    assert sum(told) == 6 * 25 and max(told) == 2  # `one` on two rows at a time, and on a third that follows one
     assert active_adapters(model) == {"two": 1.0}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == training
     for prompt, strengths, seed, row in zip(prompts, mixed, seeds, found, strict=True):
         activate(model, strengths)
         assert generate(model, [prompt], 25, WILD, seed)[0][len(prompt) :] == row
     with pytest.raises(UsageError, match="no adapter 'three'"):
-        generate_per_row(model, prompts[:1], [{"three": 1.0}], 2, WILD, [1])
+        per_row_texts(model, prompts[:1], [{"three": 1.0}], 2, WILD, [1])

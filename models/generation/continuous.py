@@ -1,0 +1,158 @@
+"""Continuous batching: a row that has finished makes room for the next text, so that every pass is full of rows.
+
+Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based Generative Models".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora.merge import cached_weights
+from models.generation.cache import KVCache
+from models.generation.choosing import Sampling, choose
+from models.generation.sampling import matmul_dtype, window_start
+
+
+def never(token: int) -> bool:
+    """Whether a text ends with this token: none does."""
+    return False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A text that is wanted: what it continues (token ids), by how many tokens at most, and the seed of its draws.
+
+    watch() makes what is told of each token, and says whether the text ends with that one.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    seed: int
+    watch: Callable[[], Callable[[int], bool]] = lambda: never
+
+
+class Made(NamedTuple):
+    """A text's new tokens, up to the stop token where one came, and how likely the model found them: the mean of the
+    logarithms of their probabilities, that of the stop token included, before temperature and filters; or None where
+    that was not asked for."""
+
+    tokens: list[int]
+    log_likelihood: float | None = None
+
+
+class Row:
+    """A text that is being made, in a place of the batch."""
+
+    def __init__(self, number: int, asked: Asked) -> None:
+        self.number, self.asked, self.text = number, asked, list(asked.prompt)
+        self.generator, self.ends = torch.Generator().manual_seed(asked.seed), asked.watch()
+        self.log_chances: list[float] = []
+
+    @property
+    def left(self) -> int:
+        """How many more tokens it may have."""
+        return self.asked.max_new_tokens + len(self.asked.prompt) - len(self.text)
+
+    def add(self, token: int, stop_ids: Sequence[int]) -> Made | None:
+        """One more token; the whole text if it ends there."""
+        self.text.append(token)
+        stopped = token in stop_ids
+        if not (stopped or self.ends(token) or not self.left):
+            return None
+        mean = sum(self.log_chances) / len(self.log_chances) if self.log_chances else None
+        return Made(self.text[len(self.asked.prompt) : len(self.text) - stopped], mean)
+
+
+class Batch:
+    """The places of a batch, the rows in them, and the logits of the last pass."""
+
+    def __init__(self, model: nn.Module, places: int) -> None:
+        self.model, self.device = model, model.token_embedding.weight.device
+        self.cache = KVCache(model.config.n_layer, model.config.max_positions, self.device)
+        self.cache.open_places(places)
+        self.rows: list[Row | None] = [None] * places
+
+    def window(self, row: Row) -> list[int]:
+        """What the model sees of a text."""
+        return row.text[window_start(len(row.text), self.cache.block_size) :]
+
+    @torch.inference_mode()
+    def advance(self, new: dict[int, Row]) -> Tensor:
+        """Take new rows into empty places, and give all rows one more pass: logits (places, V)."""
+        filled = [place for place, row in enumerate(self.rows) if row]
+        anew = [place for place in filled if self.cache.lengths[place] == self.cache.block_size]
+        logits = None
+        with matmul_dtype(self.model):
+            if len(anew) < len(filled):
+                tokens = [row.text[-1] if row else 0 for row in self.rows]
+                logits = self.model(self.cache.advance(tokens), cache=self.cache)[0][:, 0]
+            for place, row in new.items():
+                self.rows[place] = row
+            self.cache.empty(place for place, row in enumerate(self.rows) if row is None)
+            return self._read([*anew, *new], logits)
+
+    def _read(self, places: list[int], logits: Tensor | None) -> Tensor:
+        """Read the windows of these places from their beginning.
+
+        On the CPU that is done row by row: it takes no longer, there is no padding, and what a row gets does not depend
+        on which rows are read with it.
+        """
+        together = 1 if self.device.type == "cpu" else max(1, len(places))
+        for some in (places[i : i + together] for i in range(0, len(places), together)):
+            fresh = self.cache.emptied()
+            found = self.model(fresh.begin([self.window(self.rows[place]) for place in some]), cache=fresh)[0][:, 0]
+            logits = found.new_zeros(len(self.rows), found.shape[1]) if logits is None else logits
+            logits[some] = found
+            self.cache.replace(some, fresh)
+        return logits
+
+    def choose(self, logits: Tensor, how: Sampling, scored: bool) -> Iterator[tuple[Row, Made | None]]:
+        """A token for each row, and its text if that ends there, which empties its place."""
+        filled = [place for place, row in enumerate(self.rows) if row]
+        rows, logits = [self.rows[place] for place in filled], logits[filled]
+        seen = [self.window(row) for row in rows] if how.repetition_penalty != 1 else [[]] * len(rows)
+        tokens = choose(logits, seen, how, [row.generator for row in rows])
+        chances = logits.float().log_softmax(-1).cpu() if scored else None
+        for i, (place, row, token) in enumerate(zip(filled, rows, tokens, strict=True)):
+            if scored:
+                row.log_chances.append(float(chances[i, token]))
+            if made := row.add(token, how.stop_ids):
+                self.rows[place] = None
+                self.cache.empty([place])
+            yield row, made
+
+
+def continue_all(
+    model: nn.Module,
+    asked: Sequence[Asked],
+    how: Sampling,
+    places: int,
+    scored: bool = False,
+    tell: Callable[[int], None] = lambda tokens: None,
+) -> Iterator[tuple[int, Made]]:
+    """The texts, each with its number among those asked for, as they are finished: the longest begin first.
+
+    A text depends on its prompt, its seed and, by the rounding of matmuls, on the number of places; on the CPU not on
+    what else is asked for. tell(n): n more tokens are made, or will not be needed. As for `stream`, the model is in
+    evaluation mode until this ends. Raises ValueError for an empty prompt.
+    """
+    if not all(each.prompt for each in asked):
+        raise ValueError("a prompt needs at least one token")
+    waiting = sorted(range(len(asked)), key=lambda i: -asked[i].max_new_tokens)[::-1]
+    batch, training = Batch(model, places), model.training
+    model.eval()
+    try:
+        with cached_weights(model):
+            while waiting or any(batch.rows):
+                free = [place for place, row in enumerate(batch.rows) if row is None][: len(waiting)]
+                new = {place: Row(number, asked[number]) for place in free for number in [waiting.pop()]}
+                made = list(batch.choose(batch.advance(new), how, scored))
+                tell(sum(1 if text is None else 1 + row.left for row, text in made))
+                yield from ((row.number, text) for row, text in made if text)
+    finally:
+        model.train(training)
