@@ -151,8 +151,8 @@ def measure(one: Case, other: Case, goal: float | None, rounds: int, known: dict
     megabytes = [f"{round(value / 1e6):,}" for value in bytes_]
     return {
         "what": f"{where}, {one.tokens} tokens: {one} / {other} ({megabytes[0]} of {megabytes[1]} MB)",
-        "one": asdict(one),
-        "other": asdict(other),
+        "one": asdict(replace(one, base=Path(one.base).name)),
+        "other": asdict(replace(other, base=Path(other.base).name)),
         "one_bytes": bytes_[0],
         "other_bytes": bytes_[1],
         "median": bytes_[0] / bytes_[1],
