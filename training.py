@@ -152,7 +152,7 @@ def print_finished(run: Run) -> None:
 def say_why_another(run: Run, plain_name: str) -> None:
     """Say which settings differ where a run of the plain name has others, and how to train its weights further."""
     other = open_run(run.folder.with_name(plain_name))
-    if other is None or other.folder == run.folder:
+    if other is None or other.folder == run.folder or run.metadata["settings"].get("run_name"):
         return
     theirs, mine = EARLIER | other.metadata["settings"], run.metadata["settings"]
     rows = [row for row in settings_of(Settings) if row.identity and row.name in theirs]

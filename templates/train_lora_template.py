@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     if folder.exists():
         raise UserError(f"{folder} is there already, and may have taken hours to train: choose another --out")
     if not Path(args.text).is_file():
-        raise UserError(f"there is no {args.text}: `python training.py --use-lora` fetches the Folio, or name another")
+        raise UserError(
+            f"there is no {args.text}: `python training.py --use-lora` fetches it; or pass another with --text"
+        )
     base, tokenizer = load(args.base, args.checkpoints_dir)
     tokens = torch.tensor(tokenizer.encode(Path(args.text).read_text("utf-8-sig")))
     # The end of the text is held out. Training loss always falls; only text that it never saw tells what was learned.

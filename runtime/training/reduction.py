@@ -97,7 +97,7 @@ class Fast:
         """The model that parts go through."""
         if self.world.size == 1:
             return model
-        self.replicas = DistributedDataParallel(model, broadcast_buffers=False)
+        self.replicas = DistributedDataParallel(model, forward_sync_buffers=False)
         return self.replicas
 
     def part(self, last: bool) -> AbstractContextManager:

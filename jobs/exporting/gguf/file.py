@@ -58,7 +58,10 @@ def export_file(opened: Opened, out: Path, kind: str, with_tokenizer: bool = Tru
 def _llama_shaped(opened: Opened) -> tuple[Transformer, str]:
     """The model, and what llama.cpp calls its kind. Raises UserError where it has none."""
     if opened.model.config.norm != "rms":
-        raise UserError("llama.cpp computes GELU from a table in half precision, so a GPT-2 is not exported to it")
+        raise UserError(
+            "llama.cpp computes GELU from a table in half precision, so GPT-2 and ARCHITECTURE=gpt are not exported to "
+            "it; use --to hf, or train a base with ARCHITECTURE=llama TOKENIZER=bpe"
+        )
     if not opened.base.family:
         model, _ = translated(opened.model, None)
         return model, "llama"
