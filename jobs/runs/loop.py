@@ -10,7 +10,6 @@ from jobs.runs.job import Job
 from jobs.runs.postmortem import with_batch
 from runtime.interrupt import InterruptedRunError, Interruption
 from runtime.processes.world import LostProcessError, world
-from runtime.storage.folders import Files
 from runtime.storage.runs import Run, say
 from runtime.training import resume
 from runtime.training.metrics import MetricsLog, Progress
@@ -129,7 +128,7 @@ class Training:
         if value < state.best:
             state.best, state.best_step, state.stale = value, state.step, 0
             files = self.job.artifact_files(steps=f"{state.step:,}", validation_loss=f"{value:.4f}")
-            self.commit("best", files, keep=1)
+            self.run.save("best", state.step, files, keep=1)
         else:
             state.stale += 1
 
@@ -142,11 +141,5 @@ class Training:
         """Commit a resumable step."""
         self.check_replicas()
         self.log.flush()
-        self.commit("step", resume.to_files(self.stepper, self.state), self.job.settings.keep_checkpoints)
-
-    def commit(self, prefix: str, files: Files, keep: int) -> None:
-        """Save a folder of the step just taken, as `Run.save` does, all processes together."""
-        step = self.state.step
-        if world().first(lambda: self.run.lacks(prefix, step)):
-            self.run.commit(prefix, step, files)
-        self.run.keep_newest(prefix, step, keep)
+        files = resume.to_files(self.stepper, self.state)
+        self.run.save("step", self.state.step, files, self.job.settings.keep_checkpoints)

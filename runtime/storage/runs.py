@@ -22,6 +22,7 @@ from pathlib import Path
 
 from runtime.console import say
 from runtime.errors import UsageError, UserError
+from runtime.processes.world import world
 from runtime.start import command_line
 from runtime.storage import folders
 from runtime.storage.content import Content, sha256
@@ -88,9 +89,10 @@ class Run:
         """Commit a folder `<prefix>-<step>`, then remove what is older than the newest `keep` of that prefix.
 
         A run that fell back to an earlier step passes this one again: a good folder is then left as it is. What lies
-        further on belongs to the past that was left, and goes too.
+        further on belongs to the past that was left, and goes too. Several processes do it together, as the first finds
+        the folder.
         """
-        if self.lacks(prefix, step):
+        if world().first(lambda: self.lacks(prefix, step)):
             self.commit(prefix, step, files)
         self.keep_newest(prefix, step, keep)
 
