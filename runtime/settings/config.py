@@ -495,6 +495,11 @@ def hub_token() -> str | None:
     return os.environ.get("HF_TOKEN") or dotenv_values(".env").get("HF_TOKEN") or None
 
 
+def serve_api_key() -> str:
+    """SERVE_API_KEY from the environment or ./.env: what clients of serve.py must send; it is told nowhere."""
+    return os.environ.get("SERVE_API_KEY") or dotenv_values(".env").get("SERVE_API_KEY") or ""
+
+
 def is_pretrained(root: str, base: str) -> bool:
     """Whether BASE names a model that was trained elsewhere, or a run that came of one, rather than a run of ours."""
     places = Path(root) / base, Path(base)
