@@ -55,7 +55,7 @@ def export_folder(
 
 
 def whole_files(opened: Opened) -> Files:
-    """Config, weights, tokenizer, template and card."""
+    """Config, weights, tokenizer, template and card. Raises UserError for a model that is none of theirs."""
     if opened.base.family:
         files = to_model_files(opened.model, opened.base.tokenizer, opened.base)
     else:
@@ -63,20 +63,19 @@ def whole_files(opened: Opened) -> Files:
         model, values = translated(opened.model, tokenizer.eos_id)
         files = model_files.to_files(model, {model_files.CONFIG: to_json(values)})
         files |= tokenizer_files(tokenizer, model.config.max_positions)
-    if isinstance(opened.template, str):
-        files[TEMPLATE] = opened.template.encode()
-    return files | {CARD: _card(opened)}
+    return files | describing_files(opened, "transformers")
 
 
-def _card(opened: Opened) -> bytes:
-    """What the folder is, for whoever finds it."""
+def describing_files(opened: Opened, library: str) -> Files:
+    """The chat template, where there is one, and a card: what the folder is, for whoever finds it."""
     run, base = opened.run, opened.base.run
     said = run.metadata.get("texts", [run.metadata["settings"].get("dataset")])
     rows = {"run": run.name, "kind": run.kind, "base": base.name if base.name != run.name else ""}
     rows |= {"trained on": ", ".join(filter(None, said)), "fingerprint of its base": opened.base.sha256}
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {run.name}", ""]
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "---", "", f"# {run.name}", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items() if text)]
-    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
+    files = {CARD: ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")}
+    return files | ({TEMPLATE: opened.template.encode()} if isinstance(opened.template, str) else {})
 
 
 def _their_logits(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
