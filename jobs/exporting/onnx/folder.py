@@ -28,6 +28,7 @@ from runtime.storage.folders import Files, write_file
 
 GRAPH, SCRIPT = "model.onnx", "trtexec.sh"
 LIMIT = 1e-4  # of the largest logit
+SHORTEST = 4  # tokens that a model must take
 LONGEST = 256  # tokens of a row that graph and run are compared on, where the context is longer
 STEPS = 16  # tokens that are chosen one after the other
 
@@ -50,6 +51,8 @@ def export_folder(
 
     Raises UserError where onnxruntime computes something else, or there is no room, and UsageError where `out` exists.
     """
+    if opened.model.config.max_positions < SHORTEST:
+        raise UserError(f"{opened.run.name} takes fewer than {SHORTEST} tokens, and torch.onnx needs some to trace")
     files, told = _files_beside(opened)
     if not int8:  # TensorRT does not read what onnxruntime quantises while it computes
         files[SCRIPT] = trtexec_script(GRAPH, opened.model.config, cached)
@@ -60,11 +63,10 @@ def export_folder(
             write_file(draft / name, content)
         say(f"torch.onnx traces {_parameters(opened.model):,} parameters, which takes from seconds to minutes ...")
         write_graph(opened.model, draft / GRAPH, cached)
-        asked = OnnxRuntime(draft / GRAPH, opened.model.config, cached)
-        told = [*_compared(asked, opened), *told]
+        told = [*_compared(OnnxRuntime(draft / GRAPH, opened.model.config, cached), opened), *told]
         if int8:
             told.append(quantize(draft / GRAPH, with_outliers(opened.model, held_out.parts[0][0])))
-            asked = OnnxRuntime(draft / GRAPH, opened.model.config, cached)
+        asked = OnnxRuntime(draft / GRAPH, opened.model.config, cached)
         if cached:
             told.append(_walked(asked, opened.model, None if int8 else LIMIT))
         told.append(held_out.compare("onnxruntime", asked.logits, allowed))
