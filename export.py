@@ -83,7 +83,8 @@ def check(given: Resolved) -> None:
     for name, formats in OF_FORMATS.items():
         if given.explicit(name) and options.to not in formats:
             flag = SPELT.get(name, name.replace("_", "-"))
-            raise UsageError(f"--{flag} is for --to {' and '.join(formats)}, not --to {options.to}")
+            named = " and ".join(filter(None, (", ".join(formats[:-1]), formats[-1])))
+            raise UsageError(f"--{flag} is for --to {named}, not --to {options.to}")
     if options.to == "hf" and options.outtype not in (None, *hugging_face.DTYPES):
         raise UsageError(f"--outtype {options.outtype} is for --to gguf, not --to hf")
     check_free(Path(options.out))
