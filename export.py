@@ -1,10 +1,12 @@
-"""Take a run elsewhere: a folder that transformers reads, a file for llama.cpp and Ollama, an adapter for PEFT or vLLM.
+"""Take a run elsewhere: to transformers, to llama.cpp and Ollama, as an adapter to PEFT or vLLM, to ONNX.
 
 python export.py lora-folio-r16 --to hf --out folio                     base and adapter as one Hugging Face folder
 python export.py lora-folio-r16 --to gguf --out folio.gguf              as one file for llama.cpp, with a Modelfile
 python export.py lora-folio-r16 --to gguf --out folio.gguf --outtype q8_0    in 8 bits
 python export.py lora-folio-r16 --to peft --out folio-adapter           the adapter by itself, as PEFT reads it
 python export.py lora-folio-r16 --to peft --for vllm --out folio-vllm   and as vLLM does
+python export.py lora-folio-r16 --to onnx --out folio-onnx              as an ONNX graph with its cache
+python export.py lora-folio-r16 --to onnx --out folio-int8 --quantize int8   in 8 bits
 
 Whoever reads the format computes with what was written before it gets its name; nothing is overwritten.
 """
@@ -19,7 +21,9 @@ import runtime.start  # noqa: F401 - before what takes seconds to import
 from jobs.adapting.adapted import check_free
 from jobs.exporting import hugging_face
 from jobs.exporting.gguf import file as gguf_file
-from jobs.exporting.opening import find_finished, open_adapter, open_whole
+from jobs.exporting.held_out import MORE_LOSS, HeldOut, held_out_of
+from jobs.exporting.onnx import folder as onnx_folder
+from jobs.exporting.opening import Opened, find_finished, open_adapter, open_whole
 from jobs.exporting.peft_folder import export_folder
 from jobs.runs.preflight import check_writable
 from runtime.errors import UsageError
@@ -29,7 +33,10 @@ from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
 
 WHAT = {"group": "What to export", "env": False}
-OF_FORMATS = {"outtype": ("hf", "gguf"), "tokenizer": ("gguf",), "reader": ("peft",)}
+WHOLE = ("hf", "gguf", "onnx")
+OF_FORMATS = {"outtype": WHOLE[:2], "text": WHOLE, "allow_loss": WHOLE, "tokenizer": ("gguf",), "reader": ("peft",)}
+OF_FORMATS |= dict.fromkeys(("cache", "quantize"), ("onnx",))
+SPELT = {"tokenizer": "no-tokenizer", "reader": "for", "cache": "no-cache"}
 A_PATH = {"pattern": rf"|{FOLDER}", "path": True, **WHAT}
 
 
@@ -41,7 +48,7 @@ class Options(CommonSettings):
         "", "A run, or the Hugging Face folder or hub name of a model", metavar="RUN",
         allowed="a run's name, a folder, or a name on the hub", **A_PATH,
     )  # fmt: skip
-    to: str = setting("hf", "The format", choices=("hf", "gguf", "peft"), **WHAT)
+    to: str = setting("hf", "The format", choices=("hf", "gguf", "peft", "onnx"), **WHAT)
     out: str = setting("", "The new folder or file", required=True, allowed="a path", **A_PATH)
     outtype: str | None = setting(
         None, "For hf and gguf: what matrices are stored in; none keeps that of the run, or takes f16 for gguf",
@@ -52,6 +59,16 @@ class Options(CommonSettings):
         "peft", "For peft, and spelt --for as well: vllm takes adapters of one rank and scale, without embeddings",
         also="for", choices=("peft", "vllm"), **WHAT,
     )  # fmt: skip
+
+    cache: bool = setting(True, "For onnx: with keys and values as inputs and outputs, or without", **WHAT)
+    quantize: str = setting("none", "For onnx: matrices in fp32, or in 8 bits", choices=("none", "int8"), **WHAT)
+    text: str = setting(
+        "",
+        "A corpus or a text file to measure the loss on; empty takes what the run held out",
+        allowed="a path",
+        **A_PATH,
+    )
+    allow_loss: float = setting(MORE_LOSS, "Nats a token by which the loss may be higher", low=0.0, **WHAT)
 
     @property
     def root(self) -> Path:
@@ -65,19 +82,25 @@ def check(given: Resolved) -> None:
     options = given.settings
     for name, formats in OF_FORMATS.items():
         if given.explicit(name) and options.to not in formats:
-            flag = {"tokenizer": "no-tokenizer", "reader": "for"}.get(name, name)
-            raise UsageError(f"--{flag} is for --to {' and '.join(formats)}, not --to {options.to}")
+            flag = SPELT.get(name, name.replace("_", "-"))
+            named = " and ".join(filter(None, (", ".join(formats[:-1]), formats[-1])))
+            raise UsageError(f"--{flag} is for --to {named}, not --to {options.to}")
     if options.to == "hf" and options.outtype not in (None, *hugging_face.DTYPES):
         raise UsageError(f"--outtype {options.outtype} is for --to gguf, not --to hf")
     check_free(Path(options.out))
     check_writable(Path(options.out).absolute().parent)
 
 
+def opened_whole(options: Options) -> tuple[Opened, HeldOut]:
+    """The run as one model, and what its loss is measured on."""
+    opened = open_whole(options.root, options.run)
+    return opened, held_out_of(opened, Path(options.data_dir), options.text)
+
+
 def to_hugging_face(options: Options) -> list[str]:
     """Write a Hugging Face folder."""
     hugging_face.check_packages()
-    opened = open_whole(options.root, options.run)
-    told = hugging_face.export_folder(opened, Path(options.out), options.outtype)
+    told = hugging_face.export_folder(*opened_whole(options), Path(options.out), options.outtype, options.allow_loss)
     return [*told, f"transformers.AutoModelForCausalLM.from_pretrained({options.out!r}) reads it"]
 
 
@@ -89,7 +112,7 @@ def to_gguf(options: Options) -> list[str]:
     check_free(gguf_file.modelfile_of(out))
     gguf_file.check_packages()
     return gguf_file.export_file(
-        open_whole(options.root, options.run), out, options.outtype or "f16", options.tokenizer
+        *opened_whole(options), out, options.outtype or "f16", options.tokenizer, options.allow_loss
     )
 
 
@@ -105,7 +128,29 @@ def to_peft(options: Options) -> list[str]:
     return [told, reads]
 
 
-FORMATS: dict[str, Callable[[Options], list[str]]] = {"hf": to_hugging_face, "gguf": to_gguf, "peft": to_peft}
+def to_onnx(options: Options) -> list[str]:
+    """Write a folder with an ONNX graph, and say how TensorRT would be asked, which is not done here."""
+    onnx_folder.check_packages()
+    out, int8 = Path(options.out), options.quantize == "int8"
+    told = onnx_folder.export_folder(*opened_whole(options), out, options.cache, int8, options.allow_loss)
+    reads = "TensorRT does not read int8 of this kind: export without --quantize for it"
+    if not int8:
+        reads = f"TensorRT, not run here: sh {out / onnx_folder.SCRIPT}"
+    return [
+        *told,
+        f"onnxruntime.InferenceSession({str(out / onnx_folder.GRAPH)!r}) reads it",
+        reads,
+        "TensorRT-LLM, not run here, takes no ONNX but a folder of --to hf: trtllm-serve FOLDER, or trtllm-build "
+        "--checkpoint_dir CONVERTED --output_dir ENGINE after its convert_checkpoint.py",
+    ]
+
+
+FORMATS: dict[str, Callable[[Options], list[str]]] = {
+    "hf": to_hugging_face,
+    "gguf": to_gguf,
+    "peft": to_peft,
+    "onnx": to_onnx,
+}
 
 
 def main() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from data.pretrained_tokenizer import FILE, TEMPLATE
+from jobs.exporting.held_out import MORE_LOSS, HeldOut
 from jobs.exporting.opening import Opened
 from jobs.exporting.tokens import samples_for, tokenizer_files
 from jobs.exporting.translated import translated
@@ -29,8 +31,11 @@ def check_packages() -> None:
         import transformers  # noqa: F401 - only whether it is there
 
 
-def export_folder(opened: Opened, out: Path, kind: str | None = None) -> list[str]:
-    """Write the folder, and tell what was found. kind: of DTYPES, or None for those of the run's files.
+def export_folder(
+    opened: Opened, held_out: HeldOut, out: Path, kind: str | None = None, allowed: float = MORE_LOSS
+) -> list[str]:
+    """Write the folder, and tell what was found. kind: of DTYPES, or None for those of the run's files. allowed: how
+    much higher the loss may be.
 
     Raises UserError where transformers computes something else, and UsageError where `out` exists."""
     rounded = opened.round_to(DTYPES[kind] if kind else None)
@@ -38,9 +43,9 @@ def export_folder(opened: Opened, out: Path, kind: str | None = None) -> list[st
     with draft_of(out) as draft:
         commit_folder(draft, files)
         fix = "--outtype f32 writes all of what the run has learned" if rounded else ""
-        theirs = _their_logits(draft, opened)
-        found = Difference.between("transformers", theirs, opened.expected, LIMITS[rounded], fix)
-        told = [f"Verified on random tokens: {found}"]
+        theirs = _their_logits(draft)
+        found = Difference.between("transformers", theirs(opened.probe), opened.expected, LIMITS[rounded], fix)
+        told = [f"Verified on random tokens: {found}", held_out.compare("transformers", theirs, allowed)]
         if FILE not in files:
             kind = opened.base.tokenizer.kind
             told.append(f"Without a tokenizer: no tokenizer.json encodes as this one ({kind}) does")
@@ -50,7 +55,7 @@ def export_folder(opened: Opened, out: Path, kind: str | None = None) -> list[st
 
 
 def whole_files(opened: Opened) -> Files:
-    """Config, weights, tokenizer, template and card."""
+    """Config, weights, tokenizer, template and card. Raises UserError for a model that is none of theirs."""
     if opened.base.family:
         files = to_model_files(opened.model, opened.base.tokenizer, opened.base)
     else:
@@ -58,32 +63,30 @@ def whole_files(opened: Opened) -> Files:
         model, values = translated(opened.model, tokenizer.eos_id)
         files = model_files.to_files(model, {model_files.CONFIG: to_json(values)})
         files |= tokenizer_files(tokenizer, model.config.max_positions)
-    if isinstance(opened.template, str):
-        files[TEMPLATE] = opened.template.encode()
-    return files | {CARD: _card(opened)}
+    return files | describing_files(opened, "transformers")
 
 
-def _card(opened: Opened) -> bytes:
-    """What the folder is, for whoever finds it."""
+def describing_files(opened: Opened, library: str) -> Files:
+    """The chat template, where there is one, and a card: what the folder is, for whoever finds it."""
     run, base = opened.run, opened.base.run
     said = run.metadata.get("texts", [run.metadata["settings"].get("dataset")])
     rows = {"run": run.name, "kind": run.kind, "base": base.name if base.name != run.name else ""}
     rows |= {"trained on": ", ".join(filter(None, said)), "fingerprint of its base": opened.base.sha256}
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {run.name}", ""]
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "---", "", f"# {run.name}", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items() if text)]
-    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
+    files = {CARD: ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")}
+    return files | ({TEMPLATE: opened.template.encode()} if isinstance(opened.template, str) else {})
 
 
-@torch.no_grad()
-def _their_logits(folder: Path, opened: Opened) -> torch.Tensor:
+def _their_logits(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     """What transformers computes of the folder in fp32."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # texts longer than the context are tokenized too
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval()(opened.probe).logits
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    return torch.no_grad()(lambda tokens: model(tokens).logits)
 
 
 def _same_tokens(folder: Path, opened: Opened) -> int:
