@@ -5,14 +5,18 @@ python export.py lora-folio-r16 --to gguf --out folio.gguf              as one f
 python export.py lora-folio-r16 --to gguf --out folio.gguf --outtype q8_0    in 8 bits
 python export.py lora-folio-r16 --to peft --out folio-adapter           the adapter by itself, as PEFT reads it
 python export.py lora-folio-r16 --to peft --for vllm --out folio-vllm   and as vLLM does
+python export.py lora-folio-r16 --push user/folio                       to the Hugging Face hub: the adapter, or --to hf
 
 Whoever reads the format computes with what was written before it gets its name; nothing is overwritten.
 """
 
 from __future__ import annotations
 
+import re
+import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
@@ -21,12 +25,15 @@ from jobs.exporting import hugging_face
 from jobs.exporting.gguf import file as gguf_file
 from jobs.exporting.opening import find_finished, open_adapter, open_whole
 from jobs.exporting.peft_folder import export_folder
+from jobs.exporting.pushing import push_exported
 from jobs.runs.preflight import check_writable
 from runtime.errors import UsageError
+from runtime.hub.pushing import Target
 from runtime.processes.command import run_command
-from runtime.settings.config import FOLDER, CommonSettings, from_command_line
+from runtime.settings.config import FOLDER, HUB_NAME, CommonSettings, from_command_line
 from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
+from runtime.start import command_line
 
 WHAT = {"group": "What to export", "env": False}
 OF_FORMATS = {"outtype": ("hf", "gguf"), "tokenizer": ("gguf",), "reader": ("peft",)}
@@ -41,8 +48,18 @@ class Options(CommonSettings):
         "", "A run, or the Hugging Face folder or hub name of a model", metavar="RUN",
         allowed="a run's name, a folder, or a name on the hub", **A_PATH,
     )  # fmt: skip
-    to: str = setting("hf", "The format", choices=("hf", "gguf", "peft"), **WHAT)
-    out: str = setting("", "The new folder or file", required=True, allowed="a path", **A_PATH)
+    to: str = setting(
+        "hf", "The format; what is pushed of a LoRA run is its adapter, peft, unless this says otherwise",
+        choices=("hf", "gguf", "peft"), **WHAT,
+    )  # fmt: skip
+    out: str = setting(
+        "", "The new folder or file; with --push it may be left out, and is a temporary one", allowed="a path", **A_PATH
+    )
+    push: str = setting(
+        "", "Push it to this repository of yours on the Hugging Face hub, which is made if there is none",
+        pattern=rf"|{HUB_NAME}", allowed="user/name", **WHAT,
+    )  # fmt: skip
+    public: bool = setting(False, "For --push: whether a repository that is made is for everybody to see", **WHAT)
     outtype: str | None = setting(
         None, "For hf and gguf: what matrices are stored in; none keeps that of the run, or takes f16 for gguf",
         choices=gguf_file.TYPES, **WHAT,
@@ -58,27 +75,45 @@ class Options(CommonSettings):
         """The folder of the runs."""
         return Path(self.checkpoints_dir)
 
+    @property
+    def place(self) -> str:
+        """Where those who read the format find it."""
+        return self.push or self.out
+
+    @property
+    def target(self) -> Target:
+        """Where it is pushed; the command that tries again takes a temporary place."""
+        words = re.sub(r"\0--out(=|\0)[^\0]*", "", "\0".join(["", *sys.argv[1:]])).split("\0")[1:]
+        return Target(self.push, not self.public, command_line("export.py", *words))
+
 
 def check(given: Resolved) -> None:
     """Raises UsageError for flags of another format and where something is in the way, UserError where nothing can be
-    written there: all before the first model is opened."""
+    written there or pushed: all before the first model is opened."""
     options = given.settings
+    if not options.place:
+        raise UsageError("where to? --out PATH writes it there, and --push USER/NAME to the Hugging Face hub")
+    if given.explicit("public") and not options.push:
+        raise UsageError("--public is for --push USER/NAME")
+    if options.push:
+        options.target.check()
     for name, formats in OF_FORMATS.items():
         if given.explicit(name) and options.to not in formats:
             flag = {"tokenizer": "no-tokenizer", "reader": "for"}.get(name, name)
             raise UsageError(f"--{flag} is for --to {' and '.join(formats)}, not --to {options.to}")
     if options.to == "hf" and options.outtype not in (None, *hugging_face.DTYPES):
         raise UsageError(f"--outtype {options.outtype} is for --to gguf, not --to hf")
-    check_free(Path(options.out))
-    check_writable(Path(options.out).absolute().parent)
+    if options.out:
+        check_free(Path(options.out))
+        check_writable(Path(options.out).absolute().parent)
 
 
 def to_hugging_face(options: Options) -> list[str]:
     """Write a Hugging Face folder."""
     hugging_face.check_packages()
     opened = open_whole(options.root, options.run)
-    told = hugging_face.export_folder(opened, Path(options.out), options.outtype)
-    return [*told, f"transformers.AutoModelForCausalLM.from_pretrained({options.out!r}) reads it"]
+    told = hugging_face.export_folder(opened, Path(options.out), options.outtype, options.place)
+    return [*told, f"transformers.AutoModelForCausalLM.from_pretrained({options.place!r}) reads it"]
 
 
 def to_gguf(options: Options) -> list[str]:
@@ -98,14 +133,23 @@ def to_peft(options: Options) -> list[str]:
     run = find_finished(options.root, options.run)
     if run.kind != "lora":
         raise UsageError(f"{run.name} has no adapter; --to hf exports the whole model")
-    told = export_folder(open_adapter(options.root, run), Path(options.out), options.reader == "vllm")
-    reads = f"vllm serve BASE --enable-lora --lora-modules {run.name}={options.out}"
+    told = export_folder(open_adapter(options.root, run), Path(options.out), options.reader == "vllm", options.place)
+    reads = f"vllm serve BASE --enable-lora --lora-modules {run.name}={options.place}"
     if options.reader == "peft":
-        reads = f"peft.PeftModel.from_pretrained(model, {options.out!r}) reads it"
+        reads = f"peft.PeftModel.from_pretrained(model, {options.place!r}) reads it"
     return [told, reads]
 
 
 FORMATS: dict[str, Callable[[Options], list[str]]] = {"hf": to_hugging_face, "gguf": to_gguf, "peft": to_peft}
+
+
+def for_the_hub(given: Resolved, folder: Path) -> Options:
+    """The options with what they leave open where something is pushed. folder: a temporary one."""
+    options = given.settings
+    run = find_finished(options.root, options.run)
+    asked = given.explicit("to") or given.explicit("outtype")
+    to = "peft" if run.kind == "lora" and not asked else options.to
+    return replace(options, to=to, out=options.out or str(folder / (f"{run.name}.gguf" if to == "gguf" else run.name)))
 
 
 def main() -> None:
@@ -113,8 +157,14 @@ def main() -> None:
     given = from_command_line(Options, __doc__)
     check(given)
     options = given.settings
-    told = FORMATS[options.to](options)
-    print("\n".join([f"{options.out}: {options.run}", *told]))
+    with tempfile.TemporaryDirectory() as folder:
+        if options.push:
+            options = for_the_hub(given, Path(folder))
+        told = FORMATS[options.to](options)
+        print("\n".join([f"{options.place}: {options.run}", *told]), flush=True)
+        if options.push:
+            run = find_finished(options.root, options.run)
+            print(push_exported(options.target, run, Path(options.out)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from data.pretrained_tokenizer import FILE, TEMPLATE
+from jobs.exporting.leaving import CARD, whole_card, without_paths
 from jobs.exporting.opening import Opened
 from jobs.exporting.tokens import samples_for, tokenizer_files
 from jobs.exporting.translated import translated
@@ -20,7 +21,6 @@ from runtime.storage.folders import Files, commit_folder
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 LIMITS = {False: 1e-5, True: 2e-2}  # of the largest logit, by whether weights were rounded to 16 bits
-CARD = "README.md"
 
 
 def check_packages() -> None:
@@ -29,12 +29,13 @@ def check_packages() -> None:
         import transformers  # noqa: F401 - only whether it is there
 
 
-def export_folder(opened: Opened, out: Path, kind: str | None = None) -> list[str]:
-    """Write the folder, and tell what was found. kind: of DTYPES, or None for those of the run's files.
+def export_folder(opened: Opened, out: Path, kind: str | None = None, place: str = "folder") -> list[str]:
+    """Write the folder, and tell what was found. kind: of DTYPES, or None for those of the run's files. place: where
+    its card says that it lies.
 
     Raises UserError where transformers computes something else, and UsageError where `out` exists."""
     rounded = opened.round_to(DTYPES[kind] if kind else None)
-    files = whole_files(opened)
+    files = without_paths(whole_files(opened, place))
     with draft_of(out) as draft:
         commit_folder(draft, files)
         fix = "--outtype f32 writes all of what the run has learned" if rounded else ""
@@ -49,7 +50,7 @@ def export_folder(opened: Opened, out: Path, kind: str | None = None) -> list[st
     return told
 
 
-def whole_files(opened: Opened) -> Files:
+def whole_files(opened: Opened, place: str = "folder") -> Files:
     """Config, weights, tokenizer, template and card."""
     if opened.base.family:
         files = to_model_files(opened.model, opened.base.tokenizer, opened.base)
@@ -60,18 +61,12 @@ def whole_files(opened: Opened) -> Files:
         files |= tokenizer_files(tokenizer, model.config.max_positions)
     if isinstance(opened.template, str):
         files[TEMPLATE] = opened.template.encode()
-    return files | {CARD: _card(opened)}
-
-
-def _card(opened: Opened) -> bytes:
-    """What the folder is, for whoever finds it."""
-    run, base = opened.run, opened.base.run
-    said = run.metadata.get("texts", [run.metadata["settings"].get("dataset")])
-    rows = {"run": run.name, "kind": run.kind, "base": base.name if base.name != run.name else ""}
-    rows |= {"trained on": ", ".join(filter(None, said)), "fingerprint of its base": opened.base.sha256}
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {run.name}", ""]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items() if text)]
-    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
+    use = [
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({place!r})",
+    ]
+    return files | {CARD: whole_card(opened.run, opened.base.sha256, "transformers", use)}
 
 
 @torch.no_grad()
