@@ -95,8 +95,6 @@ def check(given: Resolved) -> None:
         raise UsageError("where to? --out PATH writes it there, and --push USER/NAME to the Hugging Face hub")
     if given.explicit("public") and not options.push:
         raise UsageError("--public is for --push USER/NAME")
-    if options.push:
-        options.target.check()
     for name, formats in OF_FORMATS.items():
         if given.explicit(name) and options.to not in formats:
             flag = {"tokenizer": "no-tokenizer", "reader": "for"}.get(name, name)
@@ -106,6 +104,8 @@ def check(given: Resolved) -> None:
     if options.out:
         check_free(Path(options.out))
         check_writable(Path(options.out).absolute().parent)
+    if options.push:
+        options.target.check()
 
 
 def to_hugging_face(options: Options) -> list[str]:
@@ -123,9 +123,12 @@ def to_gguf(options: Options) -> list[str]:
         raise UsageError(f"--out {out}: the name of a GGUF file ends in .gguf")
     check_free(gguf_file.modelfile_of(out))
     gguf_file.check_packages()
-    return gguf_file.export_file(
-        open_whole(options.root, options.run), out, options.outtype or "f16", options.tokenizer
-    )
+    opened = open_whole(options.root, options.run)
+    told = gguf_file.export_file(opened, out, options.outtype or "f16", options.tokenizer)
+    reads = f"create {opened.run.name.lower()} -f {gguf_file.modelfile_of(out)}"
+    if options.push:
+        reads = f"run hf.co/{options.push}"
+    return [*told, f"For Ollama: ollama {reads}"] if options.tokenizer else told
 
 
 def to_peft(options: Options) -> list[str]:

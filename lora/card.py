@@ -39,10 +39,10 @@ def _cell(text: str) -> str:
 
 
 def _use(hub: str | None, place: str) -> list[str]:
-    """How it is loaded. hub: the base's name on the hub, if it is there."""
+    """How it is loaded. hub: the base's name on the hub, where it was fetched from there."""
     if not hub:
         return [
-            "Its base is none of the hub's. With the base's weights loaded into `model`,",
+            "Its base has no name on the hub, and is known by its fingerprint. With its weights loaded into `model`,",
             f"`peft.PeftModel.from_pretrained(model, {place!r})` reads this adapter, and so does `adapters.py import`.",
         ]
     lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]

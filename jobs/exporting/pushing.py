@@ -71,12 +71,19 @@ class Pushing:
         again = command_line("export.py", run, "--push", s.push_to_hub, *public) if run else ""
         return Target(s.push_to_hub, s.push_private, again)
 
+    @property
+    def saves(self) -> bool:
+        """Whether what is saved on the way is pushed as well."""
+        return bool(self.settings.push_to_hub) and self.settings.push_strategy == "every_save"
+
     def check(self) -> None:
         """Raises UserError where it is known already that nothing can be pushed; says so where that may change."""
         if not self.settings.push_to_hub:
             return
         if not self.settings.use_lora:
             hugging_face.check_packages()
+            if self.saves:
+                say("PUSH_STRATEGY=every_save is for adapters; a whole model is pushed at the end")
         try:
             self.target().check()
         except UnreachableError as error:
@@ -84,7 +91,7 @@ class Pushing:
 
     def save(self, job: Job, run: Run, step: int, loss: float) -> None:
         """With PUSH_STRATEGY=every_save, push the best adapter so far, just saved, while training goes on."""
-        if not (self.settings.push_to_hub and self.settings.push_strategy == "every_save" and world().leads):
+        if not (self.saves and job.kind == "lora" and world().leads):
             return
         target = self.target()
         notes = {"steps": f"{step:,}", "validation_loss": f"{loss:.4f}"}
@@ -101,13 +108,15 @@ class Pushing:
             return
         target = self.target(run.name)
         try:
+            if self.uploads.busy:
+                say(f"Waiting for a save that is on its way to {target.name}")
             self.uploads.end()
             print(f"   On the hub: {push_run(Path(self.settings.checkpoints_dir), run, target)}", flush=True)
         except UserError as error:
             told = str(error) if target.again in str(error) else f"{error}{target}"
             say(f"{run.name} is whole, and was not pushed: {told}")
         except KeyboardInterrupt:
-            say(f"\n{run.name} is whole, and was not pushed{target}")
+            say(f"\n{run.name} is whole, and was not pushed; to push it: {target.again}")
             raise
 
 

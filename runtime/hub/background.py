@@ -22,6 +22,11 @@ class Newest:
                 self._thread = threading.Thread(target=self._run, daemon=True)  # which keeps no process from ending
                 self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        """Whether something runs."""
+        return self._thread is not None
+
     def end(self) -> None:
         """Wait for what runs, and forget what waits."""
         with self._lock:

@@ -424,8 +424,6 @@ class Settings(ProcessSettings):
             raise ContradictionError(self, "min_lr", "must not be more than", "learning_rate")
         if self.use_lora and self.lora_target_rank and self.lora_target_rank > self.lora_rank:
             raise ContradictionError(self, "lora_target_rank", "must not be more than", "lora_rank")
-        if self.push_strategy == "every_save" and not self.use_lora:
-            raise ContradictionError(self, "push_strategy", "is for adapters, not for", "use_lora")
 
     @property
     def rows_in_step(self) -> int | None:

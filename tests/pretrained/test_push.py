@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from tiny_models import make, save
 from tiny_runs import call, lora_run
 
 from jobs.generating.load import load
+from runtime.hub.background import Newest
 
 IDS = torch.arange(48).reshape(2, 24) * 7 % 90
 
@@ -171,8 +175,34 @@ def test_a_run_pushes_its_saves_and_its_end(hub, tmp_path):
     card = (tmp_path / "hub/me/run/README.md").read_text()
     assert re.search(r"\| steps \| [24] \|", card) and "| dataset sha256 |" in card and "| validation loss |" in card
     printed, hub.handler.most = done.stdout + done.stderr, 2
-    done = run(home, hub, "training.py", *words)  # the run has finished, and is pushed
-    assert done.returncode == 0 and f"On the hub: {hub}/me/run" in done.stdout, done.stderr
+    command = shlex.split(last.rpartition("then: ")[2])
+    done = run(home, hub, *command[1:])
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"{hub}/me/run", done.stderr
     printed += done.stdout + done.stderr
     (home / ".env").unlink()
     assert TOKEN not in printed and not told_of(tmp_path, TOKEN) and not told_of(tmp_path / "hub/me", str(tmp_path))
+
+
+def test_one_upload_at_a_time_and_of_those_that_wait_the_newest():
+    uploads, started, go_on, done = Newest(), threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        started.set()
+        assert go_on.wait(10)
+        done.append("first")
+
+    for last in ("third", "never"):
+        started.clear(), go_on.clear(), done.clear()
+        uploads.offer(first)
+        assert started.wait(10) and uploads.busy
+        uploads.offer(lambda: done.append("second"))
+        uploads.offer(lambda last=last: done.append(last))
+        if last == "never":
+            threading.Timer(0.02, go_on.set).start()
+            uploads.end()  # what waits is forgotten
+            assert done == ["first"] and not uploads.busy
+        else:
+            go_on.set()
+            while uploads.busy:
+                time.sleep(0.01)
+            assert done == ["first", "third"]
