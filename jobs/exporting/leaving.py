@@ -31,6 +31,8 @@ def whole_card(run: Run, base_sha256: str, library: str, use: Sequence[str]) -> 
     hub = base.get("hub") or run.metadata.get("hub")
     front |= {"base_model": hub} if hub else {}
     rows = {"run": run.name, "kind": run.kind, "base": hub or base.get("run", "")}
+    if run.kind == "lora":
+        rows |= {name: str(run.metadata["settings"].get(f"lora_{name}", "")) for name in ("rank", "alpha")}
     rows |= {"trained on": ", ".join(map(_without_folders, texts_of(run)))}
     rows |= {"dataset sha256": run.metadata.get("dataset", {}).get("sha256", ""), "base sha256": base_sha256}
     rows |= {name.replace("_", " "): text for name, text in notes_of(run).items()}

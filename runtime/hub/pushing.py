@@ -10,7 +10,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,8 +118,8 @@ def push(target: Target, files: Mapping[str, Path | bytes], message: str, quiet:
     somebody has changed on the hub stays. Raises UserError in one line, as `Target.check` does.
     """
     api = target.check()
-    from huggingface_hub import CommitOperationAdd, errors
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub import CommitOperationAdd, constants, errors
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     with target.told_plainly():
@@ -134,8 +134,11 @@ def push(target: Target, files: Mapping[str, Path | bytes], message: str, quiet:
                 say(f"{CARD} of {target.name} was changed on the hub, and stays as it is there")
                 files = {name: file for name, file in files.items() if name != CARD}
         operations = [CommitOperationAdd(name, _sealed(file) if name == CARD else file) for name, file in files.items()]
-        with disable_progress_bars() if quiet else nullcontext():
-            api.create_commit(target.name, operations, commit_message=message)
+        if quiet:
+            disable_progress_bars()
+        elif not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+            enable_progress_bars()  # transformers may have been told to show none
+        api.create_commit(target.name, operations, commit_message=message)
     return f"{api.endpoint}/{target.name}"
 
 
