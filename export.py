@@ -81,6 +81,11 @@ class Options(CommonSettings):
         return self.push or self.out
 
     @property
+    def named(self) -> str:
+        """The same as a card says it, which tells no folders of this machine."""
+        return self.push or Path(self.out).name
+
+    @property
     def target(self) -> Target:
         """Where it is pushed; the command that tries again takes a temporary place."""
         words = re.sub(r"\0--out(=|\0)[^\0]*", "", "\0".join(["", *sys.argv[1:]])).split("\0")[1:]
@@ -112,7 +117,7 @@ def to_hugging_face(options: Options) -> list[str]:
     """Write a Hugging Face folder."""
     hugging_face.check_packages()
     opened = open_whole(options.root, options.run)
-    told = hugging_face.export_folder(opened, Path(options.out), options.outtype, options.place)
+    told = hugging_face.export_folder(opened, Path(options.out), options.outtype, options.named)
     return [*told, f"transformers.AutoModelForCausalLM.from_pretrained({options.place!r}) reads it"]
 
 
@@ -136,7 +141,7 @@ def to_peft(options: Options) -> list[str]:
     run = find_finished(options.root, options.run)
     if run.kind != "lora":
         raise UsageError(f"{run.name} has no adapter; --to hf exports the whole model")
-    told = export_folder(open_adapter(options.root, run), Path(options.out), options.reader == "vllm", options.place)
+    told = export_folder(open_adapter(options.root, run), Path(options.out), options.reader == "vllm", options.named)
     reads = f"vllm serve BASE --enable-lora --lora-modules {run.name}={options.place}"
     if options.reader == "peft":
         reads = f"peft.PeftModel.from_pretrained(model, {options.place!r}) reads it"

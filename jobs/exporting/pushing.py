@@ -93,10 +93,13 @@ class Pushing:
         """With PUSH_STRATEGY=every_save, push the best adapter so far, just saved, while training goes on."""
         if not (self.saves and job.kind == "lora" and world().leads):
             return
-        target = self.target()
-        notes = {"steps": f"{step:,}", "validation_loss": f"{loss:.4f}"}
-        written = peft_folder.outward(read_adapter(run), job.base, notes, target.name)
-        files = {name: bytes(content) for name, content in without_paths(run.read() | written).items()}
+        target, notes = self.target(), {"steps": f"{step:,}", "validation_loss": f"{loss:.4f}"}
+        try:
+            written = peft_folder.outward(read_adapter(run), job.base, notes, target.name)
+            files = {name: bytes(content) for name, content in without_paths(run.read() | written).items()}
+        except UserError as error:
+            say(f"step {step} is not pushed: {error}")
+            return
         self.uploads.offer(lambda: _push_save(target, files, step))
 
     def end(self, run: Run) -> None:
