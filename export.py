@@ -7,14 +7,18 @@ python export.py lora-folio-r16 --to peft --out folio-adapter           the adap
 python export.py lora-folio-r16 --to peft --for vllm --out folio-vllm   and as vLLM does
 python export.py lora-folio-r16 --to onnx --out folio-onnx              as an ONNX graph with its cache
 python export.py lora-folio-r16 --to onnx --out folio-int8 --quantize int8   in 8 bits
+python export.py lora-folio-r16 --push user/folio                       to the Hugging Face hub: the adapter, or --to hf
 
 Whoever reads the format computes with what was written before it gets its name; nothing is overwritten.
 """
 
 from __future__ import annotations
 
+import re
+import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
@@ -25,12 +29,15 @@ from jobs.exporting.held_out import MORE_LOSS, HeldOut, held_out_of
 from jobs.exporting.onnx import folder as onnx_folder
 from jobs.exporting.opening import Opened, find_finished, open_adapter, open_whole
 from jobs.exporting.peft_folder import export_folder
+from jobs.exporting.pushing import push_exported
 from jobs.runs.preflight import check_writable
 from runtime.errors import UsageError
+from runtime.hub.pushing import Target
 from runtime.processes.command import run_command
-from runtime.settings.config import FOLDER, CommonSettings, from_command_line
+from runtime.settings.config import FOLDER, HUB_NAME, CommonSettings, from_command_line
 from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
+from runtime.start import command_line
 
 WHAT = {"group": "What to export", "env": False}
 WHOLE = ("hf", "gguf", "onnx")
@@ -48,8 +55,18 @@ class Options(CommonSettings):
         "", "A run, or the Hugging Face folder or hub name of a model", metavar="RUN",
         allowed="a run's name, a folder, or a name on the hub", **A_PATH,
     )  # fmt: skip
-    to: str = setting("hf", "The format", choices=("hf", "gguf", "peft", "onnx"), **WHAT)
-    out: str = setting("", "The new folder or file", required=True, allowed="a path", **A_PATH)
+    to: str = setting(
+        "hf", "The format; what is pushed of a LoRA run is its adapter, peft, unless this says otherwise",
+        choices=("hf", "gguf", "peft", "onnx"), **WHAT,
+    )  # fmt: skip
+    out: str = setting(
+        "", "The new folder or file; with --push it may be left out, and is a temporary one", allowed="a path", **A_PATH
+    )
+    push: str = setting(
+        "", "Push it to this repository of yours on the Hugging Face hub, which is made if there is none",
+        pattern=rf"|{HUB_NAME}", allowed="user/name", **WHAT,
+    )  # fmt: skip
+    public: bool = setting(False, "For --push: whether a repository that is made is for everybody to see", **WHAT)
     outtype: str | None = setting(
         None, "For hf and gguf: what matrices are stored in; none keeps that of the run, or takes f16 for gguf",
         choices=gguf_file.TYPES, **WHAT,
@@ -75,11 +92,31 @@ class Options(CommonSettings):
         """The folder of the runs."""
         return Path(self.checkpoints_dir)
 
+    @property
+    def place(self) -> str:
+        """Where those who read the format find it."""
+        return self.push or self.out
+
+    @property
+    def named(self) -> str:
+        """The same as a card says it, which tells no folders of this machine."""
+        return self.push or Path(self.out).name
+
+    @property
+    def target(self) -> Target:
+        """Where it is pushed; the command that tries again takes a temporary place."""
+        words = re.sub(r"\0--out(=|\0)[^\0]*", "", "\0".join(["", *sys.argv[1:]])).split("\0")[1:]
+        return Target(self.push, not self.public, command_line("export.py", *words))
+
 
 def check(given: Resolved) -> None:
     """Raises UsageError for flags of another format and where something is in the way, UserError where nothing can be
-    written there: all before the first model is opened."""
+    written there or pushed: all before the first model is opened."""
     options = given.settings
+    if not options.place:
+        raise UsageError("where to? --out PATH writes it there, and --push USER/NAME to the Hugging Face hub")
+    if given.explicit("public") and not options.push:
+        raise UsageError("--public is for --push USER/NAME")
     for name, formats in OF_FORMATS.items():
         if given.explicit(name) and options.to not in formats:
             flag = SPELT.get(name, name.replace("_", "-"))
@@ -87,8 +124,11 @@ def check(given: Resolved) -> None:
             raise UsageError(f"--{flag} is for --to {named}, not --to {options.to}")
     if options.to == "hf" and options.outtype not in (None, *hugging_face.DTYPES):
         raise UsageError(f"--outtype {options.outtype} is for --to gguf, not --to hf")
-    check_free(Path(options.out))
-    check_writable(Path(options.out).absolute().parent)
+    if options.out:
+        check_free(Path(options.out))
+        check_writable(Path(options.out).absolute().parent)
+    if options.push:
+        options.target.check()
 
 
 def opened_whole(options: Options) -> tuple[Opened, HeldOut]:
@@ -100,8 +140,10 @@ def opened_whole(options: Options) -> tuple[Opened, HeldOut]:
 def to_hugging_face(options: Options) -> list[str]:
     """Write a Hugging Face folder."""
     hugging_face.check_packages()
-    told = hugging_face.export_folder(*opened_whole(options), Path(options.out), options.outtype, options.allow_loss)
-    return [*told, f"transformers.AutoModelForCausalLM.from_pretrained({options.out!r}) reads it"]
+    told = hugging_face.export_folder(
+        *opened_whole(options), Path(options.out), options.outtype, options.allow_loss, options.named
+    )
+    return [*told, f"transformers.AutoModelForCausalLM.from_pretrained({options.place!r}) reads it"]
 
 
 def to_gguf(options: Options) -> list[str]:
@@ -111,9 +153,13 @@ def to_gguf(options: Options) -> list[str]:
         raise UsageError(f"--out {out}: the name of a GGUF file ends in .gguf")
     check_free(gguf_file.modelfile_of(out))
     gguf_file.check_packages()
-    return gguf_file.export_file(
-        *opened_whole(options), out, options.outtype or "f16", options.tokenizer, options.allow_loss
-    )
+    opened, held_out = opened_whole(options)
+    outtype = options.outtype or "f16"
+    told = gguf_file.export_file(opened, held_out, out, outtype, options.tokenizer, options.allow_loss)
+    reads = f"create {opened.run.name.lower()} -f {gguf_file.modelfile_of(out)}"
+    if options.push:
+        reads = f"run hf.co/{options.push}"
+    return [*told, f"For Ollama: ollama {reads}"] if options.tokenizer else told
 
 
 def to_peft(options: Options) -> list[str]:
@@ -121,24 +167,26 @@ def to_peft(options: Options) -> list[str]:
     run = find_finished(options.root, options.run)
     if run.kind != "lora":
         raise UsageError(f"{run.name} has no adapter; --to hf exports the whole model")
-    told = export_folder(open_adapter(options.root, run), Path(options.out), options.reader == "vllm")
-    reads = f"vllm serve BASE --enable-lora --lora-modules {run.name}={options.out}"
+    told = export_folder(open_adapter(options.root, run), Path(options.out), options.reader == "vllm", options.named)
+    reads = f"vllm serve BASE --enable-lora --lora-modules {run.name}={options.place}"
     if options.reader == "peft":
-        reads = f"peft.PeftModel.from_pretrained(model, {options.out!r}) reads it"
+        reads = f"peft.PeftModel.from_pretrained(model, {options.place!r}) reads it"
     return [told, reads]
 
 
 def to_onnx(options: Options) -> list[str]:
     """Write a folder with an ONNX graph, and say how TensorRT would be asked, which is not done here."""
     onnx_folder.check_packages()
-    out, int8 = Path(options.out), options.quantize == "int8"
-    told = onnx_folder.export_folder(*opened_whole(options), out, options.cache, int8, options.allow_loss)
+    place, int8 = Path(options.place), options.quantize == "int8"
+    told = onnx_folder.export_folder(
+        *opened_whole(options), Path(options.out), options.cache, int8, options.allow_loss, options.named
+    )
     reads = "TensorRT does not read int8 of this kind: export without --quantize for it"
     if not int8:
-        reads = f"TensorRT, not run here: sh {out / onnx_folder.SCRIPT}"
+        reads = f"TensorRT, not run here: sh {place / onnx_folder.SCRIPT}"
     return [
         *told,
-        f"onnxruntime.InferenceSession({str(out / onnx_folder.GRAPH)!r}) reads it",
+        f"onnxruntime.InferenceSession({str(place / onnx_folder.GRAPH)!r}) reads it",
         reads,
         "TensorRT-LLM, not run here, takes no ONNX but a folder of --to hf: trtllm-serve FOLDER, or trtllm-build "
         "--checkpoint_dir CONVERTED --output_dir ENGINE after its convert_checkpoint.py",
@@ -153,13 +201,28 @@ FORMATS: dict[str, Callable[[Options], list[str]]] = {
 }
 
 
+def for_the_hub(given: Resolved, folder: Path) -> Options:
+    """The options with what they leave open where something is pushed. folder: a temporary one."""
+    options = given.settings
+    run = find_finished(options.root, options.run)
+    asked = given.explicit("to") or given.explicit("outtype")
+    to = "peft" if run.kind == "lora" and not asked else options.to
+    return replace(options, to=to, out=options.out or str(folder / (f"{run.name}.gguf" if to == "gguf" else run.name)))
+
+
 def main() -> None:
     """Run the command."""
     given = from_command_line(Options, __doc__)
     check(given)
     options = given.settings
-    told = FORMATS[options.to](options)
-    print("\n".join([f"{options.out}: {options.run}", *told]))
+    with tempfile.TemporaryDirectory() as folder:
+        if options.push:
+            options = for_the_hub(given, Path(folder))
+        told = FORMATS[options.to](options)
+        print("\n".join([f"{options.place}: {options.run}", *told]), flush=True)
+        if options.push:
+            run = find_finished(options.root, options.run)
+            print(push_exported(options.target, run, Path(options.out)))
 
 
 if __name__ == "__main__":

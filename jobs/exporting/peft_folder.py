@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.functional import pad
 
 from jobs.adapting.adapted import Adapted
+from jobs.exporting.leaving import notes_of, without_paths
 from jobs.exporting.opening import logits, random_tokens
 from jobs.exporting.verifying import Difference, draft_of
-from jobs.runs.job import to_adapter_files
+from jobs.runs.base import Base
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.attach import REGEX, detach
@@ -27,32 +30,39 @@ LIMIT = 1e-5  # of the largest logit
 MERGED = "export base and adapter as one instead, with --to hf"
 
 
-def export_folder(adapted: Adapted, out: Path, for_vllm: bool = False) -> str:
+def export_folder(adapted: Adapted, out: Path, for_vllm: bool = False, place: str = "folder") -> str:
     """Write an adapter's folder, and tell what was found when it was read back. for_vllm: with one scale and rank.
+    place: where its card says that it lies.
 
     Raises UsageError where `out` exists, UserError for an adapter that vLLM does not read.
     """
-    files = _plain_files(adapted) if for_vllm else _files(adapted)
+    files = _plain_files(adapted, place) if for_vllm else _files(adapted, place)
     with draft_of(out) as draft:
-        commit_folder(draft, files)
+        commit_folder(draft, without_paths(files))
         return f"Verified on random tokens: {_read_back(adapted, draft)}"
 
 
-def _files(adapted: Adapted) -> Files:
+def _files(adapted: Adapted, place: str) -> Files:
     """The run's own, with what is made of a seed here and might be other numbers elsewhere."""
-    files, shared = adapted.run.read(), adapted.adapter.make_shared(adapted.base.tensors)
-    if shared is not None:
-        whole = to_adapter_files(adapted.adapter, adapted.base, {}, shared)
-        files |= {name: whole[name] for name in (adapter_files.CONFIG, adapter_files.TENSORS)}
-    return files
+    shared = adapted.adapter.make_shared(adapted.base.tensors)
+    own = outward(adapted.adapter, adapted.base, notes_of(adapted.run), place, shared)
+    return adapted.run.read() | own
 
 
-def _plain_files(adapted: Adapted) -> Files:
+def _plain_files(adapted: Adapted, place: str) -> Files:
     """The run's own, with the adapter folded."""
-    note = {"folded": f"scales are in B, ranks filled up with zeros; it was {adapted.adapter.config.variant}"}
-    whole = to_adapter_files(_folded(adapted), adapted.base, note)
-    names = (adapter_files.CONFIG, adapter_files.TENSORS, adapter_files.CARD)
-    return adapted.run.read() | {name: whole[name] for name in names}
+    was = adapted.adapter.config.variant
+    note = {"folded": f"scales are in B, ranks filled up with zeros; it was {was}"}
+    return adapted.run.read() | outward(_folded(adapted), adapted.base, notes_of(adapted.run) | note, place)
+
+
+def outward(
+    adapter: Adapter, base: Base, notes: Mapping[str, str], place: str, shared: nn.Module | None = None
+) -> Files:
+    """An adapter's files as they may leave this machine: of its base they have the name on the hub or that of its
+    folder, and no path."""
+    said = {name: text for name, text in adapter.metadata.items() if not Path(text).is_absolute()}
+    return adapter_files.to_files(replace(adapter, metadata=said), notes, shared, base.family, place)
 
 
 @torch.no_grad()

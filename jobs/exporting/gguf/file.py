@@ -52,7 +52,6 @@ def export_file(
             told.append(f"In f16 instead, as q8_0 takes rows of {BLOCK} values: {', '.join(tensors.odd)}")
     if vocabulary:
         write_file(modelfile_of(out), _modelfile(out, opened, vocabulary))
-        told.append(f"For Ollama: ollama create {opened.run.name.lower()} -f {modelfile_of(out)}")
     return told
 
 

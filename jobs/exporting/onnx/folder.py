@@ -44,16 +44,17 @@ def check_packages() -> None:
 
 
 def export_folder(
-    opened: Opened, held_out: HeldOut, out: Path, cached: bool = True, int8: bool = False, allowed: float = MORE_LOSS
-) -> list[str]:
+    opened: Opened, held_out: HeldOut, out: Path, cached: bool = True, int8: bool = False, allowed: float = MORE_LOSS,
+    place: str = "folder",
+) -> list[str]:  # fmt: skip
     """Write the folder, and tell what was found. cached: with keys and values that come in and go out. int8: with
-    matrices in 8 bits. allowed: how much higher the loss may be.
+    matrices in 8 bits. allowed: how much higher the loss may be. place: where its card says that it lies.
 
     Raises UserError where onnxruntime computes something else, or there is no room, and UsageError where `out` exists.
     """
     if opened.model.config.max_positions < SHORTEST:
         raise UserError(f"{opened.run.name} takes fewer than {SHORTEST} tokens, and torch.onnx needs some to trace")
-    files, told = _files_beside(opened)
+    files, told = _files_beside(opened, place)
     if not int8:  # TensorRT does not read what onnxruntime quantises while it computes
         files[SCRIPT] = trtexec_script(GRAPH, opened.model.config, cached)
     _check_room(opened.model, out)
@@ -77,9 +78,10 @@ def _parameters(model: Transformer) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _files_beside(opened: Opened) -> tuple[Files, list[str]]:
+def _files_beside(opened: Opened, place: str) -> tuple[Files, list[str]]:
     """Config, tokenizer, template and card, and what is missing of these."""
-    told, described = [], describing_files(opened, "onnx")
+    use = ["import onnxruntime", "", f"session = onnxruntime.InferenceSession({f'{place}/{GRAPH}'!r})"]
+    told, described = [], describing_files(opened, "onnx", use)
     try:
         files = whole_files(opened)
     except UserError as error:

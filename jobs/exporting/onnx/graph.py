@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora.layers import SMALL
+from lora.layers.inference import SMALL
 from models.config import ModelConfig
 from models.transformer import Transformer
 

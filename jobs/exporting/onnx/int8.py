@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jobs.exporting.onnx.graph import IN_ONE_FILE, sync
-from lora.layers import LoRALinear
+from lora.layers.linear import LoRALinear
 from models.transformer import Transformer
 from runtime.console import say
 from runtime.report import size
