@@ -19,7 +19,7 @@ from jobs.serving.engine import Engine
 from jobs.serving.offers import Offers
 from runtime.console import say
 from runtime.device import pick_machine
-from runtime.errors import UsageError, UserError
+from runtime.errors import UsageError
 from runtime.extras import needs_package
 from runtime.processes.command import run_command
 from runtime.settings.config import CommonSettings, from_command_line, serve_api_key
@@ -53,7 +53,7 @@ def main() -> None:
     options, key = from_command_line(Options, __doc__).settings, serve_api_key()
     with needs_package("uvicorn", "serve"), needs_package("starlette", "serve"):
         from jobs.serving.app import Limits, Server
-        from jobs.serving.listening import LOOPBACK, hosts_of, listen, run_until_told
+        from jobs.serving.listening import LOOPBACK, hosts_of, listen, run_until_told, stop
     if options.host not in LOOPBACK and not key:
         raise UsageError(
             f"--host {options.host} lets others in: set SERVE_API_KEY, in the environment or in .env, to a key that "
@@ -63,15 +63,15 @@ def main() -> None:
     offers = Offers.open(Path(options.checkpoints_dir), options.run, options.adapter)
     model = offers.base.model.requires_grad_(False).to(machine.device)
     limits = Limits(options.max_tokens, options.max_body, options.max_seconds)
-    with Engine(model, list(offers.attached.values()), machine, options.at_once, options.waiting) as engine:
+    with Engine(model, list(offers.attached.values()), machine, options.at_once, options.waiting, stop) as engine:
         app = Server(offers, engine, limits, key, time.time()).app(hosts_of(options.host))
         host, port = listening.getsockname()[:2]
         say(f"Serving {', '.join(offers.models)} on {machine}")
         say(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1 is the base URL for clients; Ctrl-C ends it")
         run_until_told(app, listening, options.max_seconds)
-        say("Stopped; what had begun was finished")
     if engine.failure:
-        raise UserError(f"the engine failed: {engine.failure!r}") from engine.failure
+        raise engine.failure
+    say("Stopped; what had begun was finished")
 
 
 if __name__ == "__main__":
