@@ -8,6 +8,7 @@ status in FOLDER/NAME.r.status. Processes of different cases never meet: what th
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -90,5 +91,6 @@ def run(case: dict, rank: int, said: Path) -> None:
 
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), int(os.environ.get("RANK", "0"))
+    gc.freeze()  # else a child's first collection looks at, and so copies, all that was imported
     for case in json.loads((folder / "cases.json").read_text()):
         run(case, rank, folder / f"{case['name']}.{rank}")
