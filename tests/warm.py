@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,9 @@ def _serve() -> None:
     import torch  # noqa: F401
     from torch import _dynamo  # noqa: F401 - what the first optimizer would import
 
+    for extra in ("matplotlib.backends.backend_agg", "datasketch"):  # the two that take long
+        with suppress(ImportError):
+            importlib.import_module(extra)
     gc.freeze()  # else a child's first collection looks at, and so copies, all that was imported
     for line in sys.stdin:
         about = json.loads(line)
