@@ -84,8 +84,9 @@ def _serve() -> None:
 def _become(about: dict[str, Any]) -> None:
     """Be the command, in this process for good.
 
-    It ends as processes of multiprocessing do: its threads have ended, its streams are flushed, but the packages are
-    not taken apart object by object, which takes longer than most commands. Processes that do are those of their own.
+    It ends as processes of multiprocessing do: its threads have ended and its streams are flushed, but the packages are
+    not taken apart object by object, which takes longer than most commands. That a command ends well where they are is
+    seen by the tests that start processes of their own.
     """
     for fd in range(3):
         file = os.open(f"{about['streams']}/{fd}", os.O_RDWR | os.O_CREAT)
