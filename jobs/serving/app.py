@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,8 @@ class Server:
     def __init__(self, offers: Offers, engine: Engine, limits: Limits, key: str, began: float) -> None:
         self.offers, self.engine, self.limits, self.key, self.began = offers, engine, limits, key, int(began)
 
-    def app(self, hosts: list[str]) -> Starlette:
-        """The application. hosts: the names under which it may be asked; ["*"] for any."""
+    def app(self, hosts: list[str], pages: Sequence[Route] = ()) -> Starlette:
+        """The application. hosts: the names under which it may be asked; ["*"] for any. pages: what else there is."""
         return Starlette(
             routes=[
                 Route("/health", self.health),
@@ -48,6 +48,7 @@ class Server:
                 Route("/v1/models/{name:path}", self.model),
                 Route("/v1/completions", self.completions, methods=["POST"]),
                 Route("/v1/chat/completions", self.chats, methods=["POST"]),
+                *pages,
             ],
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
             exception_handlers=ANSWERS_TO,

@@ -520,6 +520,11 @@ def serve_api_key() -> str:
     return os.environ.get("SERVE_API_KEY") or dotenv_values(".env").get("SERVE_API_KEY") or ""
 
 
+def has_display() -> bool:
+    """Whether a window that is opened here can be seen, as far as the environment says."""
+    return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
 def is_pretrained(root: str, base: str) -> bool:
     """Whether BASE names a model that was trained elsewhere, or a run that came of one, rather than a run of ours."""
     places = Path(root) / base, Path(base)
