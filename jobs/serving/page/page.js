@@ -92,6 +92,7 @@ class Gone extends Error {}
 
 /** An answer of the server. Throws Refused with the error's own line, and Gone where there is no server. */
 async function ask(path, options = {}) {
+  const mine = key;
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   let answer;
   try {
@@ -100,7 +101,7 @@ async function ask(path, options = {}) {
     throw error.name === "AbortError" ? error : new Gone();
   }
   if (answer.ok) return answer;
-  if (answer.status === 401) askForKey();
+  if (answer.status === 401 && mine === key) askForKey(); // and no other was given since
   const told = await answer.json().catch(() => null);
   throw new Refused(told?.error?.message ?? `the server answers with status ${answer.status}`);
 }
@@ -165,7 +166,7 @@ class Column {
     this.find(".made").classList.add("old"); // it stays until the new one begins, so that nothing flickers
     this.find(".copied").hidden = true;
     if (body.messages) this.write();
-    this.tell("making", "making…");
+    this.tell("making", "reading the prompt…");
     try {
       await this.read(body, mine.signal);
     } catch (error) {
@@ -189,6 +190,7 @@ class Column {
         const piece = choice?.text ?? choice?.delta?.content ?? "";
         ended = choice?.finish_reason ?? ended;
         if (!piece) continue;
+        if (!this.text) this.find(".status").textContent = "making…";
         this.text += piece;
         this.find("progress").value = ++pieces;
         frame ||= requestAnimationFrame(() => {
@@ -314,7 +316,8 @@ function arrange(mixes) {
 /** Make what is asked for, as it is asked for now. */
 function make() {
   clearTimeout(soon);
-  if (!about || !valid() || (chatting() && !turns.length)) return;
+  if (!about) return begin();
+  if (!valid() || (chatting() && !turns.length)) return;
   const mixes = wanted();
   arrange(mixes);
   columns.forEach((column, i) => column.make(mixes[i]));
@@ -402,6 +405,7 @@ function changeMode() {
   const chat = chatting();
   $("for-system").hidden = !chat;
   $("prompt-name").textContent = chat ? "Message" : "Prompt";
+  $("prompt").rows = chat ? 2 : 5;
   $("prompt").placeholder = chat ? "What to say" : "The beginning of a text";
   $("make").textContent = chat ? "Send" : "Generate";
   $("keys").textContent = chat ? "Enter sends, Shift+Enter is a new line, Escape stops" : "Ctrl+Enter makes, Escape stops";
@@ -418,6 +422,7 @@ function tellServer(text) {
 
 let away = false;
 let looked = 0;
+let begun = 0; // how often it was begun; what comes of an earlier time is too late
 
 function lost() {
   away = true;
@@ -445,14 +450,18 @@ async function look() {
 
 /** Learn what the server offers, and begin or go on. */
 async function begin() {
-  away = false;
-  tellServer("");
+  const mine = ++begun;
+  let told;
   try {
-    about = await (await ask("/page/about")).json();
+    told = await (await ask("/page/about")).json();
   } catch (error) {
-    if (error instanceof Gone) return lost();
-    return tellServer(error.message);
+    if (mine !== begun) return;
+    away = error instanceof Gone;
+    return away ? lost() : tellServer(error.message);
   }
+  if (mine !== begun) return;
+  [about, away] = [told, false];
+  tellServer("");
   document.title = `${base().id} – Playground`;
   const count = adapters().length;
   $("about").textContent =
