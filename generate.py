@@ -251,7 +251,7 @@ def main() -> None:
         about = writer.fingerprint(wanted, choice.base.sha256, machine.dtype) if options.out else ""
         lines = [as_line(choice, request) for request in requests]
         with results_in(options.out, about, lambda i, text: lines[i] | {"text": text}) as results:
-            texts = writer.in_order(wanted, results, Patience("generate"))
+            texts = writer.in_order(wanted, results, Patience("generate", "token"))
             results.finish(texts)
     if options.out:
         say(f"Written to {options.out}")

@@ -111,7 +111,7 @@ def _cut(batch: Batch, opened: Opened) -> list[Batch]:
 
 def _loss(parts: list[tuple[Tensor, Tensor]], logits: Callable[[Tensor], Tensor], whose: str) -> float:
     """The mean cross-entropy of what counts."""
-    total, counted, tell = 0.0, 0, Patience(f"the loss of {whose}")
+    total, counted, tell = 0.0, 0, Patience(f"the loss of {whose}", "batch")
     for done, (tokens, targets) in enumerate(parts, 1):
         found = logits(tokens).transpose(1, 2)
         chances = targets.dim() == 3

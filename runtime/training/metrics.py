@@ -72,20 +72,21 @@ def read_metrics(path: Path) -> list[dict]:
 class Progress:
     """A tqdm bar on a terminal; elsewhere a plain line every few seconds and at the end, so that logs stay readable.
 
-    With `every_steps`, lines come with the steps, on a terminal too, above the bar.
+    With `every_steps`, lines come with the steps, on a terminal too, above the bar. unit: what is counted.
     """
 
     def __init__(
-        self, label: str, total: int, start: int, every_seconds: float = 10.0, *, every_steps: int = 0
-    ) -> None:
-        self.label, self.total, self.start = label, total, start
+        self, label: str, total: int, start: int, every_seconds: float = 10.0, *, every_steps: int = 0,
+        unit: str = "step",
+    ) -> None:  # fmt: skip
+        self.label, self.total, self.start, self.unit = label, total, start, unit
         self.every_seconds, self.every_steps = every_seconds, every_steps
         self.step = self.told = start
         self.values: dict[str, str] = {}
         self.began = self.last_line = time.perf_counter()
         self.bar = None
         if is_terminal():
-            self.bar = tqdm(total=total, initial=start, desc=label, unit="step", dynamic_ncols=True, mininterval=0.2)
+            self.bar = tqdm(total=total, initial=start, desc=label, unit=unit, dynamic_ncols=True, mininterval=0.2)
 
     def update(self, step: int, **values: str) -> None:
         """`step` steps are done; `values` are shown until they are replaced."""
@@ -108,7 +109,7 @@ class Progress:
         left = (self.last_line - self.began) / max(1, self.step - self.start) * (self.total - self.step)
         values = "".join(f", {name} {value}" for name, value in self.values.items())
         with tqdm.external_write_mode(sys.stderr):  # which takes a bar away meanwhile
-            say(f"{self.label}: step {self.step}/{self.total}{values}, {left:.0f} s left")
+            say(f"{self.label}: {self.unit} {self.step}/{self.total}{values}, {left:.0f} s left")
 
     def close(self) -> None:
         """Leave the bar as it stands, and print the last step if no line has where there are lines."""
@@ -119,15 +120,15 @@ class Progress:
 
 
 class Patience:
-    """Progress on stderr, but only of what takes longer than two seconds."""
+    """Progress on stderr, but only of what takes longer than two seconds. unit: what is counted."""
 
-    def __init__(self, label: str) -> None:
-        self.label, self.began, self.progress = label, time.perf_counter(), None
+    def __init__(self, label: str, unit: str) -> None:
+        self.label, self.unit, self.began, self.progress = label, unit, time.perf_counter(), None
 
     def __call__(self, done: int, total: int) -> None:
         """So much is done."""
         if self.progress is None and time.perf_counter() - self.began > 2:
-            self.progress = Progress(self.label, total, done, every_seconds=2)
+            self.progress = Progress(self.label, total, done, every_seconds=2, unit=self.unit)
         if self.progress:
             self.progress.update(done)
             if done == total:
