@@ -3,8 +3,9 @@
 python export.py lora-folio-r16 --to hf --out folio                     base and adapter as one Hugging Face folder
 python export.py lora-folio-r16 --to gguf --out folio.gguf              as one file for llama.cpp, with a Modelfile
 python export.py lora-folio-r16 --to gguf --out folio.gguf --outtype q8_0    in 8 bits
-python export.py lora-folio-r16 --to peft --out folio-adapter           the adapter by itself, as PEFT reads it
-python export.py lora-folio-r16 --to peft --for vllm --out folio-vllm   and as vLLM does
+python export.py lora-folio-r16 --to gguf-lora --out adapter.gguf       the adapter by itself, as llama.cpp reads it
+python export.py lora-folio-r16 --to peft --out folio-adapter           and as PEFT reads it
+python export.py lora-folio-r16 --to peft --for vllm --out folio-vllm   and vLLM
 
 Whoever reads the format computes with what was written before it gets its name; nothing is overwritten.
 """
@@ -19,7 +20,9 @@ import runtime.start  # noqa: F401 - before what takes seconds to import
 from jobs.adapting.adapted import check_free
 from jobs.exporting import hugging_face
 from jobs.exporting.gguf import file as gguf_file
-from jobs.exporting.opening import find_finished, open_adapter, open_whole
+from jobs.exporting.gguf.adapter import export_adapter, template_of
+from jobs.exporting.gguf.ollama import modelfile_of
+from jobs.exporting.opening import open_adapter, open_whole
 from jobs.exporting.peft_folder import export_folder
 from jobs.runs.preflight import check_writable
 from runtime.errors import UsageError
@@ -29,7 +32,7 @@ from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
 
 WHAT = {"group": "What to export", "env": False}
-OF_FORMATS = {"outtype": ("hf", "gguf"), "tokenizer": ("gguf",), "reader": ("peft",)}
+OF_FORMATS = {"outtype": ("hf", "gguf"), "tokenizer": ("gguf", "gguf-lora"), "reader": ("peft",)}
 A_PATH = {"pattern": rf"|{FOLDER}", "path": True, **WHAT}
 
 
@@ -41,13 +44,15 @@ class Options(CommonSettings):
         "", "A run, or the Hugging Face folder or hub name of a model", metavar="RUN",
         allowed="a run's name, a folder, or a name on the hub", **A_PATH,
     )  # fmt: skip
-    to: str = setting("hf", "The format", choices=("hf", "gguf", "peft"), **WHAT)
+    to: str = setting("hf", "The format", choices=("hf", "gguf", "gguf-lora", "peft"), **WHAT)
     out: str = setting("", "The new folder or file", required=True, allowed="a path", **A_PATH)
     outtype: str | None = setting(
         None, "For hf and gguf: what matrices are stored in; none keeps that of the run, or takes f16 for gguf",
         choices=gguf_file.TYPES, **WHAT,
     )  # fmt: skip
-    tokenizer: bool = setting(True, "For gguf: with its tokenizer, or without for programs that pass token ids", **WHAT)
+    tokenizer: bool = setting(
+        True, "For gguf and gguf-lora: with its tokenizer, or without for programs that pass token ids", **WHAT
+    )
     reader: str = setting(
         "peft", "For peft, and spelt --for as well: vllm takes adapters of one rank and scale, without embeddings",
         also="for", choices=("peft", "vllm"), **WHAT,
@@ -81,31 +86,44 @@ def to_hugging_face(options: Options) -> list[str]:
     return [*told, f"transformers.AutoModelForCausalLM.from_pretrained({options.out!r}) reads it"]
 
 
+def check_gguf(out: Path, *others: Path) -> None:
+    """Raises UsageError for a name that is none of a GGUF file and where one of the others is taken, UserError where
+    what writes it is not installed."""
+    if out.suffix != ".gguf":
+        raise UsageError(f"--out {out}: the name of a GGUF file ends in .gguf")
+    for other in others:
+        check_free(other)
+    gguf_file.check_packages()
+
+
 def to_gguf(options: Options) -> list[str]:
     """Write a GGUF file and its Modelfile."""
     out = Path(options.out)
-    if out.suffix != ".gguf":
-        raise UsageError(f"--out {out}: the name of a GGUF file ends in .gguf")
-    check_free(gguf_file.modelfile_of(out))
-    gguf_file.check_packages()
-    return gguf_file.export_file(
-        open_whole(options.root, options.run), out, options.outtype or "f16", options.tokenizer
-    )
+    check_gguf(out, modelfile_of(out))
+    opened = open_whole(options.root, options.run)
+    return gguf_file.export_file(opened, out, options.outtype or "f16", options.tokenizer)
+
+
+def to_gguf_lora(options: Options) -> list[str]:
+    """Write an adapter's GGUF file and its Modelfile."""
+    out = Path(options.out)
+    check_gguf(out, modelfile_of(out), template_of(out))
+    return export_adapter(open_adapter(options.root, options.run, "gguf"), out, options.tokenizer)
 
 
 def to_peft(options: Options) -> list[str]:
     """Write an adapter's folder."""
-    run = find_finished(options.root, options.run)
-    if run.kind != "lora":
-        raise UsageError(f"{run.name} has no adapter; --to hf exports the whole model")
-    told = export_folder(open_adapter(options.root, run), Path(options.out), options.reader == "vllm")
-    reads = f"vllm serve BASE --enable-lora --lora-modules {run.name}={options.out}"
+    opened = open_adapter(options.root, options.run)
+    told = export_folder(opened, Path(options.out), options.reader == "vllm")
+    reads = f"vllm serve BASE --enable-lora --lora-modules {opened.run.name}={options.out}"
     if options.reader == "peft":
         reads = f"peft.PeftModel.from_pretrained(model, {options.out!r}) reads it"
     return [told, reads]
 
 
-FORMATS: dict[str, Callable[[Options], list[str]]] = {"hf": to_hugging_face, "gguf": to_gguf, "peft": to_peft}
+FORMATS: dict[str, Callable[[Options], list[str]]] = {
+    "hf": to_hugging_face, "gguf": to_gguf, "gguf-lora": to_gguf_lora, "peft": to_peft,
+}  # fmt: skip
 
 
 def main() -> None:

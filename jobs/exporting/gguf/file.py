@@ -1,4 +1,4 @@
-"""A run as a GGUF file, which llama.cpp and Ollama read, and the Modelfile for the latter."""
+"""A run as a GGUF file, which llama.cpp and Ollama read."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from pathlib import Path
 from torch import Tensor
 
 from jobs.exporting.gguf.content import BLOCK, GGUFTensors, count_equal, write
+from jobs.exporting.gguf.layout import Layout
 from jobs.exporting.gguf.llama_cpp import LlamaCpp, installed
+from jobs.exporting.gguf.ollama import write_modelfile
 from jobs.exporting.gguf.vocabulary import Vocabulary
 from jobs.exporting.opening import Opened
 from jobs.exporting.tokens import samples_for
-from jobs.exporting.translated import translated
 from jobs.exporting.verifying import Difference, draft_of
-from models.pretrained.families import FAMILIES
-from models.transformer import Transformer
 from runtime.errors import UserError
 from runtime.extras import needs_package
-from runtime.storage.folders import write_file
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 LIMITS = {"f32": 1e-4, "f16": 2e-2, "bf16": 2e-2}  # of the largest logit
@@ -30,19 +28,14 @@ def check_packages() -> None:
         import gguf  # noqa: F401 - only whether it is there
 
 
-def modelfile_of(out: Path) -> Path:
-    """Where the Modelfile of a GGUF file lies."""
-    return out.with_suffix(".Modelfile")
-
-
 def export_file(opened: Opened, out: Path, kind: str, with_tokenizer: bool = True) -> list[str]:
     """Write the file and its Modelfile, and tell what was found. kind: of TYPES.
 
     Raises UserError for a model or a tokenizer that llama.cpp does not have, and where it computes something else.
     """
-    model, arch = _llama_shaped(opened)
-    vocabulary = Vocabulary.of(opened.base.tokenizer, model.config.vocab_size) if with_tokenizer else None
-    tensors = GGUFTensors(model, arch, kind)
+    layout = Layout.of(opened.model, opened.base.family)
+    vocabulary = Vocabulary.of(opened.base.tokenizer, opened.model.config.vocab_size) if with_tokenizer else None
+    tensors = GGUFTensors(layout, kind)
     with draft_of(out) as draft:
         write(draft, opened.run.name, opened.template, tensors, vocabulary)
         told = [f"Verified with the gguf package: {count_equal(draft, tensors)} tensors are as they were written"]
@@ -50,25 +43,8 @@ def export_file(opened: Opened, out: Path, kind: str, with_tokenizer: bool = Tru
         if tensors.odd:
             told.append(f"In f16 instead, as q8_0 takes rows of {BLOCK} values: {', '.join(tensors.odd)}")
     if vocabulary:
-        write_file(modelfile_of(out), _modelfile(out, opened, vocabulary))
-        told.append(f"For Ollama: ollama create {opened.run.name.lower()} -f {modelfile_of(out)}")
+        told.append(write_modelfile(out, opened, vocabulary))
     return told
-
-
-def _llama_shaped(opened: Opened) -> tuple[Transformer, str]:
-    """The model, and what llama.cpp calls its kind. Raises UserError where it has none."""
-    if opened.model.config.norm != "rms":
-        raise UserError(
-            "llama.cpp computes GELU from a table in half precision, so GPT-2 and ARCHITECTURE=gpt are not exported to "
-            "it; use --to hf, or train a base with ARCHITECTURE=llama TOKENIZER=bpe"
-        )
-    if not opened.base.family:
-        model, _ = translated(opened.model, None)
-        return model, "llama"
-    kind = next(name for name, family in FAMILIES.items() if family is opened.base.family)
-    if kind == "qwen3" and opened.model.config.has_bias("qkv"):
-        raise UserError("llama.cpp's qwen3 has no biases in attention, so this model is not exported to it")
-    return opened.model, "llama" if kind == "mistral" else kind
 
 
 def _asked_of_llama_cpp(path: Path, opened: Opened, kind: str, vocabulary: Vocabulary | None) -> list[str]:
@@ -97,12 +73,3 @@ def _loss_told(found: Tensor, expected: Tensor) -> str:
     if not more <= MORE_LOSS:
         raise UserError(f"llama.cpp's loss is {more:.3f} nats a token higher, more than {MORE_LOSS}; nothing was saved")
     return f"llama.cpp's loss on what the run would write is {more:.1e} nats a token higher (up to {MORE_LOSS} passes)"
-
-
-def _modelfile(out: Path, opened: Opened, vocabulary: Vocabulary) -> bytes:
-    """What `ollama create` reads. A chat template is in the GGUF file; without one a prompt is passed on as it is."""
-    lines = [f"FROM ./{out.name}", f"PARAMETER num_ctx {opened.model.config.max_positions}"]
-    if opened.template is None:
-        lines.append('TEMPLATE "{{ .Prompt }}"')
-    lines += [f'PARAMETER stop "{vocabulary.tokens[i]}"' for i in opened.base.tokenizer.stop_ids]
-    return ("\n".join(lines) + "\n").encode()
