@@ -22,7 +22,8 @@ from jobs.exporting import hugging_face
 from jobs.exporting.gguf import file as gguf_file
 from jobs.exporting.gguf.adapter import export_adapter, template_of
 from jobs.exporting.gguf.ollama import modelfile_of
-from jobs.exporting.opening import open_adapter, open_whole
+from jobs.exporting.held_out import MORE_LOSS, HeldOut, held_out_of
+from jobs.exporting.opening import Opened, open_adapter, open_whole
 from jobs.exporting.peft_folder import export_folder
 from jobs.runs.preflight import check_writable
 from runtime.errors import UsageError
@@ -32,7 +33,10 @@ from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
 
 WHAT = {"group": "What to export", "env": False}
-OF_FORMATS = {"outtype": ("hf", "gguf"), "tokenizer": ("gguf", "gguf-lora"), "reader": ("peft",)}
+WHOLE = ("hf", "gguf")
+OF_FORMATS = {
+    "outtype": WHOLE, "text": WHOLE, "allow_loss": WHOLE, "tokenizer": ("gguf", "gguf-lora"), "reader": ("peft",),
+}  # fmt: skip
 A_PATH = {"pattern": rf"|{FOLDER}", "path": True, **WHAT}
 
 
@@ -58,6 +62,14 @@ class Options(CommonSettings):
         also="for", choices=("peft", "vllm"), **WHAT,
     )  # fmt: skip
 
+    text: str = setting(
+        "",
+        "A corpus or a text file to measure the loss on; empty takes what the run held out",
+        allowed="a path",
+        **A_PATH,
+    )
+    allow_loss: float = setting(MORE_LOSS, "Nats a token by which the loss may be higher", low=0.0, **WHAT)
+
     @property
     def root(self) -> Path:
         """The folder of the runs."""
@@ -70,7 +82,7 @@ def check(given: Resolved) -> None:
     options = given.settings
     for name, formats in OF_FORMATS.items():
         if given.explicit(name) and options.to not in formats:
-            flag = {"tokenizer": "no-tokenizer", "reader": "for"}.get(name, name)
+            flag = {"tokenizer": "no-tokenizer", "reader": "for"}.get(name, name.replace("_", "-"))
             raise UsageError(f"--{flag} is for --to {' and '.join(formats)}, not --to {options.to}")
     if options.to == "hf" and options.outtype not in (None, *hugging_face.DTYPES):
         raise UsageError(f"--outtype {options.outtype} is for --to gguf, not --to hf")
@@ -78,11 +90,16 @@ def check(given: Resolved) -> None:
     check_writable(Path(options.out).absolute().parent)
 
 
+def opened_whole(options: Options) -> tuple[Opened, HeldOut]:
+    """The run as one model, and what its loss is measured on."""
+    opened = open_whole(options.root, options.run)
+    return opened, held_out_of(opened, Path(options.data_dir), options.text)
+
+
 def to_hugging_face(options: Options) -> list[str]:
     """Write a Hugging Face folder."""
     hugging_face.check_packages()
-    opened = open_whole(options.root, options.run)
-    told = hugging_face.export_folder(opened, Path(options.out), options.outtype)
+    told = hugging_face.export_folder(*opened_whole(options), Path(options.out), options.outtype, options.allow_loss)
     return [*told, f"transformers.AutoModelForCausalLM.from_pretrained({options.out!r}) reads it"]
 
 
@@ -100,8 +117,8 @@ def to_gguf(options: Options) -> list[str]:
     """Write a GGUF file and its Modelfile."""
     out = Path(options.out)
     check_gguf(out, modelfile_of(out))
-    opened = open_whole(options.root, options.run)
-    return gguf_file.export_file(opened, out, options.outtype or "f16", options.tokenizer)
+    kind = options.outtype or "f16"
+    return gguf_file.export_file(*opened_whole(options), out, kind, options.tokenizer, options.allow_loss)
 
 
 def to_gguf_lora(options: Options) -> list[str]:

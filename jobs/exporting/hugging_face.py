@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from data.pretrained_tokenizer import FILE, TEMPLATE
+from jobs.exporting.held_out import MORE_LOSS, HeldOut
 from jobs.exporting.opening import Opened
 from jobs.exporting.tokens import samples_for, tokenizer_files
 from jobs.exporting.translated import translated
@@ -29,8 +31,11 @@ def check_packages() -> None:
         import transformers  # noqa: F401 - only whether it is there
 
 
-def export_folder(opened: Opened, out: Path, kind: str | None = None) -> list[str]:
-    """Write the folder, and tell what was found. kind: of DTYPES, or None for those of the run's files.
+def export_folder(
+    opened: Opened, held_out: HeldOut, out: Path, kind: str | None = None, allowed: float = MORE_LOSS
+) -> list[str]:
+    """Write the folder, and tell what was found. kind: of DTYPES, or None for those of the run's files. allowed: how
+    much higher the loss may be.
 
     Raises UserError where transformers computes something else, and UsageError where `out` exists."""
     rounded = opened.round_to(DTYPES[kind] if kind else None)
@@ -38,9 +43,9 @@ def export_folder(opened: Opened, out: Path, kind: str | None = None) -> list[st
     with draft_of(out) as draft:
         commit_folder(draft, files)
         fix = "--outtype f32 writes all of what the run has learned" if rounded else ""
-        theirs = _their_logits(draft, opened)
-        found = Difference.between("transformers", theirs, opened.expected, LIMITS[rounded], fix)
-        told = [f"Verified on random tokens: {found}"]
+        theirs = _their_logits(draft)
+        found = Difference.between("transformers", theirs(opened.probe), opened.expected, LIMITS[rounded], fix)
+        told = [f"Verified on random tokens: {found}", held_out.compare("transformers", theirs, allowed)]
         if FILE not in files:
             kind = opened.base.tokenizer.kind
             told.append(f"Without a tokenizer: no tokenizer.json encodes as this one ({kind}) does")
@@ -74,16 +79,15 @@ def _card(opened: Opened) -> bytes:
     return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
 
 
-@torch.no_grad()
-def _their_logits(folder: Path, opened: Opened) -> torch.Tensor:
+def _their_logits(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     """What transformers computes of the folder in fp32."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # texts longer than the context are tokenized too
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval()(opened.probe).logits
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    return torch.no_grad()(lambda tokens: model(tokens).logits)
 
 
 def _same_tokens(folder: Path, opened: Opened) -> int:

@@ -54,11 +54,12 @@ def template_for(settings: Settings, tokenizer: Tokenizer) -> Template:
         return Template.of(Path(settings.template).read_text("utf-8"), tokenizer)
 
 
-def as_data(source: Corpus | Records, tokenizer: Tokenizer, s: Settings) -> Dataset:
-    """The text or records as batches. s: BLOCK_SIZE is the run's own."""
+def as_data(source: Corpus | Records, tokenizer: Tokenizer, s: Settings, template: Template | None = None) -> Dataset:
+    """The text or records as batches. s: BLOCK_SIZE is the run's own. template: what records are written with, or None
+    for what the settings say."""
     step_size, data_dir, eval_size = s.batch_size * s.gradient_accumulation_steps, Path(s.data_dir), s.eval_batch_size
     sizes = (s.block_size, eval_size or s.batch_size, step_size, s.seed)
     if isinstance(source, Corpus):
         return TextData.load(source, tokenizer, data_dir, *sizes)
     how = Sizes(*sizes, s.packing, s.train_on_prompt, s.long_records == "skip")
-    return InstructionData.load(source, template_for(s, tokenizer), tokenizer, data_dir, how)
+    return InstructionData.load(source, template or template_for(s, tokenizer), tokenizer, data_dir, how)

@@ -38,13 +38,13 @@ def noisy(model: Transformer, noise: float) -> None:
                 p += noise * torch.randn(p.shape)
 
 
-def own_run(root: Path, name: str, config: ModelConfig, tokenizer: Tokenizer | None = None) -> Run:
-    """A base of ours; its tokenizer has 300 tokens unless another is given."""
+def own_run(root: Path, name: str, config: ModelConfig, tokenizer: Tokenizer | None = None, **more: Any) -> Run:
+    """A base of ours; its tokenizer has 300 tokens unless another is given. more: what else its run.json says."""
     tokenizer = tokenizer or build_tokenizer("bpe", TEXT, 300)
     model = Transformer(replace(config, vocab_size=tokenizer.vocab_size))
     noisy(model, 0.1)
     settings = {"dataset": "letters", "test_mode": False}
-    about = run_metadata("base", settings, model.config, None, tokenizer, texts=["letters"])
+    about = run_metadata("base", settings, model.config, None, tokenizer, texts=["letters"]) | more
     return publish(root / name, about, to_model_files(model, tokenizer, None), {})
 
 
