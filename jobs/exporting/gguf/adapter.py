@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,10 +16,11 @@ from jobs.exporting.gguf.vocabulary import Vocabulary
 from jobs.exporting.low_rank import low_rank_changes
 from jobs.exporting.opening import Opened
 from jobs.exporting.verifying import Difference, draft_of
+from lora.combine import Delta
 from runtime.start import command_line
 from runtime.storage.folders import write_file
 
-LIMIT = 1e-4  # of the largest logit
+QKV = ("q_proj", "k_proj", "v_proj")
 MERGED = "export base and adapter as one instead, with --to gguf"
 
 
@@ -40,7 +42,7 @@ def export_adapter(opened: Opened, out: Path, with_tokenizer: bool = True) -> li
     with draft_of(out) as draft:
         write_adapter(draft, layout.arch, opened.run.name, opened.base.run.name, alpha, tensors)
         told = [f"Verified with the gguf package: {count_equal(draft, tensors)} tensors are as they were written"]
-        told.append(_asked_of_llama_cpp(draft, opened, layout, vocabulary))
+        told += [_asked_of_llama_cpp(draft, opened, layout, vocabulary), *layout.notes]
     return told + _uses(opened, out, vocabulary)
 
 
@@ -53,10 +55,27 @@ def _tensors(opened: Opened, layout: Layout, alpha: float) -> Tensors:
     import gguf
 
     kind, found = gguf.GGMLQuantizationType.F32, []
-    for path, (B, A) in low_rank_changes(opened, "llama.cpp", MERGED).items():
+    changes = low_rank_changes(opened, "llama.cpp", MERGED)
+    for path, (B, A) in (_joined(changes) if layout.model.config.fused_qkv else changes).items():
         own_scale = B * (len(A) / alpha)
         for leaf, factor in (("lora_a", A), ("lora_b", layout.rows(path, own_scale))):
             found.append((f"{layout.name(path)}.{leaf}", factor.float().contiguous().numpy(), kind))
+    return found
+
+
+def _joined(changes: Mapping[str, Delta]) -> dict[str, Delta]:
+    """The changes with those of q, k and v as one of what these are side by side in."""
+    parts, found = {}, {}
+    for path, change in changes.items():
+        parent, _, last = path.rpartition(".")
+        if last in QKV:
+            parts.setdefault(f"{parent}.qkv_proj", {})[last] = change
+        else:
+            found[path] = change
+    for path, own in parts.items():
+        width = len(next(iter(own.values())).B)
+        blocks = [own[name].B if name in own else torch.empty(width, 0) for name in QKV]
+        found[path] = Delta(torch.block_diag(*blocks), torch.cat([own[name].A for name in QKV if name in own]))
     return found
 
 
@@ -73,7 +92,7 @@ def _asked_of_llama_cpp(path: Path, opened: Opened, layout: Layout, vocabulary: 
         found = asked.last_logprobs(opened.probe[:, :-1])
     expected = opened.expected[:, -2]  # as it writes a token, for which the context must have room
     found += expected.logsumexp(-1, keepdim=True)
-    told = Difference.between("llama.cpp with its base and --lora", found, expected, LIMIT)
+    told = Difference.between("llama.cpp with its base and --lora", found, expected, layout.limit)
     return f"On random tokens, {told}"
 
 

@@ -122,13 +122,16 @@ def _add_sizes(writer: Any, config: ModelConfig) -> None:
     writer.add_block_count(config.n_layer)
     writer.add_feed_forward_length(config.inner_width)
     writer.add_head_count(config.n_head)
+    writer.add_vocab_size(config.vocab_size)
+    if config.norm == "layer":
+        writer.add_layer_norm_eps(config.norm_eps)
+        return
+    writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_head_count_kv(config.kv_heads)
     writer.add_key_length(config.head_width)
     writer.add_value_length(config.head_width)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_dimension_count(config.head_width)
     writer.add_rope_freq_base(config.rope_theta)
-    writer.add_vocab_size(config.vocab_size)
     if (scaling := config.rope_scaling) and scaling["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(scaling["factor"])

@@ -17,7 +17,7 @@ from runtime.errors import UserError
 from runtime.extras import needs_package
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
-LIMITS = {"f32": 1e-4, "f16": 2e-2, "bf16": 2e-2}  # of the largest logit
+IN_16_BITS = 2e-2  # of the largest logit
 
 
 def check_packages() -> None:
@@ -40,7 +40,8 @@ def export_file(
     with draft_of(out) as draft:
         write(draft, opened.run.name, opened.template, tensors, vocabulary)
         told = [f"Verified with the gguf package: {count_equal(draft, tensors)} tensors are as they were written"]
-        told += _asked_of_llama_cpp(draft, opened, held_out, kind, vocabulary, allowed)
+        limit = {"f32": layout.limit, "f16": IN_16_BITS, "bf16": IN_16_BITS}.get(kind)
+        told += _asked_of_llama_cpp(draft, opened, held_out, limit, vocabulary, allowed) + layout.notes
         if tensors.odd:
             told.append(f"In f16 instead, as q8_0 takes rows of {BLOCK} values: {', '.join(tensors.odd)}")
     if vocabulary:
@@ -49,13 +50,16 @@ def export_file(
 
 
 def _asked_of_llama_cpp(
-    path: Path, opened: Opened, held_out: HeldOut, kind: str, vocabulary: Vocabulary | None, allowed: float
+    path: Path, opened: Opened, held_out: HeldOut, limit: float | None, vocabulary: Vocabulary | None, allowed: float
 ) -> list[str]:
-    """What llama.cpp makes of it. Raises UserError where that is something else than the run does."""
+    """What llama.cpp makes of it. limit: of the difference of logits, or None where the loss decides alone.
+
+    Raises UserError where that is something else than the run does.
+    """
     if not installed():
         return ["llama.cpp was not asked: pip install cyllama, and export again, to have it compared"]
     asked, told = LlamaCpp(path, max(opened.probe.shape[1], held_out.longest)), []
-    if limit := LIMITS.get(kind):
+    if limit:
         found = Difference.between("llama.cpp", asked.logits(opened.probe), opened.expected, limit)
         told.append(f"On random tokens, {found}")
     told.append(held_out.compare("llama.cpp", asked.logits, allowed))

@@ -13,6 +13,8 @@ from models.pretrained.families import FAMILIES, Family
 from models.transformer import Transformer
 from runtime.errors import UserError
 
+GELU = "llama.cpp computes the tanh form of GELU and reads it from a table in half precision: f32 is not exact either"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -24,17 +26,23 @@ class Layout:
     @classmethod
     def of(cls, model: Transformer, family: Family | None) -> Layout:
         """family: the model's, or None for one of ours. Raises UserError where llama.cpp has none like it."""
-        if model.config.norm != "rms":
-            raise UserError(
-                "llama.cpp computes GELU from a table in half precision, so GPT-2 and ARCHITECTURE=gpt are not "
-                "exported to it; use --to hf, or train a base with ARCHITECTURE=llama TOKENIZER=bpe"
-            )
         if not family:
-            return cls(translated(model, None)[0], "llama")
+            made, values = translated(model, None)
+            return cls(made, values["model_type"])
         kind = next(name for name, known in FAMILIES.items() if known is family)
         if kind == "qwen3" and model.config.has_bias("qkv"):
             raise UserError("llama.cpp's qwen3 has no biases in attention, so this model is not exported to it")
         return cls(model, "llama" if kind == "mistral" else kind)
+
+    @property
+    def limit(self) -> float:
+        """How far llama.cpp's logits may be off where no weight is rounded, as a share of the largest."""
+        return 2e-2 if self.model.config.norm == "layer" else 1e-4
+
+    @property
+    def notes(self) -> list[str]:
+        """What llama.cpp computes otherwise, in words."""
+        return [GELU] if self.model.config.norm == "layer" else []
 
     @cached_property
     def _names(self) -> Any:

@@ -23,6 +23,7 @@ def write_modelfile(out: Path, opened: Opened, vocabulary: Vocabulary, base: str
     lines.append(f"PARAMETER num_ctx {opened.model.config.max_positions}")
     if opened.template is None:
         lines.append('TEMPLATE "{{ .Prompt }}"')
-    lines += [f'PARAMETER stop "{vocabulary.tokens[i]}"' for i in opened.base.tokenizer.stop_ids]
+    stops = [i for i in opened.base.tokenizer.stop_ids if i < len(vocabulary.tokens)]  # some configs name others
+    lines += [f'PARAMETER stop "{vocabulary.tokens[i]}"' for i in stops]
     write_file(modelfile_of(out), ("\n".join(lines) + "\n").encode())
     return f"For Ollama: ollama create {opened.run.name.lower()} -f {modelfile_of(out)}"
