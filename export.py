@@ -103,21 +103,21 @@ def to_hugging_face(options: Options) -> list[str]:
     return [*told, f"transformers.AutoModelForCausalLM.from_pretrained({options.out!r}) reads it"]
 
 
-def check_gguf(out: Path, *others: Path) -> None:
+def check_gguf(out: Path, *others: Path, kind: str = "f32") -> None:
     """Raises UsageError for a name that is none of a GGUF file and where one of the others is taken, UserError where
     what writes it is not installed."""
     if out.suffix != ".gguf":
         raise UsageError(f"--out {out}: the name of a GGUF file ends in .gguf")
     for other in others:
         check_free(other)
-    gguf_file.check_packages()
+    gguf_file.check_packages(kind)
 
 
 def to_gguf(options: Options) -> list[str]:
     """Write a GGUF file and its Modelfile."""
     out = Path(options.out)
-    check_gguf(out, modelfile_of(out))
     kind = options.outtype or "f16"
+    check_gguf(out, modelfile_of(out), kind=kind)
     return gguf_file.export_file(*opened_whole(options), out, kind, options.tokenizer, options.allow_loss)
 
 

@@ -79,6 +79,26 @@ def test_a_run_of_ours_with_its_adapter_and_tokenizer(kind, limit, config, here,
     assert types["blk.0.attn_output.weight"] == kind and types["output_norm.weight"] == "f32"
 
 
+@needs_llama_cpp
+def test_fewer_bits_and_what_they_may_cost(here, monkeypatch, capsys):
+    own_run(here, "own", LLAMA)
+    for kind in ("q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k_m", "q4_k_m"):
+        words = ("own", "--to", "gguf", "--outtype", kind, "--out", f"{kind}.gguf")
+        status, out, err = call(monkeypatch, capsys, *words, "--allow-loss", "1")
+        assert status == 0 and "llama.cpp's tokens are the run's" in out, err
+        found = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(here / f"{kind}.gguf").tensors}
+        assert found["blk.0.attn_output.weight"] == {"q6_k": "Q8_0", "q5_k_m": "Q5_1", "q4_k_m": "Q5_0"}.get(
+            kind,
+            kind.upper(),  # rows of 32 are too short for llama.cpp's kinds with a k, and it takes the next
+        )
+        assert found["token_embd.weight"] in ("Q8_0", "Q5_1", "Q5_0") and found["output_norm.weight"] == "F32"
+    status, out, err = call(monkeypatch, capsys, *words[:-1], "x.gguf", "--allow-loss", "0")
+    assert status == 1 and "nothing was saved" in err and not list(here.glob("*x.gguf*"))
+    monkeypatch.setattr(gguf_file, "installed", lambda: False)
+    status, out, err = call(monkeypatch, capsys, *words[:-1], "x.gguf")
+    assert status == 1 and "--outtype q4_k_m is made by llama.cpp itself: pip install cyllama" in err
+
+
 def test_the_chat_template_and_the_tokens_are_in_the_file(here, monkeypatch, capsys):
     folder_of("llama", here)
     (here / "base/chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -135,7 +155,11 @@ def test_what_is_refused(here, monkeypatch, capsys):
         (("words", "--out", "x.gguf"), 1, "its tokenizer (BPE, Whitespace) is none that this knows llama.cpp's name"),
         (("chars", "--out", "x"), 2, "the name of a GGUF file ends in .gguf"),
         (("chars", "--out", "there.gguf"), 2, "there.Modelfile is there already"),
-        (("chars", "--out", "x.gguf", "--outtype", "q4"), 2, "must be one of f32, f16, bf16, q8_0"),
+        (
+            ("chars", "--out", "x.gguf", "--outtype", "q4"),
+            2,
+            "must be one of f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, q6_k, q5_k_m,",
+        ),
     ):
         got, out, err = call(monkeypatch, capsys, *words, "--to", "gguf")
         errors = [line for line in err.splitlines() if line.startswith("error: ")]

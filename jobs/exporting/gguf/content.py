@@ -17,12 +17,14 @@ from models.config import ModelConfig
 from runtime.errors import UserError
 
 Tensors = Iterable[tuple[str, np.ndarray, Any]]  # names, bytes and types; gone through more than once
-FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-BLOCK = 32  # values that q8_0 scales together
+DENSE = ("f32", "f16", "bf16")
+IN_BLOCKS = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+BLOCK = 32  # values that these scale together
+WIDE = ("token_embd.weight", "output.weight")  # in 8 bits where others have fewer, as llama.cpp has them in more too
 
 
 class GGUFTensors:
-    """The tensors of a GGUF file, made one at a time. odd: names of those whose rows q8_0 cannot have."""
+    """The tensors of a GGUF file, made one at a time. odd: names of those whose rows are in no blocks."""
 
     def __init__(self, layout: Layout, kind: str) -> None:
         import gguf
@@ -47,10 +49,12 @@ class GGUFTensors:
     def _type_of(self, name: str, values: np.ndarray) -> Any:
         if values.ndim == 1:
             return self.types.F32
-        if self.kind == self.types.Q8_0 and values.shape[-1] % BLOCK:
+        if self.kind.name.lower() in DENSE:
+            return self.kind
+        if values.shape[-1] % BLOCK:
             self.odd.append(name)
             return self.types.F16
-        return self.kind
+        return self.types.Q8_0 if name in WIDE else self.kind
 
 
 def _rope_factors(config: ModelConfig) -> np.ndarray:
@@ -71,12 +75,18 @@ def write(
     writer = gguf.GGUFWriter(path, tensors.layout.arch)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[tensors.kind.name.lower()]])
+    writer.add_file_type(_file_type(tensors.kind.name))
     _add_sizes(writer, tensors.config)
     _add_vocabulary(writer, vocabulary)
     if vocabulary and template:
         writer.add_chat_template(_with_text(template, vocabulary.template))
     _finish(writer, path, tensors)
+
+
+def _file_type(kind: str) -> Any:
+    from gguf import LlamaFileType
+
+    return LlamaFileType.ALL_F32 if kind == "F32" else LlamaFileType[f"MOSTLY_{kind}"]
 
 
 def write_adapter(path: Path, arch: str, name: str, base: str, alpha: float, tensors: Tensors) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jobs.exporting.gguf.content import BLOCK, GGUFTensors, count_equal, write
+from jobs.exporting.gguf.content import BLOCK, DENSE, IN_BLOCKS, GGUFTensors, count_equal, write
 from jobs.exporting.gguf.layout import Layout
-from jobs.exporting.gguf.llama_cpp import LlamaCpp, installed
+from jobs.exporting.gguf.llama_cpp import BY_LLAMA_CPP, LlamaCpp, installed, quantize_file
 from jobs.exporting.gguf.ollama import write_modelfile
 from jobs.exporting.gguf.vocabulary import Vocabulary
 from jobs.exporting.held_out import MORE_LOSS, HeldOut
@@ -16,12 +16,16 @@ from jobs.exporting.verifying import Difference, draft_of
 from runtime.errors import UserError
 from runtime.extras import needs_package
 
-TYPES = ("f32", "f16", "bf16", "q8_0")
+TYPES = (*DENSE, *IN_BLOCKS, *BY_LLAMA_CPP)
 IN_16_BITS = 2e-2  # of the largest logit
 
 
-def check_packages() -> None:
-    """Raises UserError where what writes the file is not installed."""
+def check_packages(kind: str = "f32") -> None:
+    """Raises UserError where what writes a file of this kind is not installed."""
+    if kind in BY_LLAMA_CPP and not installed():
+        raise UserError(
+            f"--outtype {kind} is made by llama.cpp itself: pip install cyllama; q4_1 and q8_0 need no more"
+        )
     with needs_package("gguf", "export"):
         import gguf  # noqa: F401 - only whether it is there
 
@@ -36,14 +40,17 @@ def export_file(
     """
     layout = Layout.of(opened.model, opened.base.family)
     vocabulary = Vocabulary.of(opened.base.tokenizer, opened.model.config.vocab_size) if with_tokenizer else None
-    tensors = GGUFTensors(layout, kind)
+    tensors = GGUFTensors(layout, "f32" if kind in BY_LLAMA_CPP else kind)
     with draft_of(out) as draft:
         write(draft, opened.run.name, opened.template, tensors, vocabulary)
         told = [f"Verified with the gguf package: {count_equal(draft, tensors)} tensors are as they were written"]
+        if kind in BY_LLAMA_CPP:
+            quantize_file(draft, kind)
+            told.append(f"llama.cpp has taken them to {kind}")
         limit = {"f32": layout.limit, "f16": IN_16_BITS, "bf16": IN_16_BITS}.get(kind)
         told += _asked_of_llama_cpp(draft, opened, held_out, limit, vocabulary, allowed) + layout.notes
         if tensors.odd:
-            told.append(f"In f16 instead, as q8_0 takes rows of {BLOCK} values: {', '.join(tensors.odd)}")
+            told.append(f"In f16 instead, as {kind} takes rows of {BLOCK} values: {', '.join(tensors.odd)}")
     if vocabulary:
         told.append(write_modelfile(out, opened, vocabulary))
     return told
