@@ -48,6 +48,7 @@ def test_llama_cpp_computes_what_base_and_adapter_do(case, config, here, monkeyp
     lora_run(here, "adapted", "base", **config)
     status, out, err = call(monkeypatch, capsys, "adapted", "--to", "gguf-lora", "--out", "it.gguf")
     assert status == 0 and "logits of llama.cpp with its base and --lora differ by" in out, err
+    assert "base --to gguf --out base.gguf" in out
     assert "\nllama-server -m base.gguf --lora it.gguf\n" in out
     assert (here / "it.Modelfile").read_text().startswith("FROM ./base.gguf\nADAPTER ./it.gguf\nPARAMETER num_ctx ")
     assert call(monkeypatch, capsys, "base", "--to", "gguf", "--out", "base.gguf", "--outtype", "f32")[0] == 0

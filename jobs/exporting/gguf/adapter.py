@@ -100,7 +100,7 @@ def _uses(opened: Opened, out: Path, vocabulary: Vocabulary | None) -> list[str]
     """How to use it, after writing what that takes."""
     base = opened.base.run
     named, file = str(base.folder) if opened.base.family else base.name, f"{base.name}.gguf"
-    make = command_line("export.py", base.metadata.get("hub", named), "--to", "gguf", "--out", file)
+    make = command_line("export.py", base.metadata.get("hub") or named, "--to", "gguf", "--out", file)
     words = ["llama-server", "-m", file, "--lora", str(out)]
     if isinstance(opened.template, str) and opened.template != opened.base_template and vocabulary:
         write_file(template_of(out), vocabulary.template(opened.template).encode())
