@@ -14,6 +14,7 @@
 #   make speller-pretrained   the same on SmolLM2-135M (an hour and a half on 2 cores)
 #   make two-machines   two torchrun agents of two processes each, on two network namespaces of this machine where the
 #                 system allows that, else on loopback: the same weights as one process (a quarter of a minute)
+#   make onnx-tests   ONNX graphs in onnxruntime, of export.py and of the template (fetches 120 MB into .venv; a minute)
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +22,7 @@ PRETRAINED ?= HuggingFaceTB/SmolLM2-135M-Instruct
 TOUR := pretrained-folio
 BIN := $(VENV)/bin
 
-.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained two-machines clean
+.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained two-machines onnx-tests clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python training.py
@@ -72,6 +73,10 @@ speller-pretrained: $(VENV)/test.stamp
 
 two-machines: $(VENV)/run.stamp
 	$(BIN)/python -m benchmarks.two_machines
+
+onnx-tests: $(VENV)/test.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-onnx.txt
+	$(BIN)/python -m pytest -n 0 tests/pretrained/test_export_onnx.py tests/commands/test_templates.py -k "onnx or exported"
 
 $(VENV)/run.stamp: requirements.txt | $(VENV)/venv.stamp
 	@echo "Setting up $(VENV), once: torch and a few small packages"

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
-from data.chat import Template, encode_chat, template_of
+from data.chat import Template, template_of
 from data.instructions.records import asking
-from data.tokenizers import Tokenizer, listed
+from data.tokenizers import Tokenizer
 from jobs.generating.chatting import chat
-from jobs.generating.choice import Choice, choose, in_words, parse_adapters
-from jobs.generating.prompts import Request, read_requests
+from jobs.generating.choice import TUNED, Choice, choose, in_words, parse_adapters
+from jobs.generating.prompts import Request, encode, read_requests
 from jobs.generating.results import results_in
 from jobs.generating.stopping import StopAt
 from jobs.generating.texts import Strategy, Wanted, Writer
@@ -37,7 +37,7 @@ from models.generation.choosing import Sampling
 from models.generation.sampling import stream
 from runtime.console import say
 from runtime.device import pick_machine
-from runtime.errors import UsageError, UserError
+from runtime.errors import UsageError
 from runtime.processes.alike import check_alike, check_read_alike
 from runtime.processes.command import run_command
 from runtime.processes.world import world
@@ -45,8 +45,6 @@ from runtime.settings.config import ProcessSettings, from_command_line
 from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
 from runtime.training.metrics import Patience
-
-TUNED = {"temperature": 0.3, "top_p": 0.9, "top_k": 40}
 
 WHAT, HOW = ({"group": title, "env": False} for title in ("What to continue", "Sampling"))
 
@@ -107,24 +105,6 @@ class Options(ProcessSettings):
         None, "Search with so many beams for the likeliest text, as transformers does; nothing is drawn",
         low=2, high=1_000, **HOW,
     )  # fmt: skip
-
-
-def encode(tokenizer: Tokenizer, template: Template | None, request: Request) -> list[int]:
-    """A prompt as token ids, at least one. Raises UserError for characters that the tokenizer does not know."""
-    if request.messages:
-        try:
-            return encode_chat(tokenizer, request.messages, template)
-        except UserError as error:
-            raise UserError(f"{request.where}: {error}" if request.where else str(error)) from None
-    if unknown := tokenizer.unknown(request.prompt):
-        where = f"{request.where}: " if request.where else ""
-        known = "".join(token.decode() for token in tokenizer.tokens if not token.isascii())
-        others = f" and {known if len(known) <= 60 else f'{len(known)} others'}" if known else ""
-        raise UserError(
-            f"{where}the tokenizer has no {listed(unknown)}; it knows the characters of ASCII{others}; leave out what "
-            "it lacks, or name a run on a text that has it with --run"
-        )
-    return tokenizer.encode(request.prompt or "\n")
 
 
 def print_streaming(tokenizer: Tokenizer, tokens: Generator[list[int | None]], stops: Sequence[str]) -> str:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import runtime.start  # noqa: F401 - before what takes seconds to import
+from jobs.exporting.pushing import Pushing
 from jobs.runs import fitting
 from jobs.runs.base import base_settings, find_base
 from jobs.runs.footprint import footprint
@@ -83,13 +85,14 @@ def begin(given: Resolved) -> tuple[Machine, Run | None]:
     check_optimizer(settings.optimizer, machine.device)
     check_quantize(settings, machine)
     check_shard(settings, machine)
+    world().first(Pushing(settings).check)
     if not settings.adapting:
         return machine, None
     with world().machine_by_machine():
         return machine, find_base(settings, [n for n in SHAPE if given.explicit(n)])
 
 
-def train(given: Resolved) -> Run:
+def train(given: Resolved, pushing: Pushing | None = None) -> Run:
     """One run, from its settings to its published files; an identical finished run is left alone."""
     settings, (machine, base) = given.settings, begin(given)
     if settings.adapting and not base:
@@ -111,7 +114,8 @@ def train(given: Resolved) -> Run:
         if base:
             print(f"   Base: {base.name}, {'records' if has_records(settings.dataset) else 'text'}: {job.data.name}")
         print(report.statistics(job.model.get_parameter_info(), settings.use_lora), flush=True)
-        finish(job, run, Training(job, run, stepper).all_steps(), start)
+        on_best = partial((pushing or Pushing(settings)).save, job, run)
+        finish(job, run, Training(job, run, stepper, on_best).all_steps(), start)
     return run
 
 
@@ -170,7 +174,10 @@ def main() -> None:
     if given.settings.dry_run:
         dry_run(given)
     else:
-        print_next(train(given))
+        pushing = Pushing(given.settings)
+        run = train(given, pushing)
+        pushing.end(run)
+        print_next(run)
 
 
 if __name__ == "__main__":

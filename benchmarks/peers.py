@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn import functional as F
 
-from lora.layers import LoRALinear
+from lora.layers.linear import LoRALinear
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 
 

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from lora.config import LoRAConfig
-from lora.layers import MERGED, Adaptable, LoRALinear
+from lora.layers.adaptable import MERGED, Adaptable
+from lora.layers.linear import LoRALinear
 from lora.variants.lora import AdapterModule
 from lora.variants.registry import variant_of
 from runtime.errors import UsageError
@@ -133,8 +134,11 @@ def check_attached(model: nn.Module, *names: str) -> None:
 
 def _parse_strengths(model: nn.Module, adapters: tuple[str | Strengths, ...]) -> Strengths:
     """Return the arguments of `activate` as {name: strength}. Raises UsageError as `activate` does."""
-    if any(layer.locked_by == MERGED for layer in adaptable_layers(model).values()):  # it would count twice
+    layers = adaptable_layers(model).values()
+    if any(layer.locked_by == MERGED for layer in layers):  # it would count twice
         check_unlocked(model)
+    if any(layer.mix for layer in layers):
+        raise UsageError("inside `with mixing(model, names):`, each row has its own adapters; leave that block first")
     strengths: Strengths = {}
     for given in adapters:
         strengths |= {given: 1.0} if isinstance(given, str) else given
@@ -151,7 +155,8 @@ def activate(model: nn.Module, *adapters: str | Strengths) -> None:
     A name alone means strength 1; {name: strength} sets another. The strength multiplies what the adapter adds to
     weights, embeddings and biases, and active adapters add up. Create the optimizer after this call.
 
-    Raises UsageError for a name that is not attached, a strength that is not finite, or inside `merged`.
+    Raises UsageError for a name that is not attached, a strength that is not finite, or inside `merged` or
+    `mixing`.
     """
     _set_active(model, _parse_strengths(model, adapters))
     model.requires_grad_(False)

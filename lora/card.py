@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from lora.adapter import Adapter
 from lora.variants.registry import VARIANTS
+from runtime.settings.config import is_hub_name
 
 CARD = "README.md"
 
@@ -37,15 +38,28 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def card(adapter: Adapter, notes: Mapping[str, str]) -> bytes:
-    """Return the card as bytes. notes: more rows of its table, by name, such as `command`."""
-    base = adapter.metadata.get("base")
+def _use(hub: str | None, place: str) -> list[str]:
+    """How it is loaded. hub: the base's name on the hub, where it was fetched from there."""
+    if not hub:
+        return [
+            "Its base has no name on the hub, and is known by its fingerprint. With its weights loaded into `model`,",
+            f"`peft.PeftModel.from_pretrained(model, {place!r})` reads this adapter, and so does `adapters.py import`.",
+        ]
+    lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
+    lines += [
+        f"base = AutoModelForCausalLM.from_pretrained({hub!r})",
+        f"model = PeftModel.from_pretrained(base, {place!r})",
+    ]
+    return ["```python", *lines, "```"]
+
+
+def card(adapter: Adapter, notes: Mapping[str, str], place: str = "folder") -> bytes:
+    """Return the card as bytes. notes: more rows of its table, by name, such as `command`. place: where the adapter
+    lies, in the lines that load it."""
+    base, path = adapter.metadata.get("base"), adapter.metadata.get("base_path", "")
+    hub = path if is_hub_name(path) else None
     table = {**adapter.metadata, **_config_rows(adapter), **notes}
     rows = [f"| {name.replace('_', ' ')} | {_cell(text)} |" for name, text in table.items()]
-    use = [
-        "Its base is a model of this repository, not one of the hub. With the base's weights loaded into `model`,",
-        "`peft.PeftModel.from_pretrained(model, folder)` reads this folder, and so does `adapters.py import`.",
-    ]
     title = f"# LoRA adapter{f' for {base}' if base else ''}"
-    lines = [*_front_matter(base), "", title, "", *use, "", "| | |", "|---|---|", *rows]
+    lines = [*_front_matter(hub), "", title, "", *_use(hub, place), "", "| | |", "|---|---|", *rows]
     return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")

@@ -245,12 +245,24 @@ def added_product(x: Tensor, low: Tensor, W: Tensor, B: Tensor, bias: Tensor | N
     matmul of concatenated factors, which costs a copy of W.
     """
     if not _rounds_first(x):
-        y = F.linear(low, B).addmm_(x, W.t())
-    elif x.device.type == "cuda" and len(x) <= FEW:
+        return added_to_product(F.linear(low, B), x, W, bias)
+    if x.device.type == "cuda" and len(x) <= FEW:
         both = (torch.mm(left, right.t(), out_dtype=torch.float32) for left, right in ((x, W), (low, B)))
         y = sum(both).to(x.dtype)
     else:
         y = F.linear(torch.cat((x, low), 1), torch.cat((W, B), 1))
+    return y if bias is None else y.add_(bias)
+
+
+def added_to_product(added: Tensor, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W^T + added (tokens, out) + bias, all in one dtype, where the first two are summed before rounding;
+    `added` is overwritten."""
+    if not _rounds_first(x):
+        y = added.addmm_(x, W.t())
+    elif x.device.type == "cuda":
+        y = torch.mm(x, W.t(), out_dtype=torch.float32).add_(added).to(x.dtype)
+    else:
+        y = (x.float() @ W.float().t()).add_(added).to(x.dtype)
     return y if bias is None else y.add_(bias)
 
 

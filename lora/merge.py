@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lora.attach import adaptable_layers, adapter_names, check_unlocked, detach, using
 from lora.functional import storage_key
-from lora.layers import CACHED, MERGED, Adaptable, LoRALinear
+from lora.layers.adaptable import CACHED, MERGED, Adaptable
+from lora.layers.linear import LoRALinear
 from runtime.errors import UsageError
 from runtime.storage.quantized import Quantized
 

@@ -111,14 +111,16 @@ def to_files(
     notes: Mapping[str, str] | None = None,
     shared: nn.Module | None = None,
     names: Names | None = None,
+    place: str = "folder",
 ) -> folders.Files:
     """Return the files of an adapter folder, by name.
 
     notes: more rows of its card. shared: from `Adapter.make_shared`, to store too, for readers that cannot make it.
-    names: of the modules of a pretrained base, for which PEFT then reads the folder.
+    names: of the modules of a pretrained base, for which PEFT then reads the folder. place: where its card says that it
+    lies.
     """
     transposed = names is not None and any(map(names.is_transposed, adapter.targets()))
-    about = card(adapter, notes or {})
+    about = card(adapter, notes or {}, place)
     adapter = _renamed(adapter, names) if names else adapter
     config, variant = adapter.config, VARIANTS[adapter.config.variant]
     regex, targets = config.targets.startswith(REGEX), set(adapter.targets())

@@ -41,7 +41,8 @@ def causal_attention(
     H / K heads after one another share their keys and values. `dropout` is the probability on the attention weights.
     """
     shared = q_BHTD.shape[1] // k_BKTD.shape[1]
-    if q_BHTD.device.type != "cpu" or q_BHTD.shape[2] > LONGEST_BY_BLOCKS:
+    # A graph that is exported is for any length, and a loop over blocks would be fixed at that of the example.
+    if torch.compiler.is_exporting() or q_BHTD.device.type != "cpu" or q_BHTD.shape[2] > LONGEST_BY_BLOCKS:
         k_BHTD, v_BHTD = (t if shared == 1 else t.repeat_interleave(shared, 1) for t in (k_BKTD, v_BKTD))
         seen = None if segments_BT is None else _seen(segments_BT)
         with kernels(q_BHTD.device.type, q_BHTD.shape[2]):

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from lora.layers import SMALL
+from lora.layers.inference import SMALL
 from models.attention import BLOCK, LONGEST_BY_BLOCKS
 from models.config import ModelConfig
 

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora.attach import adapter_parameters
 from lora.functional import at_least_fp32, compute_dtype, dropout
-from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, fused_projection
+from lora.layers.linear import LoRALinear, fused_projection
+from lora.layers.others import LoRAEmbedding, LoRALayerNorm
 from models.attention import causal_attention
 from models.config import ModelConfig
 from models.generation import sampling

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that Python finds the repository's own modules
 from jobs.generating.load import load
 from lora.merge import merge
-from models import attention
 from runtime.errors import UserError
 
 
@@ -49,10 +48,10 @@ def difference(path: Path, model: nn.Module, vocab_size: int, longest: int) -> f
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints-dir", default="checkpoints")
-    for name, value in (("run", "template-lora"), ("out", "template-lora.onnx")):
-        parser.add_argument(f"--{name}", default=value, help=f"default: {value}")
+    parser.add_argument("--run", default="template-lora", help="default: template-lora")
+    parser.add_argument("--out", default="", help="default: the run's name and .onnx, beside the run's folder")
     args = parser.parse_args(argv)
-    if (path := Path(args.out)).exists():
+    if (path := Path(args.out or f"{args.checkpoints_dir}/{args.run}.onnx")).exists():
         raise UserError(f"{path} is there already: choose another --out")
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise UserError(f"{' and '.join(missing)} must be installed first: pip install -r requirements-onnx.txt")
@@ -63,8 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     # Other programs then need not know that there ever was one: the graph is that of a plain base.
     merge(model)
     # On CPUs this model computes attention in a Python loop over blocks of queries. Tracing would unroll that loop for
-    # the example's length and fix it, without a word. Beyond this length it calls scaled_dot_product_attention instead.
-    attention.LONGEST_BY_BLOCKS = 0
+    # the example's length and fix it, without a word; `causal_attention` sees that it is exported, and does not loop.
     # The example has sizes of 2 or more, as torch takes a size of 1 for a constant. `Dim` names what may vary.
     example = torch.zeros(2, min(8, longest - 1), dtype=torch.long)
     sizes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=1, max=longest)}

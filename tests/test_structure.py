@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "templates": {"jobs", "models", "lora", "runtime"},
     "command": {"jobs", "models", "lora", "data", "runtime"},
 }
-TEMPLATES_IMPORT = {"jobs.generating.load", "models.bigram_lm_v2_lora", "models.attention", "lora.attach", "lora.merge"}
+TEMPLATES_IMPORT = {"jobs.generating.load", "models.bigram_lm_v2_lora", "lora.attach", "lora.merge"}
 TEMPLATES_IMPORT |= {"lora.adapter", "lora.peft_format", "runtime.errors", "runtime.storage.tensors"}
 FILES = list(ROOT.glob("*.py"))
 FILES += [path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py")]

@@ -12,7 +12,7 @@ from typing import Any
 from data.jsonlines import once, try_json_lines
 from runtime.errors import UserError
 from runtime.extras import needs_package
-from runtime.hub import fetch_chosen, fetch_records, listed
+from runtime.hub.fetching import fetch_chosen, fetch_records, listed
 from runtime.settings.config import RECORDS, is_hub_records
 from runtime.storage.folders import plain_errors
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from data.pretrained_tokenizer import FILE, TEMPLATE
 from jobs.exporting.held_out import MORE_LOSS, HeldOut
+from jobs.exporting.leaving import CARD, whole_card, without_paths
 from jobs.exporting.opening import Opened
 from jobs.exporting.tokens import samples_for, tokenizer_files
 from jobs.exporting.translated import translated
@@ -22,7 +23,6 @@ from runtime.storage.folders import Files, commit_folder
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 LIMITS = {False: 1e-5, True: 2e-2}  # of the largest logit, by whether weights were rounded to 16 bits
-CARD = "README.md"
 
 
 def check_packages() -> None:
@@ -32,14 +32,15 @@ def check_packages() -> None:
 
 
 def export_folder(
-    opened: Opened, held_out: HeldOut, out: Path, kind: str | None = None, allowed: float = MORE_LOSS
-) -> list[str]:
+    opened: Opened, held_out: HeldOut, out: Path, kind: str | None = None, allowed: float = MORE_LOSS,
+    place: str = "folder",
+) -> list[str]:  # fmt: skip
     """Write the folder, and tell what was found. kind: of DTYPES, or None for those of the run's files. allowed: how
-    much higher the loss may be.
+    much higher the loss may be. place: where its card says that it lies.
 
     Raises UserError where transformers computes something else, and UsageError where `out` exists."""
     rounded = opened.round_to(DTYPES[kind] if kind else None)
-    files = whole_files(opened)
+    files = without_paths(whole_files(opened, place))
     with draft_of(out) as draft:
         commit_folder(draft, files)
         fix = "--outtype f32 writes all of what the run has learned" if rounded else ""
@@ -54,8 +55,8 @@ def export_folder(
     return told
 
 
-def whole_files(opened: Opened) -> Files:
-    """Config, weights, tokenizer, template and card."""
+def whole_files(opened: Opened, place: str = "folder") -> Files:
+    """Config, weights, tokenizer, template and card. Raises UserError for a model that is none of theirs."""
     if opened.base.family:
         files = to_model_files(opened.model, opened.base.tokenizer, opened.base)
     else:
@@ -63,20 +64,16 @@ def whole_files(opened: Opened) -> Files:
         model, values = translated(opened.model, tokenizer.eos_id)
         files = model_files.to_files(model, {model_files.CONFIG: to_json(values)})
         files |= tokenizer_files(tokenizer, model.config.max_positions)
-    if isinstance(opened.template, str):
-        files[TEMPLATE] = opened.template.encode()
-    return files | {CARD: _card(opened)}
+    use = ["from transformers import AutoModelForCausalLM", ""]
+    use += [f"model = AutoModelForCausalLM.from_pretrained({place!r})"]
+    return files | describing_files(opened, "transformers", use)
 
 
-def _card(opened: Opened) -> bytes:
-    """What the folder is, for whoever finds it."""
-    run, base = opened.run, opened.base.run
-    said = run.metadata.get("texts", [run.metadata["settings"].get("dataset")])
-    rows = {"run": run.name, "kind": run.kind, "base": base.name if base.name != run.name else ""}
-    rows |= {"trained on": ", ".join(filter(None, said)), "fingerprint of its base": opened.base.sha256}
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {run.name}", ""]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items() if text)]
-    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
+def describing_files(opened: Opened, library: str, use: Sequence[str]) -> Files:
+    """The chat template, where there is one, and a card: what the folder is, for whoever finds it. use: the lines that
+    load it."""
+    files = {CARD: whole_card(opened.run, opened.base.sha256, library, use)}
+    return files | ({TEMPLATE: opened.template.encode()} if isinstance(opened.template, str) else {})
 
 
 def _their_logits(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:

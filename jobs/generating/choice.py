@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.chat import Template, own_template
-from jobs.adapting.adapted import base_name, open_adapters
+from jobs.adapting.adapted import Adapted, base_name, open_adapters
 from jobs.runs.base import Base, base_of
 from lora.attach import Strengths
 from models.pretrained.source import find_source
@@ -18,6 +18,8 @@ from runtime.start import command_line
 from runtime.storage.runs import Run, all_runs
 
 NONE = "none"
+PLAIN = {"temperature": 0.8}  # how tokens are drawn where nobody says otherwise
+TUNED = {"temperature": 0.3, "top_p": 0.9, "top_k": 40}  # the same of a run that was tuned on instructions
 
 
 @dataclass(frozen=True)
@@ -74,25 +76,31 @@ def choose(root: Path, run_name: str, wanted: Strengths | None, others: Iterable
     """
     others, run = list(others), find_source(root, run_name) if run_name else None
     if run is None and not wanted and not others:
-        run = _newest(root)
+        run = newest(root)
     if wanted is None:
         wanted = {_name_in(root, run): 1.0} if run and run.kind == "lora" else {}
     names = tuple(dict.fromkeys([*wanted, *others]))
     if not names:
         base = base_of(root, run) if run.kind == "lora" else Base.of(run)
-        return Choice(base, {}, {}, *_template(base, [run]))  # the base is asked as its adapter would be
+        return Choice(base, {}, {}, *template_for(base, [run]))  # the base is asked as its adapter would be
     adapted = open_adapters(root, names)
     base = adapted[0].base
     if run and not _is_on(run, base):
         on = f"{run.name} is on {base_name(run)}" if run.kind == "lora" else f"{run.name} is another model"
         raise UserError(f"{names[-1]}: it was trained on {base.run.name}, and {on}")
+    attached = attach_all(adapted, names)
+    return Choice(base, attached, wanted, *template_for(base, [item.run for item in adapted]))
+
+
+def attach_all(adapted: Sequence[Adapted], names: Sequence[str]) -> dict[str, str]:
+    """Attach adapters to the model of their base; what each is called there, by its name."""
     attached = {name: f"adapter_{i}" for i, name in enumerate(names)}
     for name, item in zip(names, adapted, strict=True):
-        item.adapter.attach_to(base.model, attached[name], base.sha256)
-    return Choice(base, attached, wanted, *_template(base, [item.run for item in adapted]))
+        item.adapter.attach_to(item.base.model, attached[name], item.base.sha256)
+    return attached
 
 
-def _template(base: Base, runs: Sequence[Run]) -> tuple[Template | None, bool]:
+def template_for(base: Base, runs: Sequence[Run]) -> tuple[Template | None, bool]:
     """How chats are written for a base and runs on it, and whether one of these was trained so. Raises UserError where
     they were trained on different templates."""
     told = {source: run.name for run in [base.run, *runs] if (source := run.metadata.get("template"))}
@@ -109,7 +117,7 @@ def _is_on(run: Run, base: Base) -> bool:
     return run.folder.resolve() == base.run.folder.resolve()
 
 
-def _newest(root: Path) -> Run:
+def newest(root: Path) -> Run:
     """The newest finished run, else the newest that has saved something; one of TEST_MODE only where no other has."""
     usable = [run for run in all_runs(root) if not run.aside and (run.finished or run.saved("best"))]
     if not usable:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.chat import ROLES, Message
+from data.chat import ROLES, Message, Template, encode_chat
 from data.jsonlines import read_json_lines
+from data.tokenizers import Tokenizer, listed
 from jobs.generating.choice import parse_adapters
 from lora.attach import Strengths
 from runtime.errors import UserError
@@ -35,7 +36,7 @@ def _request(value: dict[str, Any], where: str) -> Request:
     if "messages" in value:
         if "prompt" in value:
             raise UserError(f"{where}: prompt and messages are both there; a line has one of them")
-        request = Request("", None, where, _messages(value["messages"], where))
+        request = Request("", None, where, messages_of(value["messages"], where))
     elif isinstance(value.get("prompt"), str):
         request = Request(value["prompt"], None, where)
     else:
@@ -54,7 +55,7 @@ def _request(value: dict[str, Any], where: str) -> Request:
         raise UserError(f"{where}: {error}") from None
 
 
-def _messages(value: Any, where: str) -> tuple[Message, ...]:
+def messages_of(value: Any, where: str) -> tuple[Message, ...]:
     """The messages of a chat. Raises UserError for what is none."""
     good = isinstance(value, list) and all(
         isinstance(message, dict)
@@ -78,3 +79,21 @@ def read_requests(path: Path) -> list[Request]:
     if not requests:
         raise UserError(f"{path} holds no prompts")
     return requests
+
+
+def encode(tokenizer: Tokenizer, template: Template | None, request: Request) -> list[int]:
+    """A prompt as token ids, at least one. Raises UserError for characters that the tokenizer does not know."""
+    if request.messages:
+        try:
+            return encode_chat(tokenizer, request.messages, template)
+        except UserError as error:
+            raise UserError(f"{request.where}: {error}" if request.where else str(error)) from None
+    if unknown := tokenizer.unknown(request.prompt):
+        where = f"{request.where}: " if request.where else ""
+        known = "".join(token.decode() for token in tokenizer.tokens if not token.isascii())
+        others = f" and {known if len(known) <= 60 else f'{len(known)} others'}" if known else ""
+        raise UserError(
+            f"{where}the tokenizer has no {listed(unknown)}; it knows the characters of ASCII{others}; leave out what "
+            "it lacks, or name a run on a text that has it with --run"
+        )
+    return tokenizer.encode(request.prompt or "\n")

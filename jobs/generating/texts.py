@@ -15,7 +15,7 @@ from lora.attach import Strengths, adapter_parameters, using
 from models.generation.beams import beam_search
 from models.generation.choosing import Sampling
 from models.generation.continuous import Asked, Made
-from models.generation.per_row import generate_per_row, places_by_adapters
+from models.generation.per_row import generate_per_row, shared_batches
 from models.transformer import Transformer
 from runtime.processes.world import world
 
@@ -85,14 +85,13 @@ class Writer:
         """The texts of some numbers, each the likeliest of those drawn for it."""
         each_of, how = range(self.strategy.best_of), self.strategy.how
         asked = [
-            Asked(wanted[i].prompt, wanted[i].max_new_tokens, wanted[i].seed + j, self._watch)
-            for i in mine
+            Asked(text.prompt, text.max_new_tokens, text.seed + j, how, self._watch, text.adapters)
+            for text in (wanted[i] for i in mine)
             for j in each_of
         ]
-        places = places_by_adapters([each.adapters for each in wanted for _ in each_of])
-        adapters = [wanted[i].adapters for i in mine for _ in each_of]
+        batches = shared_batches([each.adapters for each in wanted for _ in each_of])
         drawn: dict[int, dict[int, Made]] = {i: {} for i in mine}
-        for at, made in generate_per_row(self.model, asked, adapters, how, len(each_of) > 1, places, tell):
+        for at, made in generate_per_row(self.model, asked, batches, len(each_of) > 1, tell):
             number = mine[at // len(each_of)]
             drawn[number][at] = made
             if len(drawn[number]) == len(each_of):

@@ -12,7 +12,7 @@ import torch
 from lora.attach import adaptable_layers, find_targets
 from lora.config import LoRAConfig
 from lora.functional import LowRankLinear, low_rank_gradients_pay, needs_adding
-from lora.layers import LoRALinear
+from lora.layers.linear import LoRALinear
 from lora.optim import state_bytes
 from lora.variants.registry import VARIANTS
 from models.config import ModelConfig

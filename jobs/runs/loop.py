@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from jobs.runs.job import Job
@@ -19,8 +20,11 @@ from runtime.training.steps import NonFiniteError, Stepper
 class Training:
     """The steps of one run that are left to do, and the clock, log and progress that go with them."""
 
-    def __init__(self, job: Job, run: Run, stepper: Stepper) -> None:
-        self.job, self.run, self.stepper, self.state = job, run, stepper, resume.State()
+    def __init__(
+        self, job: Job, run: Run, stepper: Stepper, on_best: Callable[[int, float], None] = lambda step, loss: None
+    ) -> None:
+        """on_best: is told the step and the loss of the best weights so far, when they have been saved."""
+        self.job, self.run, self.stepper, self.state, self.on_best = job, run, stepper, resume.State(), on_best
         if saved := run.newest("step"):
             self.state = resume.restore(stepper, saved[1], f"{run.folder}/step-{saved[0]:06d}")
             say(f"Going on with {run.name} after step {self.state.step} of {job.settings.max_iters}")
@@ -129,6 +133,7 @@ class Training:
             state.best, state.best_step, state.stale = value, state.step, 0
             files = self.job.artifact_files(steps=f"{state.step:,}", validation_loss=f"{value:.4f}")
             self.run.save("best", state.step, files, keep=1)
+            self.on_best(state.step, value)
         else:
             state.stale += 1
 

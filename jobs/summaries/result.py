@@ -6,7 +6,7 @@ import statistics
 
 from jobs.runs.job import Job
 from lora.attach import adaptable_layers
-from lora.layers import LoRALinear
+from lora.layers.linear import LoRALinear
 from runtime import report
 from runtime.settings.config import Settings
 from runtime.start import command_line

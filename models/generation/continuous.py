@@ -5,13 +5,14 @@ Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based Genera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lora.layers.inference import Mix
 from lora.merge import cached_weights
 from models.generation.cache import KVCache
 from models.generation.choosing import Sampling, choose
@@ -25,15 +26,19 @@ def never(token: int) -> bool:
 
 @dataclass(frozen=True)
 class Asked:
-    """A text that is wanted: what it continues (token ids), by how many tokens at most, and the seed of its draws.
+    """A text that is wanted: what it continues (token ids), by how many tokens at most, the seed of its draws, and how
+    they are drawn.
 
-    watch() makes what is told of each token, and says whether the text ends with that one.
+    watch() makes what is told of each token, and says whether the text ends with that one. adapters: the strengths of
+    those that it goes through, which count in a mix.
     """
 
     prompt: Sequence[int]
     max_new_tokens: int
     seed: int
+    how: Sampling = Sampling()
     watch: Callable[[], Callable[[int], bool]] = lambda: never
+    adapters: Mapping[str, float] = field(default_factory=dict)
 
 
 class Made(NamedTuple):
@@ -58,10 +63,10 @@ class Row:
         """How many more tokens it may have."""
         return self.asked.max_new_tokens + len(self.asked.prompt) - len(self.text)
 
-    def add(self, token: int, stop_ids: Sequence[int]) -> Made | None:
+    def add(self, token: int) -> Made | None:
         """One more token; the whole text if it ends there."""
         self.text.append(token)
-        stopped = token in stop_ids
+        stopped = token in self.asked.how.stop_ids
         if not (stopped or self.ends(token) or not self.left):
             return None
         mean = sum(self.log_chances) / len(self.log_chances) if self.log_chances else None
@@ -69,10 +74,10 @@ class Row:
 
 
 class Batch:
-    """The places of a batch, the rows in them, and the logits of the last pass."""
+    """The places of a batch, and the rows in them, which go through adapters of their own if there is a mix."""
 
-    def __init__(self, model: nn.Module, places: int) -> None:
-        self.model, self.device = model, model.token_embedding.weight.device
+    def __init__(self, model: nn.Module, places: int, mix: Mix | None = None) -> None:
+        self.model, self.mix, self.device = model, mix, model.token_embedding.weight.device
         self.cache = KVCache(model.config.n_layer, model.config.max_positions, self.device)
         self.cache.open_places(places)
         self.rows: list[Row | None] = [None] * places
@@ -90,11 +95,17 @@ class Batch:
         with matmul_dtype(self.model):
             if len(anew) < len(filled):
                 tokens = [row.text[-1] if row else 0 for row in self.rows]
-                logits = self.model(self.cache.advance(tokens), cache=self.cache)[0][:, 0]
+                logits = self._pass(range(len(tokens)), self.cache, self.cache.advance(tokens))
             for place, row in new.items():
                 self.rows[place] = row
             self.cache.empty(place for place, row in enumerate(self.rows) if row is None)
             return self._read([*anew, *new], logits)
+
+    def _pass(self, places: Iterable[int], cache: KVCache, tokens: Tensor) -> Tensor:
+        """One pass of the rows in these places: the logits of each row's last position (rows, V)."""
+        if self.mix:
+            self.mix.take([row.asked.adapters if (row := self.rows[place]) else {} for place in places])
+        return self.model(tokens, cache=cache)[0][:, 0]
 
     def _read(self, places: list[int], logits: Tensor | None) -> Tensor:
         """Read the windows of these places from their beginning.
@@ -105,53 +116,68 @@ class Batch:
         together = 1 if self.device.type == "cpu" else max(1, len(places))
         for some in (places[i : i + together] for i in range(0, len(places), together)):
             fresh = self.cache.emptied()
-            found = self.model(fresh.begin([self.window(self.rows[place]) for place in some]), cache=fresh)[0][:, 0]
+            found = self._pass(some, fresh, fresh.begin([self.window(self.rows[place]) for place in some]))
             logits = found.new_zeros(len(self.rows), found.shape[1]) if logits is None else logits
             logits[some] = found
             self.cache.replace(some, fresh)
         return logits
 
-    def choose(self, logits: Tensor, how: Sampling, scored: bool) -> Iterator[tuple[Row, Made | None]]:
+    def choose(self, logits: Tensor, scored: bool) -> Iterator[tuple[Row, Made | None]]:
         """A token for each row, and its text if that ends there, which empties its place."""
-        filled = [place for place, row in enumerate(self.rows) if row]
-        rows, logits = [self.rows[place] for place in filled], logits[filled]
+        filled: dict[Sampling, list[int]] = {}
+        for place, row in enumerate(self.rows):
+            if row:
+                filled.setdefault(row.asked.how, []).append(place)
+        for how, places in filled.items():
+            yield from self._choose(places, logits[places], how, scored)
+
+    def _choose(
+        self, places: list[int], logits: Tensor, how: Sampling, scored: bool
+    ) -> Iterator[tuple[Row, Made | None]]:
+        """The same for the rows in some places, which draw alike."""
+        rows = [self.rows[place] for place in places]
         seen = [self.window(row) for row in rows] if how.repetition_penalty != 1 else [[]] * len(rows)
         tokens = choose(logits, seen, how, [row.generator for row in rows])
         chances = logits.float().log_softmax(-1).cpu() if scored else None
-        for i, (place, row, token) in enumerate(zip(filled, rows, tokens, strict=True)):
+        for i, (place, row, token) in enumerate(zip(places, rows, tokens, strict=True)):
             if scored:
                 row.log_chances.append(float(chances[i, token]))
-            if made := row.add(token, how.stop_ids):
-                self.rows[place] = None
-                self.cache.empty([place])
+            if made := row.add(token):
+                self.release(place)
             yield row, made
+
+    def release(self, place: int) -> None:
+        """Empty a place."""
+        self.rows[place] = None
+        self.cache.empty([place])
 
 
 def continue_all(
     model: nn.Module,
     asked: Sequence[Asked],
-    how: Sampling,
     places: int,
+    mix: Mix | None = None,
     scored: bool = False,
     tell: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[tuple[int, Made]]:
     """The texts, each with its number among those asked for, as they are finished: the longest begin first.
 
-    A text depends on its prompt, its seed and, by the rounding of matmuls, on the number of places; on the CPU not on
+    mix: of `lora.mixing`, for texts with adapters of their own; else they go through those that are active. A text
+    depends on its prompt, its seed and, by the rounding of matmuls, on the number of places; on the CPU not on
     what else is asked for. tell(n): n more tokens are made, or will not be needed. As for `stream`, the model is in
     evaluation mode until this ends. Raises ValueError for an empty prompt.
     """
     if not all(each.prompt for each in asked):
         raise ValueError("a prompt needs at least one token")
     waiting = sorted(range(len(asked)), key=lambda i: -asked[i].max_new_tokens)[::-1]
-    batch, training = Batch(model, places), model.training
+    batch, training = Batch(model, places, mix), model.training
     model.eval()
     try:
         with cached_weights(model):
             while waiting or any(batch.rows):
                 free = [place for place, row in enumerate(batch.rows) if row is None][: len(waiting)]
                 new = {place: Row(number, asked[number]) for place in free for number in [waiting.pop()]}
-                made = list(batch.choose(batch.advance(new), how, scored))
+                made = list(batch.choose(batch.advance(new), scored))
                 tell(sum(1 if text is None else 1 + row.left for row, text in made))
                 yield from ((row.number, text) for row, text in made if text)
     finally:

@@ -11,7 +11,7 @@ from models.files import CONFIG
 from models.pretrained.fingerprints import known_fingerprint
 from models.stored import INDEX, WEIGHTS
 from runtime.errors import UserError
-from runtime.hub import fetch_config, fetch_model
+from runtime.hub.fetching import fetch_config, fetch_model
 from runtime.settings.config import is_hub_name
 from runtime.storage import folders
 from runtime.storage.encoding import read_json

@@ -392,6 +392,26 @@ class Settings(ProcessSettings):
     keep_checkpoints: int = setting(
         2, "How many of the newest checkpoints are kept", group=SAVING, low=1, high=10**6, **NO_RESULT
     )
+    push_to_hub: str = setting(
+        "",
+        "Push the run to this repository on the Hugging Face hub when it has finished, as export.py --push does; needs "
+        "an HF_TOKEN that may write",
+        group=SAVING,
+        pattern=rf"|{HUB_NAME}",
+        allowed="empty or user/name",
+        **NO_RESULT,
+    )
+    push_strategy: str = setting(
+        "end",
+        "When to push: at the end alone, or also whenever a LoRA run has saved its best adapter so far, while training "
+        "goes on",
+        group=SAVING,
+        choices=("end", "every_save"),
+        **NO_RESULT,
+    )
+    push_private: bool = setting(
+        True, "Whether a repository that PUSH_TO_HUB makes is private", group=SAVING, **NO_RESULT
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -491,8 +511,13 @@ def is_hub_name(name: str) -> bool:
 
 
 def hub_token() -> str | None:
-    """HF_TOKEN from the environment or ./.env, for gated models; it is a setting of the hub's, and told nowhere."""
-    return os.environ.get("HF_TOKEN") or dotenv_values(".env").get("HF_TOKEN") or None
+    """HF_TOKEN from the environment or ./.env, for gated models and to push: a setting of the hub's, told nowhere."""
+    return (os.environ.get("HF_TOKEN") or dotenv_values(".env").get("HF_TOKEN") or "").strip() or None
+
+
+def serve_api_key() -> str:
+    """SERVE_API_KEY from the environment or ./.env: what clients of serve.py must send; it is told nowhere."""
+    return os.environ.get("SERVE_API_KEY") or dotenv_values(".env").get("SERVE_API_KEY") or ""
 
 
 def is_pretrained(root: str, base: str) -> bool:

@@ -211,7 +211,7 @@ def test_peft_reads_what_was_exported_and_it_comes_back(walked, here):
 def test_a_trained_adapter_has_a_card(here):
     card = (here / "checkpoints/milton/adapter/README.md").read_text("utf-8")
     for told in (
-        "library_name: peft", 'base_model: "base"', "| dataset | milton |", "| rank | 4 |", "| variant | lora |",
+        "library_name: peft", "| dataset | milton |", "| rank | 4 |", "| variant | lora |",
         "| command | python training.py --use-lora --test-mode --base base --dataset milton --lora-rank 4 "
         "--lora-targets standard |", f"torch {torch.__version__}",
     ):  # fmt: skip

@@ -21,7 +21,6 @@ import generate
 import training
 from jobs.generating.load import load
 from lora.merge import merge
-from models import attention
 from runtime.processes.command import run_command
 from tests.tiny import TINY
 
@@ -40,7 +39,6 @@ def user(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     (folder / "short.txt").write_text(TEXT[:60], encoding="utf-8")
     patch.chdir(folder)
-    patch.setattr(attention, "LONGEST_BY_BLOCKS", attention.LONGEST_BY_BLOCKS)  # the export template sets it
 
     def call(what, *flags: str) -> tuple[int, str, str]:
         patch.setattr(sys, "argv", ["it", *map(str, flags)])
@@ -151,16 +149,14 @@ def test_the_script_merges_what_the_formula_says(merged):
 
 
 @pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)}; pip install -r requirements-onnx.txt")
-def test_the_exported_file_computes_what_the_merged_model_does_in_any_shape(user, runs, monkeypatch):
+def test_the_exported_file_computes_what_the_merged_model_does_in_any_shape(user, runs):
     import onnxruntime
 
-    status, out, err = user("export_lora_template.py", "--run=mine", "--out=mine.onnx")
-    assert status == 0 and "in four other shapes" in out and "trtexec --onnx=mine.onnx --minShapes=tokens:1x1" in out, (
-        err
-    )
-    monkeypatch.setattr(attention, "LONGEST_BY_BLOCKS", 1024)  # what it is compared with is computed by blocks, as ever
+    status, out, err = user("export_lora_template.py", "--run=mine")
+    assert status == 0 and "in four other shapes" in out, err
+    assert "trtexec --onnx=checkpoints/mine.onnx --minShapes=tokens:1x1" in out
     model, _ = load("mine")
-    session = onnxruntime.InferenceSession("mine.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession("checkpoints/mine.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == ["batch", "length"]  # names, not numbers
     for shape in ((1, 1), (1, 8), (2, 3), (7, 4), (16, 8)):
         tokens = torch.randint(model.config.vocab_size, shape)
@@ -169,7 +165,7 @@ def test_the_exported_file_computes_what_the_merged_model_does_in_any_shape(user
         (found,) = session.run(None, {"tokens": tokens.numpy()})
         assert found.shape == tuple(wanted.shape)
         assert (torch.from_numpy(found) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
-    assert user("export_lora_template.py", "--run=mine", "--out=mine.onnx")[0].startswith("error: mine.onnx is there")
+    assert user("export_lora_template.py", "--run=mine")[0].startswith("error: checkpoints/mine.onnx is there")
 
 
 def test_what_cannot_be_is_one_line(user, runs, monkeypatch):

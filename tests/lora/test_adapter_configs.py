@@ -14,7 +14,7 @@ from tiny_lora import EVERYTHING, adapted
 from lora.adapter import Adapter
 from lora.attach import adapter_names
 from lora.config import LoRAConfig
-from lora.layers import LoRALinear
+from lora.layers.linear import LoRALinear
 from lora.peft_format import CONFIG, from_files, to_files
 from lora.variants.registry import VARIANTS
 from runtime.errors import UserError

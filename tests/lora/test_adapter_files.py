@@ -225,7 +225,7 @@ def test_the_card_states_only_what_is_known() -> None:
     text = to_files(of(example()[0]), {"command": "python training.py --x 'a|b'"})[CARD].decode()
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "library_name": "peft", "base_model": "base-x", "tags": ["lora", "base_model:adapter:base-x"],
+        "library_name": "peft", "tags": ["lora"],
     }  # fmt: skip
     for row in ("| base sha256 | ", "| dataset | folio |", "| rank | 4 |", "| alpha | 6 |", "| targets | all |"):
         assert row in body

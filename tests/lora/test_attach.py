@@ -20,7 +20,8 @@ from lora.attach import (
     using,
 )
 from lora.config import LoRAConfig
-from lora.layers import LoRAEmbedding, LoRALinear
+from lora.layers.linear import LoRALinear
+from lora.layers.others import LoRAEmbedding
 from lora.merge import cached_weights
 from lora.optim import make_optimizer
 from lora.peft_format import from_files, to_files

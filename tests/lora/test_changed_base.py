@@ -15,7 +15,7 @@ from lora.adapter import Adapter
 from lora.attach import activate, attach, base_tensors, detach, using
 from lora.combine import combine
 from lora.config import LoRAConfig
-from lora.layers import LoRALinear
+from lora.layers.linear import LoRALinear
 from lora.merge import cached_weights, merge, merged
 from lora.variants.registry import VARIANTS
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA

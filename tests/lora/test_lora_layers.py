@@ -16,7 +16,8 @@ from torch import nn
 from lora import functional
 from lora.attach import activate, attach, base_tensors
 from lora.config import LoRAConfig
-from lora.layers import LoRAEmbedding, LoRALayerNorm, LoRALinear, fused_projection
+from lora.layers.linear import LoRALinear, fused_projection
+from lora.layers.others import LoRAEmbedding, LoRALayerNorm
 from lora.merge import cached_weights, merged
 from lora.optim import make_optimizer
 from lora.variants.registry import VARIANTS

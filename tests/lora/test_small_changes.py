@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora.attach import activate, attach
 from lora.config import LoRAConfig
-from lora.layers import LoRALinear, fused_projection
+from lora.layers.linear import LoRALinear, fused_projection
 from lora.merge import cached_weights
 from lora.variants.registry import VARIANTS
 from runtime.device import pick_machine

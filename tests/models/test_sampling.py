@@ -119,8 +119,9 @@ def test_windows_are_never_too_long_and_move_by_half_a_block(block_size: int, n:
 
 
 def per_row_texts(model, prompts, adapters, count: int, how: Sampling, seeds, tell=lambda n: None) -> list[list[int]]:
-    asked = [Asked(prompt, count, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-    found = dict(generate_per_row(model, asked, adapters, how, tell=tell))
+    rows = zip(prompts, seeds, adapters, strict=True)
+    asked = [Asked(prompt, count, seed, how, adapters=strengths) for prompt, seed, strengths in rows]
+    found = dict(generate_per_row(model, asked, tell=tell))
     return [found[i].tokens for i in range(len(asked))]
 
 
@@ -357,15 +358,16 @@ TWO = {"one": LoRAConfig(rank=4, bias="all"), "two": LoRAConfig(rank=2, targets=
 MIXED = [{"one": 1.0}, {}, {"two": 1.0}, {"one": 1.0}, {"one": 0.5, "two": 2.0}, {}]
 
 
-def test_rows_with_adapters_of_their_own_have_the_texts_that_each_has_alone(monkeypatch) -> None:
+@pytest.mark.parametrize("at_once", [2, 64])
+def test_rows_with_adapters_of_their_own_have_the_texts_that_each_has_alone(at_once: int, monkeypatch) -> None:
     model, told = with_two_adapters(), []
-    monkeypatch.setattr(per_row, "AT_ONCE", 2)
+    monkeypatch.setattr(per_row, "AT_ONCE", at_once)
     prompts, seeds = prompts_of([3, 16, 9, 3, 20, 5]), [1, 2, 1, 2, 1, 2]
     mixed = MIXED[:5] + [{"one": 1.0}]
     activate(model, "two")
     training = {name for name, p in model.named_parameters() if p.requires_grad}
     found = per_row_texts(model, prompts, mixed, 25, WILD, seeds, told.append)
-    assert sum(told) == 6 * 25 and max(told) == 2  # `one` on two rows at a time, and on a third that follows one
+    assert sum(told) == 6 * 25 and max(told) == min(6, at_once)
     assert active_adapters(model) == {"two": 1.0}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == training
     for prompt, strengths, seed, row in zip(prompts, mixed, seeds, found, strict=True):
@@ -373,3 +375,15 @@ def test_rows_with_adapters_of_their_own_have_the_texts_that_each_has_alone(monk
         assert generate(model, [prompt], 25, WILD, seed)[0][len(prompt) :] == row
     with pytest.raises(UsageError, match="no adapter 'three'"):
         per_row_texts(model, prompts[:1], [{"three": 1.0}], 2, WILD, [1])
+
+
+def test_a_text_in_a_shared_batch_has_the_same_bits_whatever_is_beside_it() -> None:
+    model, seeds = with_two_adapters(), range(24)
+    prompts, choices = prompts_of([3 + 5 * i % 17 for i in seeds]), [MIXED[i % 6] for i in seeds]
+    rows = zip(prompts, seeds, choices, strict=True)
+    asked = [Asked(prompt, 20, seed, WILD, adapters=strengths) for prompt, seed, strengths in rows]
+    batches = per_row.shared_batches(choices)
+    whole = dict(generate_per_row(model, asked, batches, scored=True))
+    for some in (asked[:1], asked[5:6], asked[1::2], asked[:20:3]):
+        found = dict(generate_per_row(model, some, batches, scored=True))
+        assert [found[i] for i in range(len(some))] == [whole[asked.index(each)] for each in some]

@@ -116,7 +116,7 @@ def test_what_is_refused(here, monkeypatch, capsys):
         (("own", "--out", "there"), 2, "there is there already, and nothing is overwritten"),
         (("nobody", "--out", "x"), 2, "there is no run 'nobody'"),
         (("own", "--out", "x", "--outtype", "q8_0"), 2, "--outtype q8_0 is for --to gguf, not --to hf"),
-        (("own",), 2, "the following arguments are required: --out"),
+        (("own",), 2, "where to? --out PATH writes it there, and --push USER/NAME to the Hugging Face hub"),
     ):
         got, out, err = call(monkeypatch, capsys, *words, "--to", "hf")
         errors = [line for line in err.splitlines() if line.startswith("error: ")]

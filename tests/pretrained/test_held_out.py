@@ -65,8 +65,8 @@ def test_a_loss_that_is_too_high_and_a_text_that_is_none(here, monkeypatch, caps
     own_run(here, "own", LLAMA)
     for words, told in (
         (("--text", "nowhere.txt"), "nowhere.txt: there is no such text file"),
-        (("--to", "peft", "--text", "text.txt"), "--text is for --to hf and gguf, not --to peft"),
-        (("--to", "peft", "--allow-loss", "1"), "--allow-loss is for --to hf and gguf, not --to peft"),
+        (("--to", "peft", "--text", "text.txt"), "--text is for --to hf, gguf and onnx, not --to peft"),
+        (("--to", "peft", "--allow-loss", "1"), "--allow-loss is for --to hf, gguf and onnx, not --to peft"),
     ):
         status, _, err = call(monkeypatch, capsys, "own", "--to", "hf", "--out", "x", *words)
         assert status in (1, 2) and told in err

@@ -22,6 +22,7 @@ import dataset
 import evaluate
 import export
 import generate
+import serve
 from runtime.errors import UsageError
 from runtime.processes.command import run_command
 from runtime.settings.config import Settings
@@ -34,6 +35,7 @@ TABLES: dict[str, type[Table]] = {
     "generate.py": generate.Options,
     "evaluate.py": evaluate.Options,
     "export.py": export.Options,
+    "serve.py": serve.Options,
 }
 TABLES |= {f"adapters.py {word}": table for word, table in adapters.COMMANDS.items()}
 TABLES |= {f"dataset.py {word}": table for word, table in dataset.COMMANDS.items()}

@@ -19,7 +19,7 @@ from runtime.settings.fields import ContradictionError, format_value, resolve, s
 from runtime.settings.sources import Resolved
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = settings_of(Settings)
+ROWS = [row for row in settings_of(Settings) if row.env]
 BY_NAME = {row.name: row for row in ROWS}
 SOURCES = ("--flag=text", "environment", ".env")  # in the order in which they win
 

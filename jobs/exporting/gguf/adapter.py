@@ -105,5 +105,6 @@ def _uses(opened: Opened, out: Path, vocabulary: Vocabulary | None) -> list[str]
     if isinstance(opened.template, str) and opened.template != opened.base_template and vocabulary:
         write_file(template_of(out), vocabulary.template(opened.template).encode())
         words += ["--jinja", "--chat-template-file", str(template_of(out))]
-    ollama = [write_modelfile(out, opened, vocabulary, file)] if vocabulary else []
-    return [f"The base's file: {make}", " ".join(words), *ollama]
+    if vocabulary:
+        write_modelfile(out, opened, vocabulary, file)
+    return [f"The base's file: {make}", " ".join(words)]

@@ -52,7 +52,7 @@ def export_file(
         if tensors.odd:
             told.append(f"In f16 instead, as {kind} takes rows of {BLOCK} values: {', '.join(tensors.odd)}")
     if vocabulary:
-        told.append(write_modelfile(out, opened, vocabulary))
+        write_modelfile(out, opened, vocabulary)
     return told
 
 

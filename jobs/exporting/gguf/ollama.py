@@ -14,8 +14,8 @@ def modelfile_of(out: Path) -> Path:
     return out.with_suffix(".Modelfile")
 
 
-def write_modelfile(out: Path, opened: Opened, vocabulary: Vocabulary, base: str = "") -> str:
-    """Write what `ollama create` reads, and tell the command. base: the file of the base, where `out` is an adapter's.
+def write_modelfile(out: Path, opened: Opened, vocabulary: Vocabulary, base: str = "") -> None:
+    """Write what `ollama create` reads. base: the file of the base, where `out` is an adapter's.
 
     A chat template is in the GGUF file of a model; without one a prompt is passed on as it is.
     """
@@ -26,4 +26,8 @@ def write_modelfile(out: Path, opened: Opened, vocabulary: Vocabulary, base: str
     stops = [i for i in opened.base.tokenizer.stop_ids if i < len(vocabulary.tokens)]  # some configs name others
     lines += [f'PARAMETER stop "{vocabulary.tokens[i]}"' for i in stops]
     write_file(modelfile_of(out), ("\n".join(lines) + "\n").encode())
+
+
+def create_line(opened: Opened, out: Path) -> str:
+    """The command that reads the Modelfile of a GGUF file."""
     return f"For Ollama: ollama create {opened.run.name.lower()} -f {modelfile_of(out)}"

@@ -1,0 +1,1 @@
+"""ONNX graphs: what is in one, and what onnxruntime makes of it."""

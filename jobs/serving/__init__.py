@@ -1,0 +1,1 @@
+"""What `serve.py` does: texts over HTTP, in OpenAI's protocol."""

@@ -1,0 +1,1 @@
+"""torch's own layers, with named adapters on them."""

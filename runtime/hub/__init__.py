@@ -1,0 +1,1 @@
+"""The Hugging Face hub: what is fetched from it, and what is pushed to it."""
