@@ -173,8 +173,8 @@ def check_strategy(given: Resolved) -> None:
     options = given.settings
     if options.chat and (options.beams or options.best_of > 1):
         raise UsageError("--chat prints an answer while it is made, and goes with no --beams and no --best-of")
-    if options.beams and (drawing := [name for name in DRAWING if given.explicit(name)]):
-        raise UsageError(f"--beams draws nothing, and goes with no --{drawing[0].replace('_', '-')}")
+    if options.beams and (drawing := [name.replace("_", "-") for name in DRAWING if given.explicit(name)]):
+        raise UsageError(f"--beams finds the likeliest text without chance, so --{drawing[0]} has no meaning with it")
 
 
 def strategy(given: Resolved, choice: Choice, ends: Sequence[str]) -> Strategy:

@@ -1,6 +1,6 @@
 """The one table of settings, and the only reader of the environment.
 
-python -m runtime.settings.config    writes .env.example and the README's settings section anew
+python -m runtime.settings.config    writes .env.example and the table of docs/settings.md anew
 
 `Settings` is what training.py and compare.py run on; a command with flags of its own inherits `CommonSettings`, or
 `ProcessSettings` where it can work as several processes.
