@@ -41,10 +41,10 @@ from runtime.errors import UsageError
 from runtime.processes.alike import check_alike, check_read_alike
 from runtime.processes.command import run_command
 from runtime.processes.world import world
+from runtime.progress import Patience
 from runtime.settings.config import ProcessSettings, from_command_line
 from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
-from runtime.training.metrics import Patience
 
 WHAT, HOW = ({"group": title, "env": False} for title in ("What to continue", "Sampling"))
 

@@ -153,6 +153,11 @@ class Settings(ProcessSettings):
     """Everything that decides what a training run does."""
 
     presets: ClassVar = PRESETS
+    often: ClassVar = (
+        "use_lora", "test_mode", "base", "run_name", "seed", "device", "dataset", "tokenizer", "n_layer", "n_head",
+        "n_embd", "block_size", "lora_rank", "lora_alpha", "lora_targets", "lora_variant", "quantize", "batch_size",
+        "max_iters", "learning_rate",
+    )  # fmt: skip
 
     use_lora: bool = setting(False, "Adapt a trained base with LoRA instead of training all weights", group=RUN)
     compile: bool = setting(

@@ -280,7 +280,7 @@ def test_what_makes_another_run(given, changes, same):
 
 def test_help_is_the_table(capsys):
     with pytest.raises(SystemExit) as caught:
-        read_settings(Settings, ["--help"], {}, "no .env", prog="training.py", description="Train a model.")
+        read_settings(Settings, ["--help-all"], {}, "no .env", prog="training.py", description="Train a model.")
     text = capsys.readouterr().out
     assert caught.value.code == 0
     assert max(map(len, text.splitlines())) <= 100
@@ -289,6 +289,15 @@ def test_help_is_the_table(capsys):
         assert (
             f" {row.flag} " in joined and f"[{row.variable if row.env else 'Default'}=" in joined and row.help in joined
         )
+
+
+def test_help_shows_what_people_use_most_and_how_to_see_the_rest(capsys):
+    with pytest.raises(SystemExit):
+        read_settings(Settings, ["--help"], {}, "no .env", prog="training.py", description="Train a model.")
+    text = capsys.readouterr().out
+    shown = {row.name for row in ROWS if f"  {row.flag} " in text}
+    assert shown == {*Settings.often, *(row.name for row in ROWS if not row.env)} and len(Settings.often) == 20
+    assert f"--help-all shows {len(ROWS) - len(shown)} settings more" in " ".join(text.split())
 
 
 def test_env_example_is_the_table():
