@@ -11,9 +11,10 @@ from jobs.runs.job import Job
 from jobs.runs.postmortem import with_batch
 from runtime.interrupt import InterruptedRunError, Interruption
 from runtime.processes.world import LostProcessError, world
+from runtime.progress import Progress
 from runtime.storage.runs import Run, say
 from runtime.training import resume
-from runtime.training.metrics import MetricsLog, Progress
+from runtime.training.metrics import MetricsLog
 from runtime.training.steps import NonFiniteError, Stepper
 
 
