@@ -16,6 +16,7 @@
 #                 what each makes of one prompt (about 3 minutes)
 #   make two-machines   two torchrun agents of two processes each, on two network namespaces of this machine where the
 #                 system allows that, else on loopback: the same weights as one process (a quarter of a minute)
+#   make browser-tests   the playground in chromium, as a person uses it; needs the system's: apt-get install chromium chromium-driver
 #   make onnx-tests   ONNX graphs in onnxruntime, of export.py and of the template (fetches 120 MB into .venv; a minute)
 
 PYTHON ?= python3
@@ -24,7 +25,7 @@ PRETRAINED ?= HuggingFaceTB/SmolLM2-135M-Instruct
 TOUR := pretrained-folio
 BIN := $(VENV)/bin
 
-.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained three-texts two-machines onnx-tests clean
+.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained three-texts two-machines onnx-tests browser-tests clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python training.py
@@ -88,6 +89,10 @@ two-machines: $(VENV)/run.stamp
 onnx-tests: $(VENV)/test.stamp
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-onnx.txt
 	$(BIN)/python -m pytest -n 0 tests/pretrained/test_export_onnx.py tests/commands/test_templates.py -k "onnx or exported"
+
+browser-tests: $(VENV)/test.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-browser.txt
+	$(BIN)/python -m pytest -n 0 tests/commands/test_playground.py
 
 $(VENV)/run.stamp: requirements.txt | $(VENV)/venv.stamp
 	@echo "Setting up $(VENV), once: torch and a few small packages"

@@ -224,8 +224,14 @@ def check_page(client: openai.OpenAI, site: str) -> None:
 
 
 def test_the_playground_has_a_page_and_sigterm_finishes_what_has_begun(runs: Path) -> None:
-    flags = ("--no-open", "--dtype", "fp32", "--at-once", "2", "--max-seconds", "60")
-    with serving(runs, *flags, command="playground.py", SERVE_API_KEY="secret") as (url, server):
+    opened, opener = runs / "opened", runs / "opener"
+    opener.write_text(f'#!/bin/sh\necho "$1" > {opened}.new && mv {opened}.new {opened}\n')
+    opener.chmod(0o755)
+    seen = {"DISPLAY": ":9", "BROWSER": f"{opener} %s", "SERVE_API_KEY": "secret"}
+    flags = ("--dtype", "fp32", "--at-once", "2", "--max-seconds", "60")
+    with serving(runs, *flags, command="playground.py", **seen) as (url, server):
+        wait_for(opened.exists)
+        assert opened.read_text() == f"{url.removesuffix('/v1')}\n"
         client = openai.OpenAI(base_url=url, api_key="secret", max_retries=0)
         check_page(client, url.removesuffix("v1"))
         with pytest.raises(openai.AuthenticationError):
