@@ -31,7 +31,7 @@ function wanted() {
 
 /** How tokens are drawn where a field is empty: an adapter that was tuned on instructions decides. */
 function defaults(mix) {
-  const own = about.models.find(({ id, sampling }) => id in mix && !same(sampling, base().sampling));
+  const own = about.models.find(({ id, sampling }) => Object.hasOwn(mix, id) && !same(sampling, base().sampling));
   return (own ?? base()).sampling;
 }
 
@@ -360,7 +360,8 @@ function send() {
   const content = $("prompt").value;
   const making = turns.length && sliders.state === "making";
   $("wrong").textContent = making ? "The answer is still being made; stop it, or wait." : "";
-  if (making || !content.trim()) return;
+  if (making) return;
+  if (!content.trim()) return make(); // what was stopped, or could not be made
   if (turns.length && sliders.text) turns.push({ role: "assistant", content: sliders.text });
   else turns.pop(); // what got no answer
   turns.push({ role: "user", content });
@@ -460,6 +461,7 @@ async function begin() {
     return away ? lost() : tellServer(error.message);
   }
   if (mine !== begun) return;
+  const others = about && !same(about.models, told.models); // than those whose texts are shown
   [about, away] = [told, false];
   tellServer("");
   document.title = `${base().id} – Playground`;
@@ -472,6 +474,7 @@ async function begin() {
   chat.disabled = !about.models.some((model) => model.chat);
   chat.parentElement.title = chat.disabled ? "No model here has a chat template" : "";
   showAdapters();
+  if (others) restart();
   makeSoon(0);
 }
 
