@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 STRENGTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
 HOW = Sampling(temperature=0.7, top_k=40)
-WIDTH, LINES = 30, 12  # of a text in the picture, in characters
+WIDTH, LINES = 33, 13  # of a text in the picture, in characters
 
 
 def texts(root: Path, base: str, names: list[str], prompt: str, tokens: int, seed: int) -> dict[str, str]:
@@ -59,15 +59,15 @@ def shown(text: str) -> str:
 
 def _panel(axes: Axes, title: str, text: str, color: str) -> None:
     axes.set_axis_off()
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=color)
-    axes.text(0, 1, shown(text), va="top", family="monospace", fontsize=8.5, transform=axes.transAxes)
-    axes.axhline(1.02, color=color, lw=2, clip_on=False)
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=color, pad=8)
+    axes.text(0, 0.94, shown(text), va="top", family="monospace", fontsize=8.5, transform=axes.transAxes)
+    axes.plot([0, 0.96], [1.0, 1.0], color=color, lw=2, transform=axes.transAxes, clip_on=False)
 
 
 def draw(made: dict[str, str], sizes: dict[str, str], losses: dict[str, list[float]], prompt: str) -> Figure:
     """The texts side by side, and the curves below."""
-    figure = new_figure(f"One base, {len(sizes)} adapters, one prompt: {prompt!r}", (12, 6.4))
-    rows = figure.add_gridspec(2, 1, height_ratios=(1.25, 1))
+    figure = new_figure(f"One base, {len(sizes)} adapters, one prompt: {prompt}", (11, 6))
+    rows = figure.add_gridspec(2, 1, height_ratios=(1.05, 1))
     panels = rows[0].subgridspec(1, len(made)).subplots()
     for i, (axes, (name, text)) in enumerate(zip(panels, made.items(), strict=True)):
         _panel(axes, f"{name}{f', {sizes[name]}' if name in sizes else ''}", text, f"C{i}" if i else "0.3")
@@ -102,7 +102,7 @@ def main() -> None:
     machine = pick_machine("cpu", "fp32")
     roles = forgetting.texts_to_measure(adapted[0], "")
     losses = forgetting.measure(adapted[0], list(roles), STRENGTHS, 20, options.data_dir, machine)
-    named = {f"{Path(text).name}, {roles[text]}": losses[text] for text in roles}
+    named = {f"on {Path(text).name}, {roles[text]} text": losses[text] for text in roles}
     made = texts(options.checkpoints_dir, options.base, options.adapters, options.prompt, options.tokens, options.seed)
     sizes = {name: size_of(item) for name, item in zip(options.adapters, adapted, strict=True)}
     if not save_picture(options.out, draw, made, sizes, named, options.prompt):

@@ -102,7 +102,7 @@ class TensorFile(Mapping[str, Tensor]):
             raise CorruptedError(f"{name} is not a whole safetensors file: {why}") from None
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = torch.empty_like(self.described[name], device="cpu")
+        tensor = torch.empty(self.described[name].shape, dtype=self.described[name].dtype)
         self.read_into(name, tensor)
         return tensor
 
