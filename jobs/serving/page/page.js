@@ -19,6 +19,7 @@ const base = () => about.models.find((model) => !model.parent);
 const adapters = () => about.models.filter((model) => model.parent);
 const chatting = () => document.querySelector("[name=mode]:checked").value === "chat";
 const mixed = () => Object.fromEntries([...strengths].filter(([, strength]) => strength !== 0));
+const words = (models) => models.map((model) => model.word); // what they are called on a command line
 const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 
 /** The strengths of each text: those that are beside it, then the one that the sliders make. */
@@ -461,7 +462,7 @@ async function begin() {
     return away ? lost() : tellServer(error.message);
   }
   if (mine !== begun) return;
-  const others = about && !same(about.models, told.models); // than those whose texts are shown
+  const others = about && !same(words(about.models), words(told.models)); // than those whose texts are shown
   [about, away] = [told, false];
   tellServer("");
   document.title = `${base().id} – Playground`;
