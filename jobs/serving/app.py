@@ -7,6 +7,7 @@ import hmac
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -62,12 +63,12 @@ class Server:
 
     async def models(self, request: Request) -> Response:
         """All models."""
-        self.check_key(request)
+        self.check_client(request)
         return JSONResponse({"object": "list", "data": [self.about(name) for name in self.offers.models]})
 
     async def model(self, request: Request) -> Response:
         """One model."""
-        self.check_key(request)
+        self.check_client(request)
         if (name := request.path_params["name"]) not in self.offers.models:
             raise RefusedError(404, f"there is no model {name[:100]!r} here", "model", "model_not_found")
         return JSONResponse(self.about(name))
@@ -88,7 +89,7 @@ class Server:
 
     async def answer(self, request: Request, fields: Mapping[str, Field], kind: type[Completion]) -> Response:
         """Make what is asked for; a client that has gone frees its places."""
-        self.check_key(request)
+        self.check_client(request)
         body = read_body(await self.read(request), fields, self.limits.tokens)
         call = Call.of(body, self.offers, self.limits.tokens)
         answer, pieces = kind(call), self.in_time(pieces_of(call, self.engine, self.offers.base.tokenizer))
@@ -114,8 +115,12 @@ class Server:
         finally:
             await pieces.aclose()
 
-    def check_key(self, request: Request) -> None:
-        """Raises RefusedError where a request lacks the key."""
+    def check_client(self, request: Request) -> None:
+        """Raises RefusedError where a request lacks the key, or comes from a page of another server in a browser, which
+        would send it without asking whoever looks at the page."""
+        origin = request.headers.get("origin", "")
+        if origin and urlsplit(origin).netloc != request.headers.get("host"):
+            raise RefusedError(403, f"requests of pages of {origin[:100]} are not answered", code="other_origin")
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
             raise RefusedError(401, "the API key is missing or wrong", code="invalid_api_key")

@@ -37,7 +37,7 @@ def pages_of(server: Server, root: Path, flags: Sequence[str]) -> list[Route]:
     about = about_models(server, root, flags)
 
     async def told(request: Request) -> Response:
-        server.check_key(request)
+        server.check_client(request)
         return JSONResponse(about, headers=HEADERS)
 
     async def file(request: Request) -> Response:

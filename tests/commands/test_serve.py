@@ -187,6 +187,10 @@ def test_what_is_no_request_is_refused(client: openai.OpenAI) -> None:
     assert http.get(f"{client.base_url}../").status_code == 404  # the page is the playground's
     elsewhere = http.post(f"{client.base_url}completions", content=b"{}", headers={"Host": "evil.example"})
     assert elsewhere.status_code == 400
+    body, own = json.dumps({"model": BASE, "prompt": "a", "max_tokens": 1}), str(client.base_url).removesuffix("/v1/")
+    for origin, status in (("http://evil.example", 403), ("null", 403), (own, 200)):
+        answer = http.post(f"{client.base_url}completions", content=body, headers={"Origin": origin})
+        assert answer.status_code == status
 
 
 def test_what_was_tuned_on_instructions_chats_and_others_cannot(runs: Path, client: openai.OpenAI) -> None:
