@@ -64,9 +64,10 @@ class MergedTensors(Mapping[str, Tensor]):
         layer, own = self._changed.get(name, (None, ""))
         merged = self._own[name] if layer is None else layer.effective(own)
         merged = merged.dense() if isinstance(merged, Quantized) else merged
-        rounded = merged.to(self.described[name].dtype)
-        self.rounded |= rounded is not merged and not torch.equal(rounded.to(merged.dtype), merged)
-        return rounded
+        written = merged.to(self.described[name].dtype)
+        if torch.promote_types(merged.dtype, written.dtype) != written.dtype:
+            self.rounded |= not torch.equal(written.to(merged.dtype), merged)
+        return written
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.described)

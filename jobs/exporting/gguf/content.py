@@ -25,7 +25,7 @@ WIDE = ("token_embd.weight", "output.weight")  # in 8 bits where others have few
 
 
 class GGUFTensors:
-    """The tensors of a GGUF file, adapters merged, made one at a time. odd: names of those whose rows are in no blocks."""
+    """The tensors of a GGUF file, adapters merged, made one at a time. odd: those whose rows are in no blocks."""
 
     def __init__(self, layout: Layout, kind: str) -> None:
         import gguf
