@@ -63,7 +63,7 @@ class MergedTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         layer, own = self._changed.get(name, (None, ""))
         merged = self._own[name] if layer is None else layer.effective(own)
-        merged = merged.dense() if isinstance(merged, Quantized) else merged
+        merged = merged.dense() if isinstance(merged, Quantized) else merged.detach()
         written = merged.to(self.described[name].dtype)
         if torch.promote_types(merged.dtype, written.dtype) != written.dtype:
             self.rounded |= not torch.equal(written.to(merged.dtype), merged)

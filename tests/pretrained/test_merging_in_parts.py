@@ -78,6 +78,7 @@ def test_the_bytes_are_those_of_a_model_that_was_merged_as_a_whole(name: str, he
     exact = {name: p.clone() for name, p in whole.named_parameters()}
     assert streamed == to_model_files(whole if written is None else whole.to(written), base.tokenizer, base)
     assert found == bytes(streamed[WEIGHTS])  # and once more
+    assert not any(tensor.requires_grad for tensor in tensors.values())
     rounded = any(
         not torch.equal(exact[name].to(written or stored).to(exact[name].dtype), exact[name]) for name in exact
     )
