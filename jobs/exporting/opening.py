@@ -24,8 +24,9 @@ ROWS, LENGTH = 2, 64  # of the random tokens on which two programs are compared
 
 @dataclass(frozen=True)
 class Opened:
-    """A run as the model of its base, whose weights are as they are stored, and perhaps an adapter. probe: random
-    tokens (rows, length), and `expected` the logits there, in fp32, of the run as it was trained."""
+    """A run as the model of its base, whose weights are as they are stored, and perhaps an adapter, attached to it or
+    beside it. probe: random tokens (rows, length), and `expected` the logits there, in fp32, of the run as it was
+    trained."""
 
     run: Run
     base: Base

@@ -4,7 +4,6 @@ one tensor is there at a time."""
 from __future__ import annotations
 
 import copy
-import resource
 import sys
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from models.stored import WEIGHTS
 from runtime.errors import UserError
 from runtime.processes.command import run_command
 from runtime.storage.folders import commit_folder
+from runtime.storage.tensors import TensorFile
 from runtime.training.batch import Batch
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -114,6 +114,7 @@ def merged(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
 
 
 def test_a_disk_that_is_full_midway_leaves_nothing(here: Path, monkeypatch, capsys) -> None:
+    resource = pytest.importorskip("resource")  # not on Windows
     opened("gpt2 untied", here, F32)
     lora_run(here, "adapted", "base")
     (here / "text.txt").write_text("the cat sat on the mat\n" * 200)
@@ -155,3 +156,6 @@ def test_nothing_of_a_copy_is_lost_in_fp32(here: Path, monkeypatch, capsys) -> N
     lora_run(here, "adapted", "base", **COPIES)
     status, out, err = call(monkeypatch, capsys, "adapted", "--to", "hf", "--out", "wide", "--outtype", "f32")
     assert status == 0 and "(up to 1e-05 passes)" in out, err
+    (adapted,), written = open_adapters(here, ("adapted",)), TensorFile((here / "wide" / WEIGHTS).read_bytes(), WEIGHTS)
+    for path, name, values in adapted.adapter.trained_copies():
+        assert torch.equal(written[f"{adapted.base.family.theirs(path)}.{name}"], values), path
