@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.corpora import Corpus
 from data.dataset import Dataset
@@ -152,9 +152,12 @@ def to_adapter_files(adapter: Adapter, base: Base, notes: Mapping[str, str], sha
     return adapter_files.to_files(adapter, notes, shared, base.family) | sidecar(base.kept)
 
 
-def to_model_files(model: Transformer, tokenizer: Tokenizer, base: Base | None) -> Files:
-    """A model with its tokenizer, in the format of the base that it was made from."""
-    return model_files.to_files(model, base.kept if base else None) | {TOKENIZER: tokenizer.dumps()}
+def to_model_files(
+    model: Transformer, tokenizer: Tokenizer, base: Base | None, tensors: Mapping[str, Tensor] | None = None
+) -> Files:
+    """A model with its tokenizer, in the format of the base that it was made from. tensors: what is written instead of
+    the model's own."""
+    return model_files.to_files(model, base.kept if base else None, tensors) | {TOKENIZER: tokenizer.dumps()}
 
 
 def run_metadata(
