@@ -109,6 +109,7 @@ class Job:
         settings = self.settings.as_dict()
         about = run_metadata(self.kind, settings, self.model.config, base, self.tokenizer, dataset=dataset)
         about["machine"] = f"{platform.machine()}, {self.machine}, {torch.get_num_threads()} threads"
+        about["parameters"] = self.model.get_parameter_info()
         if world().size > 1:
             about["processes"] = world().size
         if self.settings.block_size < self.model.config.max_positions:
