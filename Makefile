@@ -14,6 +14,7 @@
 #   make speller-pretrained   the same on SmolLM2-135M (an hour and a half on 2 cores)
 #   make two-machines   two torchrun agents of two processes each, on two network namespaces of this machine where the
 #                 system allows that, else on loopback: the same weights as one process (a quarter of a minute)
+#   make browser-tests   the pages that we write in a real browser, for which chromium must be there (as make test does then)
 #   make onnx-tests   ONNX graphs in onnxruntime, of export.py and of the template (fetches 120 MB into .venv; a minute)
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ PRETRAINED ?= HuggingFaceTB/SmolLM2-135M-Instruct
 TOUR := pretrained-folio
 BIN := $(VENV)/bin
 
-.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained two-machines onnx-tests clean
+.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained two-machines browser-tests onnx-tests clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python training.py
@@ -73,6 +74,9 @@ speller-pretrained: $(VENV)/test.stamp
 
 two-machines: $(VENV)/run.stamp
 	$(BIN)/python -m benchmarks.two_machines
+
+browser-tests: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n 0 -rs -m browser
 
 onnx-tests: $(VENV)/test.stamp
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-onnx.txt

@@ -32,15 +32,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Bar:
-    """A whole and the parts that add up to it, each with its count."""
+    """A whole and the parts that add up to it, each with its count and the number of its colour."""
 
     caption: str
-    parts: Sequence[tuple[str, int]]
+    parts: Sequence[tuple[str, int, int]]
 
     @property
     def total(self) -> int:
         """The sum of the parts."""
-        return sum(count for _, count in self.parts)
+        return sum(count for _, count, _ in self.parts)
 
 
 @dataclass(frozen=True)

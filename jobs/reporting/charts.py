@@ -10,7 +10,7 @@ from itertools import count
 from jobs.reporting.blocks import Bar, Lines, Series
 
 WIDTH, HEIGHT = 420, 250  # units, about as many pixels on a wide screen and 0.8 of them on a phone
-LEFT, RIGHT, TOP, BOTTOM = 54, 14, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 54, 20, 10, 40
 COLOURS = 8
 
 _numbers = count(1)  # what an SVG's title and description are called must be new in the page
@@ -34,7 +34,7 @@ def labels(values: Sequence[float]) -> list[str]:
         return [f"{value:.2g}" if value else "0" for value in values]
     scale, unit = (1e6, "M") if largest >= 1e6 else (1e3, "k") if largest >= 1e4 else (1, "")
     digits = max(0, -math.floor(math.log10(step / scale) + 1e-9))
-    return [f"{value / scale:.{digits}f}{unit if value else ''}" for value in values]
+    return [f"{value / scale:,.{digits}f}{unit if value else ''}" for value in values]
 
 
 def image(kind: str, title: str, description: str, inside: Sequence[str], view: str = "") -> str:
@@ -91,11 +91,11 @@ def swatch(colour: int, faint: bool = False) -> str:
 def bar(chart: Bar) -> str:
     """A bar of parts, without its legend; a part that would not be seen has a hair's breadth."""
     least = chart.total / 300
-    widths = [max(least, count) if count else 0 for _, count in chart.parts]
+    widths = [max(least, count) if count else 0 for _, count, _ in chart.parts]
     inside, left = [], 0.0
-    for i, width in enumerate(widths):
+    for (_, _, colour), width in zip(chart.parts, widths, strict=True):
         share = 100 * width / (sum(widths) or 1)
-        inside.append(f'<rect class="c{i}" x="{left:.3f}%" y="0" width="{share:.3f}%" height="100%"/>')
+        inside.append(f'<rect class="c{colour}" x="{left:.3f}%" y="0" width="{share:.3f}%" height="100%"/>')
         left += share
-    told = "; ".join(f"{name}: {count:,} of {chart.total:,}" for name, count in chart.parts)
+    told = "; ".join(f"{name}: {count:,} of {chart.total:,}" for name, count, _ in chart.parts)
     return image("bar", chart.caption, told, inside)

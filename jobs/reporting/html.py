@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from data.corpora import WORD
+from jobs.looking.linted import counted
 from jobs.reporting import charts
 from jobs.reporting.blocks import Bar, Code, Figures, Heat, Lines, Page, Sample, Section, Table, Text
 
 SHADES = 9  # of a heat map
-NUMERIC = re.compile(r"[-+–]?[\d.,]*( ?%| [kMG]?B| s)?|[\d.]+e[-+]?\d+")
+NUMERIC = re.compile(
+    r"|–|[-+]?[\d.,]+(e[-+]?\d+)?( %| [kMG]B| s)?( \([^()]*\))?"
+)  # a figure, perhaps with its interval
 
 
 def document(page: Page) -> str:
@@ -50,8 +53,8 @@ def block(part: Any) -> str:
 
 
 def _breakable(text: str) -> str:
-    """A text with long names that may be broken after a hyphen, a dot or an underscore."""
-    return re.sub(r"([-._/])(?=\w)", r"\1<wbr>", escape(text))
+    """A text whose long names may be broken after a hyphen, a dot, an underscore or a slash."""
+    return re.sub(r"([-._/])(?=[^\W\d])", r"\1<wbr>", escape(text))
 
 
 def _text(part: Text) -> str:
@@ -75,9 +78,8 @@ def _table(part: Table) -> str:
         f'<div class="wide" tabindex="0" role="region" aria-label="{escape(part.caption)}"><table>'
         f"<caption>{escape(part.caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>"
     )
-    count = f"{len(part.rows)} rows"
     if part.folded:
-        return f"<details><summary>{escape(part.caption)} ({count})</summary>{table}</details>"
+        return f"<details><summary>{escape(part.caption)} ({counted(len(part.rows), 'row')})</summary>{table}</details>"
     return table
 
 
@@ -100,9 +102,9 @@ def _lines(part: Lines) -> str:
 
 def _bar(part: Bar) -> str:
     legend = [
-        (f'<svg class="swatch" aria-hidden="true"><rect class="c{i}" width="100%" height="100%"/></svg>',
+        (f'<svg class="swatch" aria-hidden="true"><rect class="c{colour}" width="100%" height="100%"/></svg>',
          f"{name}: {count:,} ({100 * count / part.total:.2f} %)")
-        for i, (name, count) in enumerate(part.parts)
+        for name, count, colour in part.parts
     ]  # fmt: skip
     legend.append(('<svg class="swatch" aria-hidden="true"></svg>', f"together: {part.total:,}"))
     return f'<figure class="whole">{charts.bar(part)}{_legend(legend)}</figure>'

@@ -44,7 +44,7 @@ def _figures(part: Figures) -> str:
 
 
 def _bar(part: Bar) -> str:
-    rows = [[name, f"{count:,}", f"{100 * count / part.total:.2f} %"] for name, count in part.parts]
+    rows = [[name, f"{count:,}", f"{100 * count / part.total:.2f} %"] for name, count, _ in part.parts]
     return _table([part.caption.lower(), "count", "share"], [*rows, ["together", f"{part.total:,}", "100.00 %"]])
 
 

@@ -25,6 +25,10 @@ from runtime.errors import UserError
 from runtime.settings.config import RECORD_SETS, Settings, has_records
 from runtime.training.steps import evaluate
 
+UNKNOWN_TEXT = (
+    "What it forgets: {} does not say what it was trained on. evaluate.py --base-text FILE measures it on a text."
+)
+
 
 @dataclass
 class Measured:
@@ -73,6 +77,8 @@ def _of_adapter(facts: Facts, wish: Wish, found: Measured) -> None:
     found.changes = sizes(adapted)
     if texts_of(adapted.base.run):
         found.attempt("What it forgets", lambda: _forgotten_by_adapter(adapted, wish, found))
+    else:
+        found.notes.append(UNKNOWN_TEXT.format(adapted.base.run.name))
 
 
 def _forgotten_by_adapter(adapted: Adapted, wish: Wish, found: Measured) -> None:
@@ -85,7 +91,9 @@ def _of_whole(facts: Facts, wish: Wish, found: Measured) -> None:
     """The same of a run that trained all weights of its base."""
     run, base = facts.run, base_of(wish.root, facts.run)
     roles = dict.fromkeys(texts_of(run), "the run's") | dict.fromkeys(texts_of(base.run), "the base's")
-    if texts_of(base.run):
+    if not texts_of(base.run):
+        found.notes.append(UNKNOWN_TEXT.format(base.run.name))
+    else:
         tuned = replace(base, model=Base.of(run).model)
         for text, role in roles.items():
             windows = held_out(text, run, base, wish.data_dir, wish.batches)

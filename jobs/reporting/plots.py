@@ -27,7 +27,7 @@ def draw_charts(charts: list[Lines], title: str) -> Figure:
     """Charts of lines, two in a row."""
     rows = -(-len(charts) // 2)
     figure = new_figure(title, (11, 0.6 + 3.6 * rows))
-    panels = figure.subplots(rows, 2, squeeze=False).flat
+    panels = list(figure.subplots(rows, 2, squeeze=False).flat)
     for axes, chart in zip(panels, charts, strict=False):
         for series in chart.series:
             xs, ys = zip(*series.points, strict=True)
@@ -43,6 +43,6 @@ def draw_charts(charts: list[Lines], title: str) -> Figure:
         axes.grid(alpha=0.3)
         if len(chart.series) > 1:
             axes.legend(fontsize=8)
-    for axes in list(panels)[len(charts) :]:
+    for axes in panels[len(charts) :]:
         axes.set_visible(False)
     return figure

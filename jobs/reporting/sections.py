@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +25,12 @@ from runtime.settings.fields import format_value, settings_of
 from runtime.storage.runs import open_run
 
 MOST = 300  # points of a line
-PARTS = {"lora": "trained: adapters", "embedding": "trained: embeddings", "trainable": "trained", "frozen": "frozen"}
+PARTS = {  # of the parameters, with the numbers of their colours
+    "trainable": ("trained", 0),
+    "lora": ("trained: adapters", 0),
+    "embedding": ("trained: embeddings", 1),
+    "frozen": ("frozen", 7),
+}
 
 
 def thinned(points: Points) -> Points:
@@ -47,7 +53,8 @@ def what_was_run(facts: Facts) -> str:
         what = f"{facts.run.name} is {base} with all its weights trained further"
     else:
         shape = about.get("config") or about["shape"]
-        what = f"{facts.run.name} is a GPT of {shape['n_layer']} blocks, {shape['n_embd']} wide, trained from scratch"
+        sizes = f"{counted(shape['n_layer'], 'block')}, {shape['n_embd']} wide"
+        what = f"{facts.run.name} is a GPT of {sizes}, trained from scratch"
     quick = " It is a run in TEST_MODE, which shows that everything works and not how well." if s["test_mode"] else ""
     return f"{what}{on}. {state_in_words(facts)} {losses_in_words(facts)}".rstrip() + quick
 
@@ -124,7 +131,8 @@ def parameters(facts: Facts) -> Section | None:
     """The parameters as a bar that adds up."""
     if not (counts := facts.parameters):
         return None
-    bar = Bar("Parameters", [(PARTS[name], count) for name, count in counts.items() if count])
+    parts = [(label, counts[name], colour) for name, (label, colour) in PARTS.items() if counts.get(name)]
+    bar = Bar("Parameters", parts)
     trained = bar.total - counts["frozen"]
     told = f"{trained:,} of {bar.total:,} parameters train, {100 * trained / bar.total:.2f} %."
     return Section("Parameters", [Text(told), bar])
@@ -158,7 +166,10 @@ def curves(facts: Facts) -> list[Section]:
 def samples(facts: Facts) -> Section | None:
     """What the model said at the end of its training."""
     if not (told := facts.result.get("samples")):
-        return None
+        again = shlex.join(["python", "generate.py", "--run", facts.run.name])
+        return (
+            Section("Samples", [Text("The run kept none. To see some:"), Code([again])]) if facts.run.finished else None
+        )
     with understood(facts.run.folder / "result.json"):
         return Section("Samples", _texts(told) if "texts" in told else _answers(told))
 
@@ -188,9 +199,10 @@ def changes(measured: Measured) -> Section | None:
     if not measured.changes:
         return None
     rows, columns, grid = grid_of(measured.changes, "relative")
-    values = [[None if math.isnan(value) else float(value) for value in row] for row in grid]
-    form = "{:.2f}" if max(size.relative for size in measured.changes.values()) >= 0.1 else "{:.3f}"
-    heat = Heat("‖ΔW‖ / ‖W‖ of each linear", "block", columns, list(zip(rows, values, strict=True)), form)
+    values = [[None if math.isnan(value) else 100 * float(value) for value in row] for row in grid]
+    largest = 100 * max(size.relative for size in measured.changes.values())
+    form = "{:.0f}" if largest >= 20 else "{:.1f}" if largest >= 2 else "{:.2f}"
+    heat = Heat("‖ΔW‖ / ‖W‖ of each linear, in per cent", "block", columns, list(zip(rows, values, strict=True)), form)
     most = max(measured.changes, key=lambda path: measured.changes[path].relative)
     told = f"The size of the change as a share of the weight's (Frobenius norms). It is largest in {most}."
     return Section("What each linear learned", [Text(told), heat])
@@ -269,7 +281,7 @@ def files(facts: Facts) -> Section:
     """The run's files."""
     rows = [[path.relative_to(facts.run.folder).as_posix(), f"{count:,}"] for path, count in facts.files]
     total = sum(count for _, count in facts.files)
-    return Section("Files", [Table(f"In {facts.run.name}, {size(total)} in all", ["file", "bytes"], rows)])
+    return Section("Files", [Table(f"In {facts.run.name}, {total:,} bytes in all", ["file", "bytes"], rows)])
 
 
 def sections(facts: Facts, measured: Measured, with_curves: bool) -> list[Section]:

@@ -22,6 +22,7 @@ import dataset
 import evaluate
 import export
 import generate
+import report
 import serve
 from runtime.errors import UsageError
 from runtime.processes.command import run_command
@@ -35,6 +36,7 @@ TABLES: dict[str, type[Table]] = {
     "generate.py": generate.Options,
     "evaluate.py": evaluate.Options,
     "export.py": export.Options,
+    "report.py": report.Options,
     "serve.py": serve.Options,
 }
 TABLES |= {f"adapters.py {word}": table for word, table in adapters.COMMANDS.items()}
