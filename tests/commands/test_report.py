@@ -82,14 +82,15 @@ def here(tmp_path_factory, data_dir) -> Path:
     for text in ("text.txt", "other.txt"):
         shutil.copy(FIXTURES / text, folder)
     flags = "--use-lora --base base --dataset other.txt --max-iters 20 --eval-interval 5 --lora-rank 2 --run-name new"
-    done = run_command(folder, data_dir, "training.py", *flags.split())
+    done = run_command(folder, data_dir, "training.py", *flags.split(), "--checkpoints-dir", "checkpoints")
     assert done.returncode == 0, done.stderr
     new = folder / "checkpoints" / "new"
     result = open_run(new).result
     result["samples"]["texts"][0] |= {"text": HOSTILE, "marked": ["ye"]}
     (new / "result.json").write_bytes(to_sealed_json(result))
     shutil.copytree(new, folder / "checkpoints" / NAMED)
-    done = run_command(folder, folder / "cache", "report.py", "new", "--out", "one.html", "--md", "--png")
+    words = ("new", "--out", "one.html", "--md", "--png", "--checkpoints-dir", "checkpoints")
+    done = run_command(folder, folder / "cache", "report.py", *words)
     assert done.returncode == 0, done.stderr
     done = report(folder, NAMED, "lora", "full", "stopped-base", "--out", "several.html", "--no-measure")
     assert done.returncode == 0, done.stderr
