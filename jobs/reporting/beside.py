@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from jobs.reporting.blocks import Block, Code, Figures, Lines, Page, Section, Series, Table, Text
 from jobs.reporting.facts import Facts
 from jobs.reporting.measuring import Measured
-from jobs.reporting.sections import figures, sections, settings_told, thinned, what_was_run
+from jobs.reporting.sections import MOST, figures, sections, settings_told, thinned, what_was_run
 
 NOTHING = "–"
+FEW = 60  # points of a training loss beside others, whose noise would hide them
 CURVES = {
     "val_loss": ("Validation loss", "nats a token"),
     "loss": ("Training loss", "nats a token"),
@@ -50,7 +51,7 @@ def curves(runs: Sequence[Facts]) -> Section:
     """Each kind of curve of all runs in one chart."""
     found: list[Block] = []
     for name, (title, y) in CURVES.items():
-        points = [thinned(facts.curve(name)) for facts in runs]
+        points = [thinned(facts.curve(name), FEW if name == "loss" else MOST) for facts in runs]
         series = [
             Series(facts.run.name, points[i], i, dots=name == "val_loss" and len(points[i]) <= 40)
             for i, facts in enumerate(runs)
@@ -58,6 +59,8 @@ def curves(runs: Sequence[Facts]) -> Section:
         ]
         if series:
             found.append(Lines(title, "step", y, series, from_zero=name in ("lr", "tokens_per_second")))
+    if any(len(facts.curve("loss")) > FEW for facts in runs):
+        found.append(Text("The training loss is shown as means of neighbouring steps."))
     if len({facts.run.metadata.get("tokenizer_sha256") for facts in runs}) > 1:
         found.append(Text("The runs have different tokenizers, so their losses a token do not compare."))
     return Section("Curves", found or [Text("No run has a curve.")])

@@ -33,9 +33,9 @@ PARTS = {  # of the parameters, with the numbers of their colours
 }
 
 
-def thinned(points: Points) -> Points:
-    """At most 300 points, each the mean of its neighbours, in equal numbers."""
-    together = math.ceil(len(points) / MOST)
+def thinned(points: Points, most: int = MOST) -> Points:
+    """At most so many points, each the mean of its neighbours, in equal numbers."""
+    together = math.ceil(len(points) / most)
     parts = [points[i : i + together] for i in range(0, len(points), together)]
     return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts] if together > 1 else points
 
