@@ -16,7 +16,8 @@
 #                 what each makes of one prompt (about 3 minutes)
 #   make two-machines   two torchrun agents of two processes each, on two network namespaces of this machine where the
 #                 system allows that, else on loopback: the same weights as one process (a quarter of a minute)
-#   make browser-tests   the playground in chromium, as a person uses it; needs the system's: apt-get install chromium chromium-driver
+#   make browser-tests   reports and the playground in chromium, the latter as a person uses it; needs the system's:
+#                 apt-get install chromium chromium-driver
 #   make onnx-tests   ONNX graphs in onnxruntime, of export.py and of the template (fetches 120 MB into .venv; a minute)
 
 PYTHON ?= python3
@@ -92,7 +93,7 @@ onnx-tests: $(VENV)/test.stamp
 
 browser-tests: $(VENV)/test.stamp
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-browser.txt
-	$(BIN)/python -m pytest -n 0 tests/commands/test_playground.py
+	$(BIN)/python -m pytest -n 0 -rs -m browser
 
 $(VENV)/run.stamp: requirements.txt | $(VENV)/venv.stamp
 	@echo "Setting up $(VENV), once: torch and a few small packages"

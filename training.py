@@ -62,6 +62,8 @@ def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
         with using(job.model):
             result["base_val_loss"] = job.evaluate()
             samples = {"with the adapter": samples[""], "without it": sample()}
+    if not job.settings.shard:
+        result["samples"] = summary.told(samples)
     world().barrier()  # nobody reads any more what is now moved
     run.publish(result)
     world().barrier()
@@ -69,7 +71,7 @@ def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
     if job.settings.shard:
         print(f"➡️  To see what it says: {command_line('generate.py', '--run', run.name)}")
     else:
-        summary.print(samples)
+        summary.print(result["samples"])
 
 
 def begin(given: Resolved) -> tuple[Machine, Run | None]:

@@ -20,6 +20,9 @@ EVIL = "<img src=x onerror=\"document.title='evil'\">"
 PROMPT = f'-it\'s "$HOME" `id` \\n $(id) ; * !\n\tand %s\nשלום \N{GRINNING FACE}\N{ZERO WIDTH JOINER} {EVIL}\n'
 
 
+pytestmark = pytest.mark.browser
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, an adapter that says HTML, and one that answers."""

@@ -23,6 +23,7 @@ import evaluate
 import export
 import generate
 import playground
+import report
 import serve
 from runtime.errors import UsageError
 from runtime.processes.command import run_command
@@ -37,6 +38,7 @@ TABLES: dict[str, type[Table]] = {
     "evaluate.py": evaluate.Options,
     "export.py": export.Options,
     "playground.py": playground.Options,
+    "report.py": report.Options,
     "serve.py": serve.Options,
 }
 TABLES |= {f"adapters.py {word}": table for word, table in adapters.COMMANDS.items()}
