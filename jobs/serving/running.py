@@ -7,10 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.serving.engine import Engine
-from jobs.serving.offers import Offers
 from runtime.console import say
-from runtime.device import pick_machine
 from runtime.errors import UsageError
 from runtime.extras import needs_package
 from runtime.settings.config import CommonSettings, serve_api_key
@@ -46,10 +43,13 @@ def serve(options: ServerSettings, show: Callable[[str], None] | None = None) ->
     Raises UserError for what cannot be served, and whatever the engine fails with.
     """
     key, root = serve_api_key(), Path(options.checkpoints_dir)
-    with needs_package("uvicorn", "serve"), needs_package("starlette", "serve"):
+    with needs_package("uvicorn", "serve"), needs_package("starlette", "serve"):  # not before --help is done with
         from jobs.serving.app import Limits, Server
+        from jobs.serving.engine import Engine
         from jobs.serving.listening import LOOPBACK, hosts_of, listen, run_until_told, stop, url_of
+        from jobs.serving.offers import Offers
         from jobs.serving.playground import pages_of
+        from runtime.device import pick_machine
     if options.host not in LOOPBACK and not key:
         raise UsageError(
             f"--host {options.host} lets others in: set SERVE_API_KEY, in the environment or in .env, to a key that "
