@@ -26,6 +26,7 @@ from jobs.runs.selfcheck import Names, digests, self_check
 from jobs.summaries.memory import summary_of_memory
 from jobs.summaries.result import print_next, print_result
 from jobs.summaries.summary import summary_of
+from jobs.summaries.tracked import track_end, tracking_of
 from lora.adapter import Adapter
 from lora.attach import using
 from lora.optim import check_optimizer
@@ -41,11 +42,12 @@ from runtime.settings.fields import format_value, settings_of
 from runtime.settings.sources import Resolved, describe
 from runtime.start import command_line
 from runtime.storage.runs import Run, RunLock, WatchedRun, claim, open_run
+from runtime.tracking.tracking import Tracking, check_trackers
 from runtime.training import resume
 from runtime.training.reduction import check_parts
 
 
-def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
+def finish(job: Job, run: Run, state: resume.State, start: Names, tracking: Tracking) -> None:
     """Check what was trained, score and sample the best weights, publish them, and print a summary."""
     peak_memory = job.machine.peak_memory()
     world().barrier()  # what the first process saved, the others read
@@ -65,6 +67,7 @@ def finish(job: Job, run: Run, state: resume.State, start: Names) -> None:
     world().barrier()  # nobody reads any more what is now moved
     run.publish(result)
     world().barrier()
+    track_end(tracking, run, samples)
     print_result(job, run, result)
     if job.settings.shard:
         print(f"➡️  To see what it says: {command_line('generate.py', '--run', run.name)}")
@@ -85,6 +88,7 @@ def begin(given: Resolved) -> tuple[Machine, Run | None]:
     check_optimizer(settings.optimizer, machine.device)
     check_quantize(settings, machine)
     check_shard(settings, machine)
+    world().first(lambda: check_trackers(settings.trackers))
     world().first(Pushing(settings).check)
     if not settings.adapting:
         return machine, None
@@ -115,7 +119,8 @@ def train(given: Resolved, pushing: Pushing | None = None) -> Run:
             print(f"   Base: {base.name}, {'records' if has_records(settings.dataset) else 'text'}: {job.data.name}")
         print(report.statistics(job.model.get_parameter_info(), settings.use_lora), flush=True)
         on_best = partial((pushing or Pushing(settings)).save, job, run)
-        finish(job, run, Training(job, run, stepper, on_best).all_steps(), start)
+        with tracking_of(job, run) as tracking:
+            finish(job, run, Training(job, run, stepper, on_best, tracking).all_steps(), start, tracking)
     return run
 
 
