@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from jobs.runs.job import Job
 from jobs.runs.postmortem import with_batch
+from runtime.errors import UserError
 from runtime.interrupt import InterruptedRunError, Interruption
 from runtime.processes.world import LostProcessError, world
 from runtime.storage.runs import Run, say
@@ -16,6 +17,13 @@ from runtime.tracking.tracking import Tracking
 from runtime.training import resume
 from runtime.training.metrics import MetricsLog, Progress
 from runtime.training.steps import NonFiniteError, Stepper
+
+# Is asked with the step and the validation loss whether the run is to be stopped there: why, or "".
+Watch = Callable[[int, float], str]
+
+
+class PrunedRunError(UserError):
+    """Whoever watched the run had it stopped; all it did is saved."""
 
 
 class Training:
@@ -28,9 +36,10 @@ class Training:
         stepper: Stepper,
         on_best: Callable[[int, float], None] = lambda step, loss: None,
         tracking: Tracking | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """on_best: is told the step and the loss of the best weights so far, when they have been saved.
-        tracking: gets the figures of each step that is read."""
+        tracking: gets the figures of each step that is read. watch: is asked after each evaluation but the last."""
         self.job, self.run, self.stepper, self.state, self.on_best = job, run, stepper, resume.State(), on_best
         if saved := run.newest("step"):
             self.state = resume.restore(stepper, saved[1], f"{run.folder}/step-{saved[0]:06d}")
@@ -39,6 +48,7 @@ class Training:
         self.log = MetricsLog(run.folder / "metrics.jsonl", self.state.step, writes=world().leads)
         self.tracking = tracking or Tracking((), run.folder)
         self.tracking.begin(self.state.step)
+        self.watch, self.why_stop = watch, ""
         every = job.settings.log_interval
         self.progress = Progress(run.name, job.settings.max_iters, self.state.step, every_steps=every)
         self.first, self.before = self.state.step, self.state.seconds
@@ -51,6 +61,8 @@ class Training:
             with Interruption(repeats=world().size > 1) as interruption:
                 while self.state.step < self.job.settings.max_iters and not self.impatient:
                     self.one_step()
+                    if self.why_stop:
+                        self.prune()
                     asked = interruption.asked or world().abandoned
                     if (self.host_waits or world().size == 1) and (asked := world().highest(asked)):
                         self.stop(asked)
@@ -85,6 +97,13 @@ class Training:
         world().barrier()
         raise InterruptedRunError(
             f"stopped after step {self.state.step}, which is saved; the same command goes on there", number
+        )
+
+    def prune(self) -> None:
+        """Save the step just taken. Raises PrunedRunError."""
+        self.save_now()
+        raise PrunedRunError(
+            f"{self.run.name} is stopped after step {self.state.step}, which is saved: {self.why_stop}"
         )
 
     def save_now(self) -> None:
@@ -159,6 +178,8 @@ class Training:
             self.on_best(state.step, value)
         else:
             state.stale += 1
+        if self.watch and state.step < self.job.settings.max_iters:
+            self.why_stop = self.watch(state.step, value)
 
     def check_replicas(self) -> None:
         """Raises UsageError where the processes are not at the same step with the same weights."""

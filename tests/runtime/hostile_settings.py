@@ -23,6 +23,7 @@ import evaluate
 import export
 import generate
 import serve
+import tune
 from runtime.errors import UsageError
 from runtime.processes.command import run_command
 from runtime.settings.config import Settings
@@ -36,6 +37,7 @@ TABLES: dict[str, type[Table]] = {
     "evaluate.py": evaluate.Options,
     "export.py": export.Options,
     "serve.py": serve.Options,
+    "tune.py": tune.Options,
 }
 TABLES |= {f"adapters.py {word}": table for word, table in adapters.COMMANDS.items()}
 TABLES |= {f"dataset.py {word}": table for word, table in dataset.COMMANDS.items()}
