@@ -14,11 +14,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,7 +29,7 @@ from jobs.training.train import train
 from jobs.tuning.plots import draw_study
 from jobs.tuning.report import finished, importances, table, verdict
 from jobs.tuning.space import SEARCHED, short, space_of, told
-from jobs.tuning.study import SharedStudy
+from jobs.tuning.study import SharedStudy, check_optuna
 from jobs.tuning.trials import Fixed, final, search
 from runtime.console import say
 from runtime.errors import UsageError, UserError
@@ -72,6 +72,9 @@ class Options(Settings):
         3, "Seeds with which the best settings and the defaults are trained at the end; 0 compares nothing",
         **VALUES, low=0, high=100,
     )  # fmt: skip
+    only_trials: bool = setting(
+        False, "Run trials and show nothing at the end, as a further process on a study of this name", **VALUES
+    )
     ranks: str = setting("4,8,16,32", "Values of LORA_RANK: a list, or a range as 4..64", **VALUES)
     alphas: str = setting("8,16,32", "Values of LORA_ALPHA, likewise", **VALUES)
     dropouts: str = setting("0,0.05,0.1", "Values of LORA_DROPOUT, likewise", **VALUES)
@@ -82,7 +85,7 @@ class Options(Settings):
     variants: str = setting("lora,rslora,dora", "Kinds of LORA_VARIANT", **VALUES)
 
     @classmethod
-    def active(cls, values) -> set[str]:
+    def active(cls, values: Mapping[str, Any]) -> set[str]:
         """A study adapts a base with LoRA, whether or not USE_LORA says so."""
         return super().active(dict(values) | {"use_lora": True})
 
@@ -104,13 +107,15 @@ def base_for(given: Resolved) -> Run:
 
 @contextmanager
 def helpers(jobs: int) -> Iterator[None]:
-    """Further processes with the same command, each with its share of the cores; they end with this one."""
+    """Further processes with the same command, each with its share of the cores. They get no Ctrl-C of their own, and
+    are asked to stop when this one stops."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     if jobs > 1:
         torch.set_num_threads(min(threads, torch.get_num_threads()))
-    words = [sys.executable, str(ROOT / "tune.py"), *sys.argv[1:], "--jobs", "1", "--seeds", "0"]
+    words = [sys.executable, str(ROOT / "tune.py"), *sys.argv[1:], "--jobs", "1", "--only-trials"]
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    started = [subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL) for _ in range(jobs - 1)]
+    how = {"env": env, "stdout": subprocess.DEVNULL, "start_new_session": True}
+    started = [subprocess.Popen(words, **how) for _ in range(jobs - 1)]
     try:
         yield
     except BaseException:
@@ -122,10 +127,12 @@ def helpers(jobs: int) -> Iterator[None]:
             process.wait()
 
 
-def show(study: SharedStudy, base: Run, fixed: Fixed) -> None:
-    """Table, importances, picture and the command of the best run."""
+def conclude(study: SharedStudy, base: Run, fixed: Fixed, seeds: Sequence[int]) -> None:
+    """Table, importances, picture, the command of the best run, and with some seeds whether it beats the defaults."""
     trials, found = study.trials(), importances(study)
-    best = finished(trials)[0]
+    if not (done := finished(trials)):
+        raise UserError("no trial took all its steps; lower --learning-rates, or begin another --study")
+    best = done[0]
     print(table(trials, study.folder.name))
     if found:
         print(f"What mattered: {', '.join(f'{short(name)} {100 * part:.0f} %' for name, part in found.items())}")
@@ -133,12 +140,17 @@ def show(study: SharedStudy, base: Run, fixed: Fixed) -> None:
     if save_picture(study.folder / "study.png", draw_study, study.space, trials, found, title):
         print(f"Picture: {study.folder / 'study.png'}")
     print(f"The best run again: {command_of(fixed.resolved(best.params).settings, base)}", flush=True)
+    if seeds:
+        losses = final(fixed, best.params, seeds)
+        print(verdict(best.params, losses))
+        folders.write_file(study.folder / "final.json", to_json({"best": best.params, "losses": losses}))
 
 
 def main() -> None:
     """Run the command."""
     given = from_command_line(Options, __doc__)
     check_flags(given)
+    check_optuna()
     options: Options = given.settings
     explicit = {row.name: getattr(options, row.name) for row in settings_of(Settings) if given.explicit(row.name)}
     own = {row.name for row in settings_of(Options) if given.explicit(row.name)}
@@ -154,18 +166,13 @@ def main() -> None:
     try:
         with helpers(options.jobs):
             search(study, fixed, options.trials)
-        if not finished(study.trials()):
-            raise UserError("no trial took all its steps; lower --learning-rates, or begin another --study")
-        show(study, base, fixed)
-        if options.seeds:
-            best = finished(study.trials())[0].params
-            seeds = range(options.seed + 1, options.seed + 1 + options.seeds)
-            losses = final(fixed, best, seeds)
-            print(verdict(best, losses))
-            folders.write_file(fixed.folder / "final.json", to_json({"best": best, "losses": losses}))
+        if not options.only_trials:
+            conclude(study, base, fixed, range(options.seed + 1, options.seed + 1 + options.seeds))
     except (InterruptedRunError, KeyboardInterrupt):
-        done = sum(trial.state.is_finished() for trial in study.trials())
-        say(f"\n{done} of {options.trials} trials are finished; to go on: {command_line('tune.py', *sys.argv[1:])}")
+        if not options.only_trials:
+            done = sum(trial.state.is_finished() for trial in study.trials())
+            again = command_line("tune.py", *sys.argv[1:])
+            say(f"\n{done} of {options.trials} trials are finished; to go on: {again}")
         raise
 
 

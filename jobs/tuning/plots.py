@@ -40,16 +40,21 @@ def draw_study(
         axes.scatter([x(best)], [best.value], s=90, facecolors="none", edgecolors="black")
         if place is not None:
             axes.set_xticks(list(place.values()), [shown(value) for value in place])
-            axes.margins(x=0.15)
+            axes.set_xlim(-0.5, len(place) - 0.5)
         elif values.by_factors:
+            low, high = values.values
             axes.set_xscale("log")
+            axes.minorticks_off()
+            ticks = [low, (low * high) ** 0.5, high]
+            axes.set_xticks(ticks, [shown(tick) for tick in ticks])
+            axes.set_xlim(low * 0.9, high * 1.1)
         axes.set_xlabel(short(values.name))
         axes.set_ylabel("validation loss")
         axes.grid(alpha=0.3)
-    bars = panels[len(space)]
-    names = list(importances)[::-1]
-    bars.barh([short(name) for name in names], [importances[name] for name in names], color=DONE)
-    bars.set_xlabel("importance")
-    for axes in panels[len(space) + 1 :]:
+    if importances:
+        names = list(importances)[::-1]
+        panels[len(space)].barh([short(name) for name in names], [importances[name] for name in names], color=DONE)
+        panels[len(space)].set_xlabel("importance")
+    for axes in panels[len(space) + bool(importances) :]:
         axes.set_axis_off()
     return figure

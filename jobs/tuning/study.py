@@ -28,16 +28,22 @@ BUSY = 60  # seconds that one process waits for another that writes to the file
 STARTUP, TEST_STARTUP = 4, 1  # trials that end before any is pruned
 
 
+def check_optuna() -> None:
+    """Raises UserError where Optuna is missing."""
+    with needs_package("optuna", "tune"):
+        import optuna
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
 class SharedStudy:
     """A study in a folder of its own.
 
-    Raises UserError where it is corrupted or Optuna is missing, UsageError where it was made with other settings.
+    Raises UserError where it is corrupted, UsageError where it was made with other settings.
     """
 
     def __init__(self, folder: Path, space: Sequence[Values], settings: dict[str, Any]) -> None:
-        with needs_package("optuna", "tune"):
-            import optuna
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        import optuna
+
         self.folder, self.space, self.file = folder, space, folder / FILE
         with folders.plain_errors(folder, "write"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +138,7 @@ class SharedStudy:
     def report(self, trial: Trial, step: int, loss: float) -> bool:
         """Note a point of a trial's curve; whether it is above the median of the others there, and to be stopped."""
         with self._readable():
-            if step not in trial.study._storage.get_trial(trial._trial_id).intermediate_values:
+            if step not in self.study.get_trials(deepcopy=False)[trial.number].intermediate_values:
                 trial.report(loss, step)
             return trial.should_prune()
 

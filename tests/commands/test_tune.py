@@ -57,8 +57,8 @@ def trials(root: Path, study: str) -> list[tuple]:
 
 
 @needs_optuna
-def test_a_killed_study_goes_on_as_two_processes_and_prunes_a_bad_rate(root, data_dir):
-    words = ("--study=killed", "--trials=4", "--learning-rates=1e-2,5", "--seeds=1", *WORDS)
+def test_a_killed_study_goes_on_as_two_processes(root, data_dir):
+    words = ("--study=killed", "--trials=3", "--learning-rates=1e-3..1e-2", "--seeds=1", *WORDS)
     first = root / "checkpoints/tune-killed-000"
     with subprocess.Popen(
         [sys.executable, str(ROOT / "tune.py"), *words],
@@ -77,8 +77,7 @@ def test_a_killed_study_goes_on_as_two_processes_and_prunes_a_bad_rate(root, dat
     assert again.returncode == 0, again.stderr
     assert "Going on with tune-killed-000 after step" in again.stderr
     found = trials(root, "tune-killed")
-    assert len(found) == 4 and found[0][:2] == ("COMPLETE", params)
-    assert {params["learning_rate"] for state, params, *_ in found if state == "PRUNED"} == {5.0}
+    assert len(found) == 3 and found[0][:2] == ("COMPLETE", params)
     for number, (state, _, loss, curve) in enumerate(found):
         trial = find_run(root / "checkpoints", f"tune-killed-{number:03d}")
         assert trial.finished == (state == "COMPLETE")
@@ -96,7 +95,8 @@ def test_a_killed_study_goes_on_as_two_processes_and_prunes_a_bad_rate(root, dat
 @needs_optuna
 def test_ctrl_c_says_how_to_go_on_and_other_settings_and_a_corrupted_study_are_refused(root, monkeypatch, capsys):
     def tuned(*words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["tune.py", "--study=stopped", "--trials=1", "--seeds=0", *WORDS, *words])
+        asked = ["--study=stopped", "--trials=1", "--seeds=0", "--learning-rates=1e-2,5", *WORDS, *words]
+        monkeypatch.setattr(sys, "argv", ["tune.py", *asked])
         with pytest.raises(SystemExit) as ending:
             run_command(tune.main)
         return ending.value.code, capsys.readouterr().err
@@ -118,6 +118,11 @@ def test_ctrl_c_says_how_to_go_on_and_other_settings_and_a_corrupted_study_are_r
     )
     status, said = tuned()
     assert status == 0 and "Going on with tune-stopped-000 after step" in said
+    status, said = tuned("--trials=3")
+    assert status == 0 and "step 40/40" not in said.partition("Trial 3 of 3")[0], "a finished trial was redone"
+    pruned = [params for state, params, *_ in trials(root, "tune-stopped") if state == "PRUNED"]
+    assert [params["learning_rate"] for params in pruned] == [5.0], "a bad rate is stopped early"
+    assert "is stopped after step 10, which is saved: its loss is above the median" in said
     file = root / "checkpoints/tune-stopped/study.db"
     file.write_bytes(b"rot" * 1000)
     status, said = tuned()
@@ -155,6 +160,15 @@ def test_a_winner_is_one_by_more_than_seeds_differ(best, said):
     assert said in verdict({"lora_rank": 8}, {"best": best, "default": [1.5, 1.6]})
 
 
-def test_what_a_study_cannot_do_is_said_first(root, data_dir):
-    done = run(root, data_dir, "tune.py", "--use-lora")
-    assert done.returncode == 2 and done.stderr.startswith("error: tune.py does not take --use-lora: ")
+def test_what_a_study_cannot_do_is_said_before_a_base_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    for word, status, told in (
+        ("--use-lora", 2, "error: tune.py does not take --use-lora: "),
+        ("--trials=3", 1, f"pip install -r {ROOT}/requirements-tune.txt\n"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["tune.py", word])
+        with pytest.raises(SystemExit) as ending:
+            run_command(tune.main)
+        assert ending.value.code == status and told in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()
