@@ -15,6 +15,7 @@
 #   make two-machines   two torchrun agents of two processes each, on two network namespaces of this machine where the
 #                 system allows that, else on loopback: the same weights as one process (a quarter of a minute)
 #   make onnx-tests   ONNX graphs in onnxruntime, of export.py and of the template (fetches 120 MB into .venv; a minute)
+#   make tune-tests   tune.py with Optuna, and TRACK with TensorBoard and W&B offline (fetches 60 MB into .venv; a minute)
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,7 +23,7 @@ PRETRAINED ?= HuggingFaceTB/SmolLM2-135M-Instruct
 TOUR := pretrained-folio
 BIN := $(VENV)/bin
 
-.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained two-machines onnx-tests clean
+.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained two-machines onnx-tests tune-tests clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python training.py
@@ -77,6 +78,10 @@ two-machines: $(VENV)/run.stamp
 onnx-tests: $(VENV)/test.stamp
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-onnx.txt
 	$(BIN)/python -m pytest -n 0 tests/pretrained/test_export_onnx.py tests/commands/test_templates.py -k "onnx or exported"
+
+tune-tests: $(VENV)/test.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-tune.txt -r requirements-tracking.txt
+	$(BIN)/python -m pytest -n 0 tests/commands/test_tune.py tests/commands/test_tracking.py
 
 $(VENV)/run.stamp: requirements.txt | $(VENV)/venv.stamp
 	@echo "Setting up $(VENV), once: torch and a few small packages"

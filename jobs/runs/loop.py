@@ -61,11 +61,11 @@ class Training:
             with Interruption(repeats=world().size > 1) as interruption:
                 while self.state.step < self.job.settings.max_iters and not self.impatient:
                     self.one_step()
-                    if self.why_stop:
-                        self.prune()
                     asked = interruption.asked or world().abandoned
                     if (self.host_waits or world().size == 1) and (asked := world().highest(asked)):
                         self.stop(asked)
+                    if self.why_stop:
+                        self.prune()
         except KeyboardInterrupt:
             say(f"\nStopped at step {self.state.step}; {self.goes_on()}")
             raise

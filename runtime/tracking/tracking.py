@@ -63,7 +63,8 @@ class Tracking:
         self.step, self.values = 0, {}
 
     def begin(self, resumed_at: int) -> None:
-        """Go on after so many steps. What a tracker has none of, it gets from the log of metrics."""
+        """Go on after so many steps. Steps that a tracker lacks it gets from the log of metrics."""
+        self.step = resumed_at
         for name in self.names:
             self._guarded(TRACKERS[name].label, lambda name=name: self._begin(TRACKERS[name], resumed_at))
 
