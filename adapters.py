@@ -1,4 +1,4 @@
-"""Look at adapters, check them, merge and combine them, and take them to PEFT and back.
+"""Look at adapters, check them, merge and combine them, and bring them in from PEFT.
 
 python adapters.py list                           every run and adapter there is
 python adapters.py inspect lora-folio-r8          how much each module changes: a table and a picture
@@ -8,11 +8,10 @@ python adapters.py merge lora-folio-r8 --out folio                        a mode
 python adapters.py quantize base-shakespeare --out small                  a base whose files are in 4 bits
 python adapters.py combine lora-folio-r8 other --weights 0.5,0.5 --out both
 python adapters.py check checkpoints/lora-folio-r8                        everything that can be wrong with files
-python adapters.py export lora-folio-r8 --out folder                      a folder that PEFT reads
-python adapters.py import folder --base base-shakespeare --out name       and one that PEFT wrote
+python adapters.py import folder --base base-shakespeare --out name       a folder that PEFT wrote
 python adapters.py remove folio both --yes         runs that are no longer needed
 
-python adapters.py COMMAND --help tells what each takes.
+python adapters.py COMMAND --help tells what each takes. To PEFT, vLLM, llama.cpp and others: export.py.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ import runtime.start  # noqa: F401 - before what takes seconds to import
 from jobs.adapting import forgetting, making, plots, report
 from jobs.adapting.adapted import Adapted, Base, check_free, held_out, open_adapters, texts_of
 from jobs.adapting.checkup import Checkup
-from jobs.exporting.peft_folder import export_folder
 from jobs.runs.family import orphaned_by, remove_runs
 from models.files import form_of
 from models.pretrained.source import find_source
@@ -176,10 +174,9 @@ class Merge(Command):
         how = {}
         if (form := form_of(adapted.base.model)) != "none":
             adapted, how = self.dense(adapted, form, windows), {"trained_on": form, "onto": self.onto}
-        run, errors = making.merge_run(adapted, self.root / self.out, windows[:1], **how)
+        run, difference = making.merge_run(adapted, self.root / self.out, windows[0], **how)
         print(f"{run.artifact}: {adapted.base.run.name} with {self.name} merged into it")
-        off = max(errors.read_back, errors.rounding)
-        if off > making.TOLERANCE:
+        if (off := difference.found) > making.TOLERANCE:
             dtype = str(adapted.base.model.token_embedding.weight.dtype).removeprefix("torch.")
             told = (
                 f"{off:.1e} of the largest, which is what rounding the weights to {dtype} costs, as its base has them"
@@ -294,20 +291,6 @@ class Import(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Command):
-    """An adapter as a folder that PEFT reads."""
-
-    name: str = setting("", "The LoRA run to export", metavar="NAME", **A_NAME)
-    out: str = setting("", "The new folder", required=True, **A_PATH)
-
-    def run(self) -> None:
-        check_free(Path(self.out))
-        (adapted,) = open_adapters(self.root, (self.name,))
-        export_folder(adapted, Path(self.out))
-        print(f"{self.out}: {self.name} as PEFT reads it, peft.PeftModel.from_pretrained(model, {self.out!r})")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Remove(Command):
     """Remove runs for good, after naming the adapters that would lose their base."""
 
@@ -330,12 +313,15 @@ class Remove(Command):
 
 COMMANDS: dict[str, type[Command]] = {
     command.__name__.lower(): command
-    for command in (List, Inspect, Diff, Strength, Merge, Quantize, Combine, Check, Import, Export, Remove)
+    for command in (List, Inspect, Diff, Strength, Merge, Quantize, Combine, Check, Import, Remove)
 }
 
 
 def main() -> None:
     """Run the command."""
+    if sys.argv[1:2] == ["export"]:
+        instead = command_line("export.py", "NAME", "--to", "peft", "--out", "FOLDER")
+        raise UsageError(f"export is a command of its own: {instead}")
     word = subcommand(sys.argv[1:], COMMANDS, __doc__)
     from_command_line(COMMANDS[word], inspect.getdoc(COMMANDS[word]), word).settings.run()
 

@@ -3,8 +3,9 @@
 python export.py lora-folio-r16 --to hf --out folio                     base and adapter as one Hugging Face folder
 python export.py lora-folio-r16 --to gguf --out folio.gguf              as one file for llama.cpp, with a Modelfile
 python export.py lora-folio-r16 --to gguf --out folio.gguf --outtype q8_0    in 8 bits
-python export.py lora-folio-r16 --to peft --out folio-adapter           the adapter by itself, as PEFT reads it
-python export.py lora-folio-r16 --to peft --for vllm --out folio-vllm   and as vLLM does
+python export.py lora-folio-r16 --to gguf-lora --out adapter.gguf       the adapter by itself, as llama.cpp reads it
+python export.py lora-folio-r16 --to peft --out folio-adapter           and as PEFT reads it
+python export.py lora-folio-r16 --to peft --for vllm --out folio-vllm   and vLLM
 python export.py lora-folio-r16 --to onnx --out folio-onnx              as an ONNX graph with its cache
 python export.py lora-folio-r16 --to onnx --out folio-int8 --quantize int8   in 8 bits
 python export.py lora-folio-r16 --push user/folio                       to the Hugging Face hub: the adapter, or --to hf
@@ -25,6 +26,8 @@ import runtime.start  # noqa: F401 - before what takes seconds to import
 from jobs.adapting.adapted import check_free
 from jobs.exporting import hugging_face
 from jobs.exporting.gguf import file as gguf_file
+from jobs.exporting.gguf.adapter import export_adapter, template_of
+from jobs.exporting.gguf.ollama import create_line, modelfile_of
 from jobs.exporting.held_out import MORE_LOSS, HeldOut, held_out_of
 from jobs.exporting.onnx import folder as onnx_folder
 from jobs.exporting.opening import Opened, find_finished, open_adapter, open_whole
@@ -41,8 +44,8 @@ from runtime.start import command_line
 
 WHAT = {"group": "What to export", "env": False}
 WHOLE = ("hf", "gguf", "onnx")
-OF_FORMATS = {"outtype": WHOLE[:2], "text": WHOLE, "allow_loss": WHOLE, "tokenizer": ("gguf",), "reader": ("peft",)}
-OF_FORMATS |= dict.fromkeys(("cache", "quantize"), ("onnx",))
+OF_FORMATS = {"outtype": WHOLE[:2], "text": WHOLE, "allow_loss": WHOLE, "reader": ("peft",)}
+OF_FORMATS |= {"tokenizer": ("gguf", "gguf-lora")} | dict.fromkeys(("cache", "quantize"), ("onnx",))
 SPELT = {"tokenizer": "no-tokenizer", "reader": "for", "cache": "no-cache"}
 A_PATH = {"pattern": rf"|{FOLDER}", "path": True, **WHAT}
 
@@ -57,7 +60,7 @@ class Options(CommonSettings):
     )  # fmt: skip
     to: str = setting(
         "hf", "The format; what is pushed of a LoRA run is its adapter, peft, unless this says otherwise",
-        choices=("hf", "gguf", "peft", "onnx"), **WHAT,
+        choices=("hf", "gguf", "gguf-lora", "peft", "onnx"), **WHAT,
     )  # fmt: skip
     out: str = setting(
         "", "The new folder or file; with --push it may be left out, and is a temporary one", allowed="a path", **A_PATH
@@ -71,7 +74,9 @@ class Options(CommonSettings):
         None, "For hf and gguf: what matrices are stored in; none keeps that of the run, or takes f16 for gguf",
         choices=gguf_file.TYPES, **WHAT,
     )  # fmt: skip
-    tokenizer: bool = setting(True, "For gguf: with its tokenizer, or without for programs that pass token ids", **WHAT)
+    tokenizer: bool = setting(
+        True, "For gguf and gguf-lora: with its tokenizer, or without for programs that pass token ids", **WHAT
+    )
     reader: str = setting(
         "peft", "For peft, and spelt --for as well: vllm takes adapters of one rank and scale, without embeddings",
         also="for", choices=("peft", "vllm"), **WHAT,
@@ -124,6 +129,8 @@ def check(given: Resolved) -> None:
             raise UsageError(f"--{flag} is for --to {named}, not --to {options.to}")
     if options.to == "hf" and options.outtype not in (None, *hugging_face.DTYPES):
         raise UsageError(f"--outtype {options.outtype} is for --to gguf, not --to hf")
+    if options.push and options.to == "gguf-lora":
+        raise UsageError("--push takes an adapter with --to peft; one for llama.cpp is written with --out")
     if options.out:
         check_free(Path(options.out))
         check_writable(Path(options.out).absolute().parent)
@@ -146,29 +153,41 @@ def to_hugging_face(options: Options) -> list[str]:
     return [*told, f"transformers.AutoModelForCausalLM.from_pretrained({options.place!r}) reads it"]
 
 
+def check_gguf(out: Path, *others: Path, kind: str = "f32") -> None:
+    """Raises UsageError for a name that is none of a GGUF file and where one of the others is taken, UserError where
+    what writes it is not installed."""
+    if out.suffix != ".gguf":
+        raise UsageError(f"--out {out}: the name of a GGUF file ends in .gguf")
+    for other in others:
+        check_free(other)
+    gguf_file.check_packages(kind)
+
+
 def to_gguf(options: Options) -> list[str]:
     """Write a GGUF file and its Modelfile."""
     out = Path(options.out)
-    if out.suffix != ".gguf":
-        raise UsageError(f"--out {out}: the name of a GGUF file ends in .gguf")
-    check_free(gguf_file.modelfile_of(out))
-    gguf_file.check_packages()
+    kind = options.outtype or "f16"
+    check_gguf(out, modelfile_of(out), kind=kind)
     opened, held_out = opened_whole(options)
-    outtype = options.outtype or "f16"
-    told = gguf_file.export_file(opened, held_out, out, outtype, options.tokenizer, options.allow_loss)
-    reads = f"create {opened.run.name.lower()} -f {gguf_file.modelfile_of(out)}"
-    if options.push:
-        reads = f"run hf.co/{options.push}"
-    return [*told, f"For Ollama: ollama {reads}"] if options.tokenizer else told
+    told = gguf_file.export_file(opened, held_out, out, kind, options.tokenizer, options.allow_loss)
+    ollama = f"For Ollama: ollama run hf.co/{options.push}" if options.push else create_line(opened, out)
+    return [*told, ollama] if options.tokenizer else told
+
+
+def to_gguf_lora(options: Options) -> list[str]:
+    """Write an adapter's GGUF file and its Modelfile."""
+    out = Path(options.out)
+    check_gguf(out, modelfile_of(out), template_of(out))
+    opened = open_adapter(options.root, options.run, "gguf")
+    told = export_adapter(opened, out, options.tokenizer)
+    return [*told, create_line(opened, out)] if options.tokenizer else told
 
 
 def to_peft(options: Options) -> list[str]:
     """Write an adapter's folder."""
-    run = find_finished(options.root, options.run)
-    if run.kind != "lora":
-        raise UsageError(f"{run.name} has no adapter; --to hf exports the whole model")
-    told = export_folder(open_adapter(options.root, run), Path(options.out), options.reader == "vllm", options.named)
-    reads = f"vllm serve BASE --enable-lora --lora-modules {run.name}={options.place}"
+    opened = open_adapter(options.root, options.run)
+    told = export_folder(opened, Path(options.out), options.reader == "vllm", options.named)
+    reads = f"vllm serve BASE --enable-lora --lora-modules {opened.run.name}={options.place}"
     if options.reader == "peft":
         reads = f"peft.PeftModel.from_pretrained(model, {options.place!r}) reads it"
     return [told, reads]
@@ -196,6 +215,7 @@ def to_onnx(options: Options) -> list[str]:
 FORMATS: dict[str, Callable[[Options], list[str]]] = {
     "hf": to_hugging_face,
     "gguf": to_gguf,
+    "gguf-lora": to_gguf_lora,
     "peft": to_peft,
     "onnx": to_onnx,
 }

@@ -41,10 +41,10 @@ from runtime.errors import UsageError
 from runtime.processes.alike import check_alike, check_read_alike
 from runtime.processes.command import run_command
 from runtime.processes.world import world
+from runtime.progress import Patience
 from runtime.settings.config import ProcessSettings, from_command_line
 from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
-from runtime.training.metrics import Patience
 
 WHAT, HOW = ({"group": title, "env": False} for title in ("What to continue", "Sampling"))
 
@@ -173,8 +173,8 @@ def check_strategy(given: Resolved) -> None:
     options = given.settings
     if options.chat and (options.beams or options.best_of > 1):
         raise UsageError("--chat prints an answer while it is made, and goes with no --beams and no --best-of")
-    if options.beams and (drawing := [name for name in DRAWING if given.explicit(name)]):
-        raise UsageError(f"--beams draws nothing, and goes with no --{drawing[0].replace('_', '-')}")
+    if options.beams and (drawing := [name.replace("_", "-") for name in DRAWING if given.explicit(name)]):
+        raise UsageError(f"--beams finds the likeliest text without chance, so --{drawing[0]} has no meaning with it")
 
 
 def strategy(given: Resolved, choice: Choice, ends: Sequence[str]) -> Strategy:
@@ -251,7 +251,7 @@ def main() -> None:
         about = writer.fingerprint(wanted, choice.base.sha256, machine.dtype) if options.out else ""
         lines = [as_line(choice, request) for request in requests]
         with results_in(options.out, about, lambda i, text: lines[i] | {"text": text}) as results:
-            texts = writer.in_order(wanted, results, Patience("generate"))
+            texts = writer.in_order(wanted, results, Patience("generate", "token"))
             results.finish(texts)
     if options.out:
         say(f"Written to {options.out}")

@@ -1,21 +1,22 @@
-"""A run opened to be exported: one dense model with its adapter merged, and what it must still compute elsewhere."""
+"""A run opened to be exported: its model, its adapter by itself or merged, and what it must still compute elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from jobs.adapting.adapted import Adapted, open_adapters
+from jobs.adapting.adapted import open_adapters
 from jobs.runs.base import Base
+from lora.adapter import Adapter
+from lora.attach import detach
 from lora.merge import merge
 from models.files import dequantize
 from models.pretrained.source import find_source
 from models.transformer import Transformer
-from runtime.errors import UserError
+from runtime.errors import UsageError, UserError
 from runtime.storage.runs import Run
 
 ROWS, LENGTH = 2, 64  # of the random tokens on which two programs are compared
@@ -23,12 +24,13 @@ ROWS, LENGTH = 2, 64  # of the random tokens on which two programs are compared
 
 @dataclass(frozen=True)
 class Opened:
-    """A run as one model. model: in fp32, with no adapter. dtypes: in which its weights are stored, by name. probe:
-    random tokens (rows, length), and `expected` the logits there, in fp32, of the run as it was trained."""
+    """A run as the model of its base, whose weights are as they are stored, and perhaps an adapter, attached to it or
+    beside it. probe: random tokens (rows, length), and `expected` the logits there, in fp32, of the run as it was
+    trained."""
 
     run: Run
     base: Base
-    dtypes: Mapping[str, torch.dtype]
+    adapter: Adapter | None
     probe: Tensor
     expected: Tensor
 
@@ -38,19 +40,20 @@ class Opened:
         return self.base.model
 
     @property
-    def template(self) -> str | None:
-        """How chats are written for it: as the run was trained, else as its tokenizer's files say."""
+    def base_template(self) -> str | None:
+        """How chats are written for its base."""
         own = getattr(self.base.tokenizer, "template", None)
-        return self.run.metadata.get("template") or self.base.run.metadata.get("template") or own
+        return self.base.run.metadata.get("template") or own
 
-    def round_to(self, dtype: torch.dtype | None) -> bool:
-        """Take the weights to a dtype, or None for those in which they are stored; whether any of them changed."""
-        changed = False
-        for name, p in self.model.named_parameters():
-            values = p.data.to(dtype or self.dtypes[name])
-            changed |= not torch.equal(values.float(), p.data)
-            p.data = values
-        return changed
+    @property
+    def template(self) -> str | None:
+        """How chats are written for it: as the run was trained, else as its base says."""
+        return self.run.metadata.get("template") or self.base_template
+
+    def make_dense(self) -> None:
+        """Merge what is attached and take all weights to fp32, for those who need a model that is nothing else."""
+        dequantize(self.model)
+        merge(self.model.float())
 
 
 def find_finished(root: Path, name: str) -> Run:
@@ -61,30 +64,42 @@ def find_finished(root: Path, name: str) -> Run:
     return run
 
 
-def open_adapter(root: Path, run: Run) -> Adapted:
-    """A LoRA run with its base, wherever its folder is."""
-    (adapted,) = open_adapters(root, (str(run.folder.absolute()),))
-    return adapted
-
-
-def open_whole(root: Path, name: str) -> Opened:
-    """A base, a fully fine-tuned run, or a LoRA run merged into its base, where matrices in 4 or 8 bits become dense.
+def open_parts(root: Path, name: str) -> Opened:
+    """A base, a fully fine-tuned run, or a LoRA run with its adapter beside its base, wherever its folder is.
 
     Raises UsageError where there is none, UserError for a run that has not finished and for what does not fit.
     """
     run = find_finished(root, name)
-    adapted = open_adapter(root, run) if run.kind == "lora" else None
-    base = adapted.base if adapted else Base.of(run)
-    dequantize(base.model)
-    dtypes = {name: p.dtype for name, p in base.model.named_parameters()}
-    model = base.model.float().eval().requires_grad_(False)
-    if adapted:
-        adapted.adapter.attach_to(model, base_sha256=base.sha256)
+    adapter = None
+    if run.kind == "lora":
+        (adapted,) = open_adapters(root, (str(run.folder.absolute()),))
+        base, adapter = adapted.base, adapted.adapter
+    else:
+        base = Base.of(run)
+    model = base.model.eval().requires_grad_(False)
     probe = random_tokens(model)
+    if adapter:
+        adapter.attach_to(model, base_sha256=base.sha256)
     expected = logits(model, probe)
-    if adapted:
-        merge(model)
-    return Opened(run, base, dtypes, probe, expected)
+    if adapter:
+        detach(model, "default")
+    return Opened(run, base, adapter, probe, expected)
+
+
+def open_adapter(root: Path, name: str, whole: str = "hf") -> Opened:
+    """A LoRA run, its adapter beside its base. Raises as `open_parts` does, and UsageError for a run without one.
+    whole: the format for those."""
+    if (run := find_finished(root, name)).kind != "lora":
+        raise UsageError(f"{run.name} has no adapter; --to {whole} exports the whole model")
+    return open_parts(root, name)
+
+
+def open_whole(root: Path, name: str) -> Opened:
+    """As `open_parts` does, with the adapter attached: its weights are merged where they are written."""
+    opened = open_parts(root, name)
+    if opened.adapter:
+        opened.adapter.attach_to(opened.model, base_sha256=opened.base.sha256)
+    return opened
 
 
 def random_tokens(model: Transformer) -> Tensor:

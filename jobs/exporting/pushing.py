@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jobs.adapting.adapted import read_adapter
 from jobs.exporting import hugging_face, peft_folder
-from jobs.exporting.gguf.file import modelfile_of
+from jobs.exporting.gguf.ollama import modelfile_of
 from jobs.exporting.held_out import held_out_of
 from jobs.exporting.leaving import CARD, whole_card, without_paths
 from jobs.exporting.opening import open_adapter, open_whole
@@ -44,7 +44,7 @@ def push_run(root: Path, run: Run, target: Target, data_dir: Path) -> str:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / run.name
         if run.kind == "lora":
-            peft_folder.export_folder(open_adapter(root, run), out, place=target.name)
+            peft_folder.export_folder(open_adapter(root, str(run.folder.absolute())), out, place=target.name)
         else:
             opened = open_whole(root, str(run.folder.absolute()))
             hugging_face.export_folder(opened, held_out_of(opened, data_dir), out, place=target.name)

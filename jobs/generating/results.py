@@ -16,6 +16,7 @@ from typing import Any
 import filelock
 
 from data.jsonlines import try_json_lines
+from runtime.console import say
 from runtime.errors import UsageError, UserError
 from runtime.processes.world import world
 from runtime.storage import folders
@@ -49,6 +50,8 @@ class ResultsFile(Results):
             self.texts |= mine if path == self.own else self._read(path)
         everywhere = world().gather(list(self.texts.items()))
         self.texts = {number: text for some in everywhere for number, text in some}
+        if self.texts:
+            say(f"Going on: {len(self.texts):,} texts are there already, in {out}.partial")
         whole = [_written({"made_by": about}), *(self._numbered(number, text) for number, text in mine.items())]
         folders.write_file(self.own, "".join(whole).encode())  # without a line that was cut short
 

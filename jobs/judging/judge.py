@@ -16,7 +16,7 @@ from jobs.judging.scores.words import words
 from jobs.judging.sides import Opened
 from models.generation.choosing import Sampling
 from runtime.device import Machine
-from runtime.training.metrics import Patience
+from runtime.progress import Patience
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def judge(opened: Opened, material: Material, how: How, limits: Limits) -> Findi
         with side.active():
             said[name] = answers(
                 side.model, opened.tokenizer, opened.template, material.asked.records, how.sampling, how.longest,
-                how.machine, how.seed, Patience(f"answers of the {name}"),
+                how.machine, how.seed, Patience(f"answers of the {name}", "token"),
             )  # fmt: skip
     judged = with_losses(opened, material, with_overlaps(material, to_judge(material.asked.records, said)), how)
     rows = answer_rows(answer_rules(limits), judged)
@@ -112,7 +112,7 @@ def with_losses(
         pairs = zip(prompts, each, strict=True)
         texts = [encode_answer(prompt, j.text, opened.tokenizer, opened.tokens + 1) for prompt, j in pairs]
         with side.active():
-            losses = loss_of_each(side.model, texts, how.machine, Patience(f"perplexity of the {name}"))
+            losses = loss_of_each(side.model, texts, how.machine, Patience(f"perplexity of the {name}", "text"))
         found[name] = [replace(j, loss=loss) for j, loss in zip(each, losses, strict=True)]
     return found
 
@@ -133,6 +133,6 @@ def loss_rows(opened: Opened, material: Material, machine: Machine) -> list[Row]
         weights, scores = [float(count(text)) for text in each], {}
         for name, side in opened.sides.items():
             with side.active():
-                scores[name] = loss_of_each(side.model, each, machine, Patience(f"{rule.name} of the {name}"))
+                scores[name] = loss_of_each(side.model, each, machine, Patience(f"{rule.name} of the {name}", "text"))
         rows.append(Row(rule, scores, dict.fromkeys(scores, weights)))
     return rows

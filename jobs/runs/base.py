@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +109,11 @@ def reference(base: Base, root: Path) -> dict[str, str]:
     if hub := base.run.metadata.get("hub"):
         return said | {"hub": hub}
     return said | ({} if folder.parent == root.resolve() else {"path": str(folder)})
+
+
+def name_of_base(said: Mapping[str, str]) -> str:
+    """A base as BASE takes it. said: of `reference`."""
+    return said.get("hub") or said.get("path") or said["run"]
 
 
 def _unchanged(base: Base, run: Run) -> Base:

@@ -12,10 +12,11 @@ from jobs.runs.postmortem import with_batch
 from runtime.errors import UserError
 from runtime.interrupt import InterruptedRunError, Interruption
 from runtime.processes.world import LostProcessError, world
+from runtime.progress import Progress
 from runtime.storage.runs import Run, say
 from runtime.tracking.tracking import Tracking
 from runtime.training import resume
-from runtime.training.metrics import MetricsLog, Progress
+from runtime.training.metrics import MetricsLog
 from runtime.training.steps import NonFiniteError, Stepper
 
 # Is asked with the step and the validation loss whether the run is to be stopped there: why, or "".

@@ -126,7 +126,7 @@ def read_body(data: bytes, fields: Mapping[str, Field], longest: int) -> dict[st
         raise RefusedError(400, "the body must be a JSON object")
     body = {name: value for name, value in body.items() if value is not None}
     tokens = ("max_tokens", "max_completion_tokens") if "messages" in fields else ("max_tokens",)
-    known = {**fields, **dict.fromkeys(tokens, whole(1, longest))}
+    known = dict.fromkeys(tokens, whole(1, longest)) | dict(fields)
     for name, value in body.items():
         if name not in known:
             raise RefusedError(400, f"{name[:100]!r} is not a field here; there are {', '.join(known)}", name[:100])

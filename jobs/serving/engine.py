@@ -39,13 +39,16 @@ class Engine:
     """
 
     def __init__(
-        self, model: Transformer, adapters: Sequence[str], machine: Machine, places: int, waiting: int
-    ) -> None:
-        """adapters: as they are called on the model. waiting: how many texts may wait."""
+        self, model: Transformer, adapters: Sequence[str], machine: Machine, places: int, waiting: int,
+        failed: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """adapters: as they are called on the model. waiting: how many texts may wait. failed() is called where the
+        engine fails, once all who wait have been told; `failure` says why."""
         self.model, self.adapters, self.machine, self.places = model, adapters, machine, places
         self.most, self.queue, self.changed = waiting, deque[Ticket](), threading.Condition()
         self.made: dict[int, Ticket] = {}  # by the number of the row
-        self.numbers, self.closing, self.failure = 0, False, None
+        self.numbers, self.closing, self.failed = 0, False, failed
+        self.failure: BaseException | None = None
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def __enter__(self) -> Self:
@@ -99,6 +102,7 @@ class Engine:
             with self.changed:
                 for ticket in [*self.made.values(), *self.queue]:
                     ticket.done(None)
+            self.failed()
 
     def _advance(self, batch: Batch, new: dict[int, Row]) -> None:
         """One more token for every row."""

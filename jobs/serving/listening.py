@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import socket
 from typing import Any
@@ -28,6 +29,17 @@ def hosts_of(host: str) -> list[str]:
     """The names under which a server may be asked. On the loopback interface only its own: a page of the web that a
     browser shows must not reach it by a name that it has made lead here."""
     return ["localhost", "127.0.0.1", "[::1]"] if host in LOOPBACK else ["*"]
+
+
+def url_of(listening: socket.socket) -> str:
+    """The address at which a socket listens."""
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def stop() -> None:
+    """End as SIGTERM does."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_until_told(app: Any, listening: socket.socket, patience: float) -> None:

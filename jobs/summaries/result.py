@@ -17,7 +17,8 @@ def print_result(job: Job, run: Run, result: dict) -> None:
     """Time, speed, memory, losses, files."""
     print(f"✅ {run.name} has finished: {result['step']:,} steps in {result['seconds']:.0f} s of training")
     print(f"   Speed: {result['tokens_per_second']:,.0f} tokens/s on {job.machine}")
-    print(f"   Peak memory: {report.size(result['peak_memory'])}")
+    whose = " of the process, Python and torch included" if job.machine.device.type == "cpu" else ""
+    print(f"   Peak memory: {report.size(result['peak_memory'])}{whose}")
     print(f"   Best validation loss: {result['best']:.4f} at step {result['best_step']:,}")
     base = f" (the base without the adapter: {result['base_val_loss']:.4f})" if "base_val_loss" in result else ""
     part = "text" if "bits_per_character" in result else "records' answers"

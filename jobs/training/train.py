@@ -53,6 +53,8 @@ def finish(job: Job, run: Run, state: resume.State, start: Names, tracking: Trac
         with using(job.model):
             result["base_val_loss"] = job.evaluate()
             samples = {"with the adapter": samples[""], "without it": sample()}
+    if not job.settings.shard:
+        result["samples"] = summary.told(samples)
     world().barrier()  # nobody reads any more what is now moved
     run.publish(result)
     world().barrier()
@@ -61,7 +63,7 @@ def finish(job: Job, run: Run, state: resume.State, start: Names, tracking: Trac
     if job.settings.shard:
         print(f"➡️  To see what it says: {command_line('generate.py', '--run', run.name)}")
     else:
-        summary.print(samples)
+        summary.print(result["samples"])
 
 
 def begin(given: Resolved, told: bool = True) -> tuple[Machine, Run | None]:

@@ -1,6 +1,6 @@
 """The one table of settings, and the only reader of the environment.
 
-python -m runtime.settings.config    writes .env.example and the README's settings section anew
+python -m runtime.settings.config    writes .env.example and the table of docs/settings.md anew
 
 `Settings` is what training.py and compare.py run on; a command with flags of its own inherits `CommonSettings`, or
 `ProcessSettings` where it can work as several processes.
@@ -154,6 +154,11 @@ class Settings(ProcessSettings):
     """Everything that decides what a training run does."""
 
     presets: ClassVar = PRESETS
+    often: ClassVar = (
+        "use_lora", "test_mode", "base", "run_name", "seed", "device", "dataset", "tokenizer", "n_layer", "n_head",
+        "n_embd", "block_size", "lora_rank", "lora_alpha", "lora_targets", "lora_variant", "quantize", "batch_size",
+        "max_iters", "learning_rate",
+    )  # fmt: skip
 
     use_lora: bool = setting(False, "Adapt a trained base with LoRA instead of training all weights", group=RUN)
     compile: bool = setting(
@@ -538,6 +543,11 @@ def serve_api_key() -> str:
 def wandb_api_key() -> str:
     """WANDB_API_KEY from the environment or ./.env: what W&B knows its user by; it is told nowhere."""
     return os.environ.get("WANDB_API_KEY") or dotenv_values(".env").get("WANDB_API_KEY") or ""
+
+
+def has_display() -> bool:
+    """Whether a window that is opened here can be seen, as far as the environment says."""
+    return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 def is_pretrained(root: str, base: str) -> bool:

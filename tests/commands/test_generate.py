@@ -12,9 +12,9 @@ from command_line import run as run_process
 import generate
 import training
 from runtime.processes.command import run_command
+from runtime.progress import Patience
 from runtime.settings.config import EARLIER, Settings
 from runtime.settings.sources import Resolved
-from runtime.training.metrics import Patience
 from tests.tiny import TINY
 
 FAST = {"test_mode": True, "device": "cpu", "dtype": "fp32", "batch_size": 4, "eval_iters": 2, "max_iters": 30}
@@ -199,14 +199,14 @@ def test_byte_order_mark_and_windows_line_ends_are_no_mistake(command, root: Pat
 
 
 def test_progress_is_told_on_stderr_of_what_takes_longer_than_two_seconds(capsys) -> None:
-    patience = Patience("generate")
+    patience = Patience("generate", "token")
     patience(1, 3)
     assert capsys.readouterr() == ("", "")
     patience.began -= 3
     patience(2, 3)
     patience(3, 3)
     out, err = capsys.readouterr()
-    assert out == "" and "generate" in err and "3/3" in err
+    assert out == "" and "generate: token 3/3" in err
 
 
 def test_as_a_process_results_are_on_stdout_and_all_else_on_stderr(root: Path, data_dir: Path) -> None:

@@ -81,7 +81,7 @@ mount -o remount,size=64m small "$1" && "$2" "$3"; echo "<$?>"; ls -A checkpoint
 def test_a_small_file_system_that_is_full_keeps_the_last_good_step(tmp_path, data_dir):
     done = subprocess.run(
         ["unshare", "-Urm", "sh", "-c", SMALL, "sh", str(tmp_path), sys.executable, str(ROOT / "training.py")],
-        env=os.environ | {"DATA_DIR": str(data_dir), "PYTHONIOENCODING": "utf-8", "TEST_MODE": "1", "MAX_ITERS": "300"},
+        env=os.environ | {"DATA_DIR": str(data_dir), "PYTHONIOENCODING": "utf-8", "TEST_MODE": "1", "MAX_ITERS": "120"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
@@ -94,7 +94,7 @@ def test_a_small_file_system_that_is_full_keeps_the_last_good_step(tmp_path, dat
     assert NO_TRACEBACK not in done.stdout
     listed = second.partition("Going on")[0]
     newest = max(int(step) for step in re.findall(r"step-(\d+)", listed))
-    assert newest < 300 and ".tmp" not in listed
+    assert newest < 120 and ".tmp" not in listed
     assert f"Going on with test-base-shakespeare after step {newest} " in second and "model" in third
 
 

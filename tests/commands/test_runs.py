@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import adapters
+import export
 import generate
 import training
 from data.tokenizers import load_tokenizer
@@ -131,15 +132,15 @@ def test_the_banner_shows_an_alpha_where_it_is_read(variant, has):
 
 
 def test_runs_that_were_made_tell_of_the_adapter_and_nothing_that_is_not_known(root, monkeypatch, capsys):
-    for words in (
-        "export lora --out folder",
-        "import folder --base base --out in",
-        "merge lora --out whole --dataset text.txt",
-        "combine lora rslora --out both",
+    for command, words in (
+        (export, "lora --to peft --out folder"),
+        (adapters, "import folder --base base --out in"),
+        (adapters, "merge lora --out whole --dataset text.txt"),
+        (adapters, "combine lora rslora --out both"),
     ):
         shutil.copy(RUNS.parent / "text.txt", ".")
         shutil.copy(RUNS.parent / "other.txt", ".")
-        status, _, err = call(monkeypatch, capsys, adapters, *words.split())
+        status, _, err = call(monkeypatch, capsys, command, *words.split())
         assert status == 0, err
     trained = find_run(root, "lora").metadata["settings"]
     for name in ("in", "whole", "both"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,9 +18,9 @@ from runtime.processes.launch import Launch
 from runtime.processes.world import World
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
+from tests.processes.starts import Case, Ended, in_a_row
 from tests.tiny import TINY
 
-ROOT = Path(__file__).resolve().parents[2]
 FAST = {"test_mode": True, "device": "cpu", "dtype": "fp32", "batch_size": 4, "eval_iters": 2, "max_iters": 20}
 ON = ("--device=cpu", "--dtype=fp32")
 
@@ -62,56 +60,57 @@ def alone(root: Path, monkeypatch, capsys):
     return call
 
 
-@pytest.fixture
-def two(root: Path):
-    """A command as two processes: (stdout, stderr)."""
-
-    def call(command: str, *words: str, succeeds: bool = True) -> tuple[str, str]:
-        start = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--")
-        done = subprocess.run(
-            [*start, ROOT / command, *words], cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True, encoding="utf-8", timeout=120,
-        )  # fmt: skip
-        assert (done.returncode == 0) == succeeds, done.stderr
-        return done.stdout, done.stderr
-
-    return call
+PROMPTS = ("--prompts=prompts.jsonl", "--num-samples=2", "--max-new-tokens=20")
+REPORT = ("tuned", "--data=pairs.jsonl", "--limit=70", "--max-new-tokens=12", "--temperature=0.5")
+NAMED = ("none", "tuned", "tuned=0.5")
+LINES = [{"prompt": f"{'Who ' * (i % 4)}has {i}", "adapter": NAMED[i % 3]} for i in range(9)]
+REFUSED = {
+    "one prompt": (
+        Case(("--run", "base", "--prompt", "Who"), "generate.py"),
+        "error: several processes share out a file of --prompts: ",
+    ),
+    "lint": (Case(("lint", "pairs.jsonl"), "dataset.py"), "works as one process: start it without torchrun"),
+}
 
 
-def test_prompts_of_a_file_are_shared_out_and_printed_in_their_order(root: Path, alone, two) -> None:
-    named = ("none", "tuned", "tuned=0.5")
-    lines = [{"prompt": f"{'Who ' * (i % 4)}has {i}", "adapter": named[i % 3]} for i in range(9)]
-    (root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    words = ("--prompts=prompts.jsonl", "--num-samples=2", "--max-new-tokens=20")
-    out, err = two("generate.py", *words, *ON)
-    assert out == alone(generate, *words) and err.count("From base") == 1
+@pytest.fixture(scope="module")
+def two(root: Path) -> dict[str, list[Ended]]:
+    """How commands ended as two processes."""
+    (root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    shared = {
+        "prompts": Case((*PROMPTS, *ON), "generate.py"),
+        "report": Case((*REPORT, *ON, "--out=many"), "evaluate.py"),
+    }
+    return in_a_row(root, 2, shared | {name: case for name, (case, _) in REFUSED.items()})
+
+
+def printed(ended: list[Ended]) -> str:
+    """What the first of several processes, which alone speaks, printed on stdout."""
+    first, *others = ended
+    assert [process.status for process in ended] == [0] * len(ended), ended
+    assert [process.told for process in others] == [""] * len(others)
+    return first.out
+
+
+def test_prompts_of_a_file_are_shared_out_and_printed_in_their_order(two, alone) -> None:
+    out = printed(two["prompts"])
+    assert out == alone(generate, *PROMPTS) and two["prompts"][0].err.count("From base") == 1
     found = [json.loads(line) for line in out.splitlines()]
-    assert [(row["prompt"], row["adapter"]) for row in found[::2]] == [(row["prompt"], row["adapter"]) for row in lines]
+    assert [(row["prompt"], row["adapter"]) for row in found[::2]] == [(row["prompt"], row["adapter"]) for row in LINES]
     assert len({row["text"] for row in found}) > 9
 
 
-def test_a_report_of_several_processes_is_that_of_one(root: Path, alone, two) -> None:
-    words = ("tuned", "--data=pairs.jsonl", "--limit=70", "--max-new-tokens=12", "--temperature=0.5")
-    out, _ = two("evaluate.py", *words, *ON, "--out=many")
-    assert out.replace("Files: many", "Files: one") == alone(evaluate, *words, "--out=one")
+def test_a_report_of_several_processes_is_that_of_one(root: Path, two, alone) -> None:
+    out = printed(two["report"]).replace("Files: many", "Files: one")
+    assert out == alone(evaluate, *REPORT, "--out=one")
     one, many = ({path.name: path.read_bytes() for path in (root / name).iterdir()} for name in ("one", "many"))
     assert one == many and {"answers.jsonl", "report.json", "report.md"} < one.keys()
 
 
-@pytest.mark.parametrize(
-    ("command", "words", "told"),
-    [
-        (
-            "generate.py",
-            ("--run", "base", "--prompt", "Who"),
-            "error: several processes share out a file of --prompts: ",
-        ),
-        ("dataset.py", ("lint", "pairs.jsonl"), "works as one process: start it without torchrun"),
-    ],
-)
-def test_what_is_for_one_process_is_refused_in_one_line(two, command: str, words: tuple[str, ...], told: str) -> None:
-    out, err = two(command, *words, succeeds=False)
-    assert out == "" and err.count(told) == 1 and "Traceback" not in err.partition("elastic")[0]
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_for_one_process_is_refused_in_one_line(two, name: str) -> None:
+    assert all(process.status != 0 and process.out == "" and "Traceback" not in process.err for process in two[name])
+    assert "".join(process.err for process in two[name]).count(REFUSED[name][1]) == 1
 
 
 @pytest.mark.parametrize(("items", "size"), [(0, 2), (1, 2), (5, 2), (5, 4), (8, 4), (3, 4)])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+from tests import warm
 from tests.pretrained.tiny_chats import CHATML
 from tests.pretrained.tiny_models import make, save
 
@@ -35,15 +35,12 @@ def test_the_walk_of_the_page(tmp_path: Path) -> None:
             name, _, value = line.removeprefix("export ").partition("=")
             environment[name] = value
         elif line.startswith("python "):
-            here = line.replace(REAL, "./base").replace("python ", f"{sys.executable} {ROOT}/", 1)
-            quick = " --limit 4 --max-new-tokens 8" if "evaluate.py" in line else ""
-            quick = " --max-new-tokens 8" if "generate.py" in line else quick
-            done = subprocess.run(
-                here + quick, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, input="Hot?\n",
-                timeout=120,
-            )  # fmt: skip
+            command, *words = shlex.split(line.replace(REAL, "./base").removeprefix("python "))
+            words += ("--limit", "4") if command == "evaluate.py" else ()
+            words += ("--max-new-tokens", "8") if command in ("evaluate.py", "generate.py") else ()
+            done = warm.run([ROOT / command, *words], tmp_path, environment, typed="Hot?\n")
             assert done.returncode == 0, f"{line}\n{done.stderr}"
-            ran.append(line.split()[1])
+            ran.append(command)
             told[line] = done.stdout + done.stderr
     assert {"dataset.py", "training.py", "generate.py", "evaluate.py"} <= set(ran)
     lint = next(text for line, text in told.items() if " lint " in line)

@@ -87,8 +87,10 @@ def test_sighup_stays_ignored_where_it_was(tmp_path: Path) -> None:
 
 
 def test_a_reader_of_stderr_that_goes_away_costs_no_step(tmp_path: Path) -> None:
-    process = started(tmp_path, "--save-interval", "100000", "--eval-interval", "100000", wait_for="metrics.jsonl")
-    process.stderr.close()  # the next line about the progress, 10 seconds after the start, has nobody to go to
+    seldom = ("--save-interval", "100000", "--eval-interval", "100000", "--log-interval", "20")
+    process = started(tmp_path, *seldom, wait_for="run.json")
+    assert any(": step 20/" in line for line in process.stderr)
+    process.stderr.close()  # the next line about the progress has nobody to go to
     assert process.wait(timeout=60) == 141
     (saved,) = (tmp_path / "checkpoints").glob("base/step-*")
     assert int(saved.name.removeprefix("step-")) > 0

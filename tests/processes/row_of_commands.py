@@ -2,12 +2,14 @@
 
 python -m torch.distributed.run --nproc-per-node 2 row_of_commands.py FOLDER
 
-FOLDER/cases.json says which, as `starts.py` writes it. What process r prints in a case is left in FOLDER/NAME.r and its
-status in FOLDER/NAME.r.status. Processes of different cases never meet: what they tell each other is kept by the case.
+FOLDER/cases.json says which, as `starts.py` writes it. What process r prints in a case is left in FOLDER/NAME.r.out and
+FOLDER/NAME.r.err, and its status in FOLDER/NAME.r.status. Processes of different cases never meet: what they tell each
+other is kept by the case.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -50,8 +52,8 @@ def interrupt_in(step: int) -> None:
 
 def child(case: dict, rank: int, said: Path) -> None:
     """Run the case's command, in this process for good."""
-    told = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(told, 1), os.dup2(told, 2)
+    for fd, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", encoding="utf-8") for fd in (1, 2))
     jobs.summaries.text.TEST_SAMPLE_CHARACTERS = jobs.summaries.answers.LONGEST = 4
     os.environ.update(case["environ"] | case["odd"].get(str(rank), {}))
@@ -90,5 +92,6 @@ def run(case: dict, rank: int, said: Path) -> None:
 
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), int(os.environ.get("RANK", "0"))
+    gc.freeze()  # else a child's first collection looks at, and so copies, all that was imported
     for case in json.loads((folder / "cases.json").read_text()):
         run(case, rank, folder / f"{case['name']}.{rank}")

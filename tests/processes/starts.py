@@ -19,6 +19,7 @@ TEXT = "".join(f"{i} times I asked: to be, or not to be? And {i * i} times nobod
 TINY = ("--test-mode", "--n-layer=1", "--n-embd=16", "--n-head=2", "--block-size=16", "--device=cpu", "--data-dir=data")
 SHORT = (*TINY, "--max-iters=6", "--eval-interval=3", "--eval-iters=3", "--save-interval=3")
 OURS = ("error:", "stopped after", "Stopped at")
+ENDS = ("status", "out", "err")  # of the names of files that a process of a case leaves
 TRACEBACK = "Traceback (most recent call last)"
 
 ODD = """
@@ -69,10 +70,15 @@ class Case:
 
 @dataclass
 class Ended:
-    """How a process of a case ended: its status, as waitpid tells it, and what it printed."""
+    """How a process of a case ended: its status, as waitpid tells it, and what it printed on stdout and stderr."""
 
     status: int
-    told: str
+    out: str
+    err: str
+
+    @property
+    def told(self) -> str:
+        return self.out + self.err
 
 
 def in_a_row(folder: Path, processes: int, cases: dict[str, Case], seconds: float = 120) -> dict[str, list[Ended]]:
@@ -94,7 +100,8 @@ def in_a_row(folder: Path, processes: int, cases: dict[str, Case], seconds: floa
 
 
 def _ended(path: Path) -> Ended:
-    return Ended(int(path.with_name(f"{path.name}.status").read_text()), path.read_text("utf-8", "replace"))
+    status, out, err = (path.with_name(f"{path.name}.{end}").read_text("utf-8", "replace") for end in ENDS)
+    return Ended(int(status), out, err)
 
 
 class Started:

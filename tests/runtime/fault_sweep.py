@@ -11,6 +11,7 @@ Children are forked from this process, which has imported torch and computed not
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import mmap
 import os
@@ -296,4 +297,5 @@ if __name__ == "__main__":
     parser.add_argument("--most", type=int)
     parser.add_argument("--skip", type=int, default=0)
     given = parser.parse_args()
+    gc.freeze()  # else a child's first collection looks at, and so copies, all that was imported
     sys.exit(bool(sweep(given.folder.absolute(), given.kinds, given.modes, given.most, given.skip)))

@@ -22,6 +22,8 @@ import dataset
 import evaluate
 import export
 import generate
+import playground
+import report
 import serve
 import tune
 from runtime.errors import UsageError
@@ -36,6 +38,8 @@ TABLES: dict[str, type[Table]] = {
     "generate.py": generate.Options,
     "evaluate.py": evaluate.Options,
     "export.py": export.Options,
+    "playground.py": playground.Options,
+    "report.py": report.Options,
     "serve.py": serve.Options,
     "tune.py": tune.Options,
 }

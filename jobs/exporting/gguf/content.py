@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from jobs.exporting.gguf.layout import Layout
 from jobs.exporting.gguf.vocabulary import Vocabulary
+from lora.merge import MergedTensors
 from models.config import ModelConfig
-from models.pretrained.families import FAMILIES
-from models.transformer import Transformer
 from runtime.errors import UserError
 
-FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-BLOCK = 32  # values that q8_0 scales together
+Tensors = Iterable[tuple[str, np.ndarray, Any]]  # names, bytes and types; gone through more than once
+DENSE = ("f32", "f16", "bf16")
+IN_BLOCKS = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+BLOCK = 32  # values that these scale together
+WIDE = ("token_embd.weight", "output.weight")  # in 8 bits where others have fewer, as llama.cpp has them in more too
 
 
 class GGUFTensors:
-    """The tensors of a GGUF file, made one at a time. odd: names of those whose rows q8_0 cannot have."""
+    """The tensors of a GGUF file, adapters merged, made one at a time. odd: those whose rows are in no blocks."""
 
-    def __init__(self, model: Transformer, arch: str, kind: str) -> None:
+    def __init__(self, layout: Layout, kind: str) -> None:
         import gguf
 
-        self.model, self.arch, self.config = model, arch, model.config
+        self.layout, self.config = layout, layout.model.config
         self.types = gguf.GGMLQuantizationType
-        self.names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), self.config.n_layer)
         self.kind, self.odd = self.types[kind.upper()], []
         self.quantize = gguf.quants.quantize
 
@@ -39,28 +40,22 @@ class GGUFTensors:
         self.odd = []
         if (scaling := self.config.rope_scaling) and scaling["rope_type"] == "llama3":
             yield "rope_freqs.weight", _rope_factors(self.config), self.types.F32
-        for name, p in self.model.named_parameters():
+        for name, tensor in MergedTensors(self.layout.model, torch.float32).items():
             path, _, leaf = name.rpartition(".")
-            values = self._permuted(path, p.detach()).float().contiguous().numpy()
-            theirs = self.names.get_name(f"{FAMILIES['llama'].theirs(path)}.{leaf}", (".weight", ".bias"))
+            values = self.layout.rows(path, tensor).contiguous().numpy()
+            theirs = self.layout.name(path, leaf)
             kind = self._type_of(theirs, values)
             yield theirs, self.quantize(values, kind), kind
 
     def _type_of(self, name: str, values: np.ndarray) -> Any:
         if values.ndim == 1:
             return self.types.F32
-        if self.kind == self.types.Q8_0 and values.shape[-1] % BLOCK:
+        if self.kind.name.lower() in DENSE:
+            return self.kind
+        if values.shape[-1] % BLOCK:
             self.odd.append(name)
             return self.types.F16
-        return self.kind
-
-    def _permuted(self, path: str, W: Tensor) -> Tensor:
-        """Rows in llama.cpp's order: its `llama` rotates neighbours, all others halves."""
-        last = path.rpartition(".")[2]
-        if self.arch != "llama" or last not in ("q_proj", "k_proj"):
-            return W
-        heads = self.config.n_head if last == "q_proj" else self.config.kv_heads
-        return W.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(W.shape)
+        return self.types.Q8_0 if name in WIDE else self.kind
 
 
 def _rope_factors(config: ModelConfig) -> np.ndarray:
@@ -78,14 +73,39 @@ def write(
     """Write the whole file, with one tensor in memory at a time beside the model. name: the model's."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, tensors.arch)
-    writer.add_type("model")
+    writer = gguf.GGUFWriter(path, tensors.layout.arch)
+    writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[tensors.kind.name.lower()]])
+    writer.add_file_type(_file_type(tensors.kind.name))
     _add_sizes(writer, tensors.config)
     _add_vocabulary(writer, vocabulary)
     if vocabulary and template:
-        writer.add_chat_template(_without_bos(template) if vocabulary.lacks_bos else template)
+        writer.add_chat_template(_with_text(template, vocabulary.template))
+    _finish(writer, path, tensors)
+
+
+def _file_type(kind: str) -> Any:
+    from gguf import LlamaFileType
+
+    return LlamaFileType.ALL_F32 if kind == "F32" else LlamaFileType[f"MOSTLY_{kind}"]
+
+
+def write_adapter(path: Path, arch: str, name: str, base: str, alpha: float, tensors: Tensors) -> None:
+    """Write an adapter's file. alpha: by which, divided by its rank, llama.cpp multiplies each product."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    writer.add_name(name)
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, base)
+    _finish(writer, path, tensors)
+
+
+def _finish(writer: Any, path: Path, tensors: Tensors) -> None:
+    """Write what the writer was told, and then the tensors, which are gone through twice."""
     for theirs, values, kind in tensors:
         writer.add_tensor_info(theirs, values.shape, values.dtype, values.nbytes, kind)
     writer.write_header_to_file()
@@ -98,12 +118,11 @@ def write(
         os.fsync(file.fileno())
 
 
-def _without_bos(template: str | list) -> str | list:
-    """A template that writes no token in front of a chat where the tokenizer has none; llama.cpp always has one."""
-    nothing = "{% set bos_token = '' %}"
+def _with_text(template: str | list, change: Callable[[str], str]) -> str | list:
+    """A template, or several with names, with its text changed."""
     if isinstance(template, str):
-        return nothing + template
-    return [named | {"template": nothing + named["template"]} for named in template]
+        return change(template)
+    return [named | {"template": change(named["template"])} for named in template]
 
 
 def _add_sizes(writer: Any, config: ModelConfig) -> None:
@@ -114,13 +133,16 @@ def _add_sizes(writer: Any, config: ModelConfig) -> None:
     writer.add_block_count(config.n_layer)
     writer.add_feed_forward_length(config.inner_width)
     writer.add_head_count(config.n_head)
+    writer.add_vocab_size(config.vocab_size)
+    if config.norm == "layer":
+        writer.add_layer_norm_eps(config.norm_eps)
+        return
+    writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_head_count_kv(config.kv_heads)
     writer.add_key_length(config.head_width)
     writer.add_value_length(config.head_width)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_dimension_count(config.head_width)
     writer.add_rope_freq_base(config.rope_theta)
-    writer.add_vocab_size(config.vocab_size)
     if (scaling := config.rope_scaling) and scaling["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(scaling["factor"])
@@ -146,7 +168,7 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary | None) -> None:
     writer.add_add_bos_token(vocabulary.puts_bos)
 
 
-def count_equal(path: Path, tensors: GGUFTensors) -> int:
+def count_equal(path: Path, tensors: Tensors) -> int:
     """How many tensors the file has, all as they were written. Raises UserError where one is not."""
     from gguf import GGUFReader
 

@@ -1,36 +1,33 @@
-"""A run as a GGUF file, which llama.cpp and Ollama read, and the Modelfile for the latter."""
+"""A run as a GGUF file, which llama.cpp and Ollama read."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from jobs.exporting.gguf.content import BLOCK, GGUFTensors, count_equal, write
-from jobs.exporting.gguf.llama_cpp import LlamaCpp, installed
+from jobs.exporting.gguf.content import BLOCK, DENSE, IN_BLOCKS, GGUFTensors, count_equal, write
+from jobs.exporting.gguf.layout import Layout
+from jobs.exporting.gguf.llama_cpp import BY_LLAMA_CPP, LlamaCpp, installed, quantize_file
+from jobs.exporting.gguf.ollama import write_modelfile
 from jobs.exporting.gguf.vocabulary import Vocabulary
 from jobs.exporting.held_out import MORE_LOSS, HeldOut
 from jobs.exporting.opening import Opened
 from jobs.exporting.tokens import samples_for
-from jobs.exporting.translated import translated
 from jobs.exporting.verifying import Difference, draft_of
-from models.pretrained.families import FAMILIES
-from models.transformer import Transformer
 from runtime.errors import UserError
 from runtime.extras import needs_package
-from runtime.storage.folders import write_file
 
-TYPES = ("f32", "f16", "bf16", "q8_0")
-LIMITS = {"f32": 1e-4, "f16": 2e-2, "bf16": 2e-2}  # of the largest logit
+TYPES = (*DENSE, *IN_BLOCKS, *BY_LLAMA_CPP)
+IN_16_BITS = 2e-2  # of the largest logit
 
 
-def check_packages() -> None:
-    """Raises UserError where what writes the file is not installed."""
+def check_packages(kind: str = "f32") -> None:
+    """Raises UserError where what writes a file of this kind is not installed."""
+    if kind in BY_LLAMA_CPP and not installed():
+        raise UserError(
+            f"--outtype {kind} is made by llama.cpp itself: pip install cyllama; q4_1 and q8_0 need no more"
+        )
     with needs_package("gguf", "export"):
         import gguf  # noqa: F401 - only whether it is there
-
-
-def modelfile_of(out: Path) -> Path:
-    """Where the Modelfile of a GGUF file lies."""
-    return out.with_suffix(".Modelfile")
 
 
 def export_file(
@@ -41,44 +38,35 @@ def export_file(
 
     Raises UserError for a model or a tokenizer that llama.cpp does not have, and where it computes something else.
     """
-    model, arch = _llama_shaped(opened)
-    vocabulary = Vocabulary.of(opened.base.tokenizer, model.config.vocab_size) if with_tokenizer else None
-    tensors = GGUFTensors(model, arch, kind)
+    layout = Layout.of(opened.model, opened.base.family)
+    vocabulary = Vocabulary.of(opened.base.tokenizer, opened.model.config.vocab_size) if with_tokenizer else None
+    tensors = GGUFTensors(layout, "f32" if kind in BY_LLAMA_CPP else kind)
     with draft_of(out) as draft:
         write(draft, opened.run.name, opened.template, tensors, vocabulary)
         told = [f"Verified with the gguf package: {count_equal(draft, tensors)} tensors are as they were written"]
-        told += _asked_of_llama_cpp(draft, opened, held_out, kind, vocabulary, allowed)
+        if kind in BY_LLAMA_CPP:
+            quantize_file(draft, kind)
+            told.append(f"llama.cpp has taken them to {kind}")
+        limit = {"f32": layout.limit, "f16": IN_16_BITS, "bf16": IN_16_BITS}.get(kind)
+        told += _asked_of_llama_cpp(draft, opened, held_out, limit, vocabulary, allowed) + layout.notes
         if tensors.odd:
-            told.append(f"In f16 instead, as q8_0 takes rows of {BLOCK} values: {', '.join(tensors.odd)}")
+            told.append(f"In f16 instead, as {kind} takes rows of {BLOCK} values: {', '.join(tensors.odd)}")
     if vocabulary:
-        write_file(modelfile_of(out), _modelfile(out, opened, vocabulary))
+        write_modelfile(out, opened, vocabulary)
     return told
 
 
-def _llama_shaped(opened: Opened) -> tuple[Transformer, str]:
-    """The model, and what llama.cpp calls its kind. Raises UserError where it has none."""
-    if opened.model.config.norm != "rms":
-        raise UserError(
-            "llama.cpp computes GELU from a table in half precision, so GPT-2 and ARCHITECTURE=gpt are not exported to "
-            "it; use --to hf, or train a base with ARCHITECTURE=llama TOKENIZER=bpe"
-        )
-    if not opened.base.family:
-        model, _ = translated(opened.model, None)
-        return model, "llama"
-    kind = next(name for name, family in FAMILIES.items() if family is opened.base.family)
-    if kind == "qwen3" and opened.model.config.has_bias("qkv"):
-        raise UserError("llama.cpp's qwen3 has no biases in attention, so this model is not exported to it")
-    return opened.model, "llama" if kind == "mistral" else kind
-
-
 def _asked_of_llama_cpp(
-    path: Path, opened: Opened, held_out: HeldOut, kind: str, vocabulary: Vocabulary | None, allowed: float
+    path: Path, opened: Opened, held_out: HeldOut, limit: float | None, vocabulary: Vocabulary | None, allowed: float
 ) -> list[str]:
-    """What llama.cpp makes of it. Raises UserError where that is something else than the run does."""
+    """What llama.cpp makes of it. limit: of the difference of logits, or None where the loss decides alone.
+
+    Raises UserError where that is something else than the run does.
+    """
     if not installed():
         return ["llama.cpp was not asked: pip install cyllama, and export again, to have it compared"]
     asked, told = LlamaCpp(path, max(opened.probe.shape[1], held_out.longest)), []
-    if limit := LIMITS.get(kind):
+    if limit:
         found = Difference.between("llama.cpp", asked.logits(opened.probe), opened.expected, limit)
         told.append(f"On random tokens, {found}")
     told.append(held_out.compare("llama.cpp", asked.logits, allowed))
@@ -89,12 +77,3 @@ def _asked_of_llama_cpp(
                 raise UserError(f"llama.cpp's tokens of {text[:20]!r} are others; nothing was saved")
         told.append(f"llama.cpp's tokens are the run's: {len(texts)} texts")
     return told
-
-
-def _modelfile(out: Path, opened: Opened, vocabulary: Vocabulary) -> bytes:
-    """What `ollama create` reads. A chat template is in the GGUF file; without one a prompt is passed on as it is."""
-    lines = [f"FROM ./{out.name}", f"PARAMETER num_ctx {opened.model.config.max_positions}"]
-    if opened.template is None:
-        lines.append('TEMPLATE "{{ .Prompt }}"')
-    lines += [f'PARAMETER stop "{vocabulary.tokens[i]}"' for i in opened.base.tokenizer.stop_ids]
-    return ("\n".join(lines) + "\n").encode()

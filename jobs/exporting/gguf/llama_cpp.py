@@ -1,8 +1,9 @@
-"""What llama.cpp makes of a GGUF file, where a binding of it is installed."""
+"""What llama.cpp makes of a GGUF file, and files that it makes itself, where a binding of it is installed."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -11,11 +12,31 @@ from torch import Tensor
 from runtime.errors import UserError
 
 BINDING = "cyllama"
+BY_LLAMA_CPP = ("q6_k", "q5_k_m", "q4_k_m")  # kinds of files whose tensors llama.cpp alone can write
 
 
 def installed() -> bool:
     """Whether llama.cpp can be asked here."""
     return importlib.util.find_spec(BINDING) is not None
+
+
+def quantize_file(path: Path, kind: str) -> None:
+    """Let llama.cpp put a file of fp32 into one of its own kinds, in its place. Raises UserError where it cannot."""
+    import gguf
+    from cyllama.llama import llama_cpp
+
+    llama_cpp.disable_logging()
+    params, small = llama_cpp.LlamaModelQuantizeParams(), path.with_name(f"{path.name}.small")
+    params.ftype, params.nthread = int(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]), torch.get_num_threads()
+    try:
+        llama_cpp.model_quantize(str(path), str(small), params)
+        with open(small, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(small, path)
+    except RuntimeError as error:
+        raise UserError(f"llama.cpp cannot take it to {kind}: {error}; nothing was saved") from None
+    finally:
+        small.unlink(missing_ok=True)
 
 
 class LlamaCpp:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from string import ascii_letters
 from typing import Any
 
 from data.pretrained_tokenizer import FILE, PretrainedTokenizer
@@ -66,6 +67,16 @@ class Vocabulary:
             lacks_bos=tokenizer.bos_id is None,
             puts_bos=tokenizer.encode("a")[:1] == [bos],
         )
+
+    @property
+    def letter(self) -> int:
+        """A token that is a plain letter."""
+        return next(i for i, token in enumerate(self.tokens) if token and len(token) == 1 and token in ascii_letters)
+
+    def template(self, own: str) -> str:
+        """A chat template for llama.cpp, which always has a token that begins a text: none is written where the
+        tokenizer has none."""
+        return "{% set bos_token = '' %}" + own if self.lacks_bos else own
 
 
 def _json_of(tokenizer: Tokenizer) -> bytes:

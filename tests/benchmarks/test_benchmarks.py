@@ -14,7 +14,7 @@ from benchmarks.scaling import table
 from benchmarks.workers import Group
 from runtime.errors import UserError
 
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 CALLS = {
     "lora_step": ("--sizes", "tiny", "--tokens", "64", "--rounds", "1"),
     "variants": ("--sizes", "tiny", "--tokens", "64", "--rounds", "1"),

@@ -14,7 +14,7 @@ from benchmarks.scaling_model import NETWORKS, SHAPES, Link, Network, Step
 from runtime.processes.launch import Launch
 from runtime.processes.world import World
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 SLOW = Link(1e-3, 1e6)
 FLAT = Network("flat", SLOW, SLOW, ports=8)
 
