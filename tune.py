@@ -139,7 +139,9 @@ def conclude(study: SharedStudy, base: Run, fixed: Fixed, seeds: Sequence[int]) 
     title = f"{study.folder.name}: best {best.value:.4f} with {told(best.params)}"
     if save_picture(study.folder / "study.png", draw_study, study.space, trials, found, title):
         print(f"Picture: {study.folder / 'study.png'}")
-    print(f"The best run again: {command_of(fixed.resolved(best.params).settings, base)}", flush=True)
+    here = base.folder.parent.resolve() == study.folder.parent.resolve()
+    again = command_of(fixed.resolved(best.params).settings, base.name if here else str(base.folder))
+    print(f"The best run again: {again}", flush=True)
     if seeds:
         losses = final(fixed, best.params, seeds)
         print(verdict(best.params, losses))
