@@ -106,7 +106,7 @@ def base_for(given: Resolved) -> Run:
 
 
 @contextmanager
-def helpers(jobs: int) -> Iterator[None]:
+def further_processes(jobs: int) -> Iterator[None]:
     """Further processes with the same command, each with its share of the cores. They get no Ctrl-C of their own, and
     are asked to stop when this one stops."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -166,7 +166,7 @@ def main() -> None:
     study = SharedStudy(fixed.folder, space, asked | {"base": base.name, "test_mode": default.test_mode})
     say(f"Searching {'; '.join(f'{v.name.upper()}={v}' for v in space)} on {base.name}; the study is in {fixed.folder}")
     try:
-        with helpers(options.jobs):
+        with further_processes(options.jobs):
             search(study, fixed, options.trials)
         if not options.only_trials:
             conclude(study, base, fixed, range(options.seed + 1, options.seed + 1 + options.seeds))
