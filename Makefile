@@ -19,6 +19,7 @@
 #   make browser-tests   reports and the playground in chromium, the latter as a person uses it; needs the system's:
 #                 apt-get install chromium chromium-driver
 #   make onnx-tests   ONNX graphs in onnxruntime, of export.py and of the template (fetches 120 MB into .venv; a minute)
+#   make tune-tests   tune.py with Optuna, and TRACK with TensorBoard and W&B offline (fetches 60 MB into .venv; a minute)
 
 PYTHON ?= python3
 VENV := .venv
@@ -26,7 +27,7 @@ PRETRAINED ?= HuggingFaceTB/SmolLM2-135M-Instruct
 TOUR := pretrained-folio
 BIN := $(VENV)/bin
 
-.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained three-texts two-machines onnx-tests browser-tests clean
+.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained three-texts two-machines onnx-tests browser-tests tune-tests clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python training.py
@@ -94,6 +95,10 @@ onnx-tests: $(VENV)/test.stamp
 browser-tests: $(VENV)/test.stamp
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-browser.txt
 	$(BIN)/python -m pytest -n 0 -rs -m browser
+
+tune-tests: $(VENV)/test.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-tune.txt -r requirements-tracking.txt
+	$(BIN)/python -m pytest -n 0 tests/commands/test_tune.py tests/commands/test_tracking.py
 
 $(VENV)/run.stamp: requirements.txt | $(VENV)/venv.stamp
 	@echo "Setting up $(VENV), once: torch and a few small packages"

@@ -193,7 +193,7 @@ def find_base(settings: Settings, given: Collection[str] = ()) -> Run | None:
 def base_settings(given: Resolved) -> Resolved:
     """The settings for training a base before a LoRA run: its shape and the machine as given, the rest as usual."""
     carried = (*SHAPE, "seed", "device", "dtype", "checkpoints_dir", "data_dir", "test_mode", "force")
-    carried += ("step_parts", "reduce", "shard", "collective_timeout")
+    carried += ("step_parts", "reduce", "shard", "collective_timeout", "track")
     values = {name: getattr(given.settings, name) for name in carried if given.explicit(name)}
     return Resolved(Settings.from_dict(values), {name.upper(): given.sources[name.upper()] for name in values})
 

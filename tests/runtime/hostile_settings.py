@@ -25,6 +25,7 @@ import generate
 import playground
 import report
 import serve
+import tune
 from runtime.errors import UsageError
 from runtime.processes.command import run_command
 from runtime.settings.config import Settings
@@ -40,6 +41,7 @@ TABLES: dict[str, type[Table]] = {
     "playground.py": playground.Options,
     "report.py": report.Options,
     "serve.py": serve.Options,
+    "tune.py": tune.Options,
 }
 TABLES |= {f"adapters.py {word}": table for word, table in adapters.COMMANDS.items()}
 TABLES |= {f"dataset.py {word}": table for word, table in dataset.COMMANDS.items()}
