@@ -12,7 +12,7 @@ Base and run get the same prompts, seeds and settings. Rules cannot tell whether
 
 from __future__ import annotations
 
-import runtime.start  # noqa: F401 - before what takes seconds to import
+import runtime.start  # before all that may be missing
 from jobs.judging.options import Options, check_flags
 from runtime.processes.command import run_command
 from runtime.settings.config import from_command_line
@@ -22,8 +22,8 @@ def main() -> None:
     """Run the command."""
     options = from_command_line(Options, __doc__).settings
     check_flags(options)
-    from jobs.judging.command import run  # torch takes a second, which --help and a wrong flag need not wait for
-
+    with runtime.start.importing():
+        from jobs.judging.command import run
     run(options)
 
 

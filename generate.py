@@ -16,7 +16,7 @@ python generate.py --instruction "Rewrite in First Folio spelling." --input "O f
 
 from __future__ import annotations
 
-import runtime.start  # noqa: F401 - before what takes seconds to import
+import runtime.start  # before all that may be missing
 from jobs.generating.options import Options, check_sources, check_strategy
 from runtime.processes.command import run_command
 from runtime.settings.config import from_command_line
@@ -27,8 +27,8 @@ def main() -> None:
     given = from_command_line(Options, __doc__)
     check_sources(given)
     check_strategy(given)
-    from jobs.generating.command import run  # torch takes a second, which --help and a wrong flag need not wait for
-
+    with runtime.start.importing():
+        from jobs.generating.command import run
     run(given)
 
 

@@ -9,40 +9,17 @@ python training.py --dry-run                tell how much memory it would take, 
 
 from __future__ import annotations
 
-import runtime.start  # noqa: F401 - before what takes seconds to import
-from jobs.exporting.pushing import Pushing
-from jobs.runs import fitting
-from jobs.runs.footprint import footprint
-from jobs.summaries.memory import summary_of_memory
-from jobs.summaries.result import print_next
-from jobs.training.train import begin, train
-from runtime.console import say
+import runtime.start  # before all that may be missing
 from runtime.processes.command import run_command
 from runtime.settings.config import Settings, from_command_line
-from runtime.settings.sources import Resolved
-
-
-def dry_run(given: Resolved) -> None:
-    """Print how much memory a run would take. Raises UserError where it would be refused."""
-    settings, (machine, base) = given.settings, begin(given)
-    if settings.adapting and not base:
-        say(f"There is no trained base in {settings.checkpoints_dir} yet; this is for the one that comes first")
-    plan, free = fitting.plan_with_batch(given, machine, base)
-    found = footprint(plan)
-    print(summary_of_memory(plan, found, fitting.free_told(free)))
-    fitting.check_fits(plan, found, free, settings.force)
 
 
 def main() -> None:
     """Run the command."""
     given = from_command_line(Settings, __doc__)
-    if given.settings.dry_run:
-        dry_run(given)
-    else:
-        pushing = Pushing(given.settings)
-        run = train(given, pushing)
-        pushing.end(run)
-        print_next(run)
+    with runtime.start.importing():
+        from jobs.training.command import run
+    run(given)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +41,15 @@ def raise_on_ctrl_c() -> None:
     """Undo `end_on_ctrl_c`: Ctrl-C raises KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """For imports that take a second, as torch's, which --help and a wrong flag need not wait for. Meanwhile Ctrl-C
+    ends the process at once."""
+    end_on_ctrl_c()
+    yield
+    raise_on_ctrl_c()
 
 
 def python_command() -> str:

@@ -12,6 +12,7 @@ from runtime.errors import UsageError
 from runtime.extras import needs_package
 from runtime.settings.config import CommonSettings, serve_api_key
 from runtime.settings.fields import setting
+from runtime.start import importing
 
 WHAT, WHERE, LIMITS = ({"group": title, "env": False} for title in ("What to serve", "Where", "Limits"))
 
@@ -43,7 +44,7 @@ def serve(options: ServerSettings, show: Callable[[str], None] | None = None) ->
     Raises UserError for what cannot be served, and whatever the engine fails with.
     """
     key, root = serve_api_key(), Path(options.checkpoints_dir)
-    with needs_package("uvicorn", "serve"), needs_package("starlette", "serve"):  # not before --help is done with
+    with importing(), needs_package("uvicorn", "serve"), needs_package("starlette", "serve"):
         from jobs.serving.app import Limits, Server
         from jobs.serving.engine import Engine
         from jobs.serving.listening import LOOPBACK, hosts_of, listen, run_until_told, stop, url_of

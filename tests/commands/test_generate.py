@@ -10,7 +10,7 @@ import pytest
 from command_line import run as run_process
 
 import generate
-import training
+from jobs.training import train as training
 from runtime.processes.command import run_command
 from runtime.progress import Patience
 from runtime.settings.config import EARLIER, Settings

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import generate
-import training
 from data.jsonlines import read_json_lines
 from jobs.generating.load import load
 from jobs.generating.results import ResultsFile
+from jobs.training import train as training
 from models.generation.beams import beam_search
 from models.generation.sampling import window_start
 from runtime.processes.command import run_command

@@ -10,7 +10,7 @@ import pytest
 
 import evaluate
 import generate
-import training
+from jobs.training import train as training
 from runtime.errors import UsageError
 from runtime.processes import alike
 from runtime.processes.command import run_command

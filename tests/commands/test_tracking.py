@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from command_line import ROOT, run
 
+from jobs.training.train import begin
 from runtime.errors import UserError
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
 from runtime.tracking.tracking import Tracking
 from runtime.tracking.wandb_log import logs_in
 from runtime.training.metrics import read_metrics
-from training import begin
 
 LACKING = [name for name in ("tensorboard", "wandb") if not find_spec(name)]
 tracked = pytest.mark.skipif(

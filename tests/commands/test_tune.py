@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from command_line import ROOT, run
 
-import training
 import tune
+from jobs.training import train as training
 from jobs.tuning.report import verdict
 from jobs.tuning.space import Values, space_of
 from runtime.errors import UsageError

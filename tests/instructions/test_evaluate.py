@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 import evaluate
 import generate
-import training
 from data.instructions.records import Record
 from data.instructions.spelling import score as spelling_score
 from jobs.generating.load import load
 from jobs.judging.rendering import shown
 from jobs.judging.scores import faithfulness
 from jobs.runs.source import load_source
+from jobs.training import train as training
 from runtime.processes.command import run_command
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved

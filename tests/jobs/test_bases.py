@@ -11,12 +11,12 @@ import pytest
 
 import jobs.runs.base
 import lora.adapter
-import training
 from jobs.adapting.adapted import open_adapters
 from jobs.comparing.comparison import make_method
 from jobs.generating.choice import choose
 from jobs.runs.base import find_base
 from jobs.runs.job import identity
+from jobs.training import train as training
 from runtime.device import pick_machine
 from runtime.errors import UserError
 from runtime.settings.config import Settings

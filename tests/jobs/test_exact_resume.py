@@ -20,9 +20,9 @@ import torch
 
 import jobs.runs.job
 import jobs.summaries.text
-import training
 from jobs.runs import loop
 from jobs.runs.job import Job
+from jobs.training import train as training
 from lora.variants.registry import VARIANTS
 from runtime.interrupt import InterruptedRunError
 from runtime.settings.config import Settings

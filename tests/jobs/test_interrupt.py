@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import training
 from jobs.runs import loop
+from jobs.training import train as training
 from runtime.interrupt import InterruptedRunError
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved

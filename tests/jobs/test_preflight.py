@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-import training
+from jobs.training import train as training
 from runtime import extras
 from runtime.errors import UsageError, UserError
 from runtime.settings.config import Settings

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import jobs.runs.job
-import training
 from jobs.runs import loop
 from jobs.runs.job import Job
+from jobs.training import train as training
 from lora.adapter import Adapter
 from lora.peft_format import CONFIG, TENSORS, load_adapter
 from models.stored import WEIGHTS

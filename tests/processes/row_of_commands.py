@@ -21,12 +21,14 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import _dynamo  # noqa: F401 - what the first optimizer would import, in every child anew
 
+import jobs.generating.command  # what commands need, once
+import jobs.judging.command
 import jobs.summaries.answers
 import jobs.summaries.text
-import training  # that and all it needs, once
+import jobs.training.command
 from jobs.runs import loop
 
-ROOT = Path(training.__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def meet_by(name: str) -> None:

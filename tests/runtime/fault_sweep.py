@@ -29,6 +29,7 @@ import torch.distributed as dist
 from faulty_disk import MODES, FaultyDisk, applies
 
 import jobs.summaries.text
+import jobs.training.command  # what training.py needs, once
 import training
 from jobs.runs import loop
 from lora.peft_format import load_adapter, save_adapter

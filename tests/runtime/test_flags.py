@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,7 @@ from runtime.settings.fields import Table, setting
 from runtime.settings.flags import subcommand
 from runtime.settings.sources import read_settings
 
+ROOT = Path(__file__).resolve().parents[2]
 HERE = {"group": "What", "env": False}
 
 
@@ -74,3 +78,8 @@ def test_the_first_word_says_which_command_is_meant(capsys):
     with pytest.raises(SystemExit) as end:
         subcommand(["-h"], commands, "\nThe text.\n")
     assert not end.value.code and capsys.readouterr().out == "The text.\n"
+
+
+def test_help_and_wrong_flags_do_not_wait_for_torch():
+    code = "import sys, training, generate, evaluate, serve, playground; sys.exit('torch' in sys.modules)"
+    assert not subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode
