@@ -12,6 +12,8 @@
 #   make speller  the Folio speller: a base, an adapter that rewrites modern lines in First Folio spelling (10 minutes
 #                 each of three seeds on 2 cores), and the verdict on all 4,462 held-out pairs
 #   make speller-pretrained   the same on SmolLM2-135M (an hour and a half on 2 cores)
+#   make guide    the runs and pictures of docs/zero-to-hero/ (10 minutes of one core), and whether its pages show what
+#                 their code prints
 #   make two-machines   two torchrun agents of two processes each, on two network namespaces of this machine where the
 #                 system allows that, else on loopback: the same weights as one process (a quarter of a minute)
 #   make onnx-tests   ONNX graphs in onnxruntime, of export.py and of the template (fetches 120 MB into .venv; a minute)
@@ -22,7 +24,7 @@ PRETRAINED ?= HuggingFaceTB/SmolLM2-135M-Instruct
 TOUR := pretrained-folio
 BIN := $(VENV)/bin
 
-.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained two-machines onnx-tests clean
+.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained guide two-machines onnx-tests clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python training.py
@@ -70,6 +72,10 @@ speller: $(VENV)/test.stamp
 speller-pretrained: $(VENV)/test.stamp
 	$(BIN)/python training.py --use-lora --base $(PRETRAINED) --dataset folio-pairs --epochs 1 --run-name speller-pretrained
 	$(BIN)/python evaluate.py speller-pretrained --limit 0 --max-new-tokens 60
+
+guide: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.guide_runs --record
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.guide --write
 
 two-machines: $(VENV)/run.stamp
 	$(BIN)/python -m benchmarks.two_machines
