@@ -180,9 +180,8 @@ def main() -> None:
         text = page.read_text("utf-8")
         others = list(compared(text, printed, with_marked=True))
         for block, output in others:
-            print(
-                f"{page.relative_to(ROOT)}, line {block.line}: shown\n{block.shown or ''}printed\n{output or 'an error, which is above'}"
-            )
+            found = "an error, which is above" if output is None else output
+            print(f"{page.relative_to(ROOT)}, line {block.line}: shown\n{block.shown or ''}printed\n{found}")
         if options.write and others:
             folders.write_file(page, rewritten(text, others).encode())
         wrong += len(others)

@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.contest import close
 from benchmarks.runs import ROOT, RUNS, train
 from data.corpora import distinct_words, load_corpus, words
 from jobs.generating.load import load
-from runtime.device import machine_name
 from runtime.pictures import new_figure, save_picture
 from runtime.processes.command import run_command
-from runtime.storage import folders
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from models.transformer import Transformer
+
+Record = dict[str, dict[str, dict[str, float]]]
 
 BASE = {"n_layer": 2, "n_embd": 64, "block_size": 64, "max_iters": 1000}
 ADAPTER = {"use_lora": True, "max_iters": 300}
@@ -67,11 +70,12 @@ TEMPERATURES = (0.2, 0.5, 0.8, 1.0, 1.5)
 def name_of(settings: dict) -> str:
     """The run's name, made of what its settings change."""
     parts = [f"{key.removeprefix('lora_')}-{value}" for key, value in settings.items()]
-    return "-".join(["guide", *parts]).replace("_", "-").replace(",", "+").replace("+", "-")
+    return "-".join(["guide", *parts]).replace("_", "-").replace(",", "-")
 
 
 def adapt(settings: dict) -> dict[str, float]:
-    """Adapt the base with these settings; returns what the run came to."""
+    """Adapt the base with these settings; returns the loss over the held-out text, that of the base, and the highest of
+    a step."""
     name = name_of(settings)
     result = train(name, **{"base": "guide-base", "dataset": "folio"} | ADAPTER | settings)
     lines = (RUNS / name / "metrics.jsonl").read_text("utf-8").splitlines()
@@ -79,70 +83,86 @@ def adapt(settings: dict) -> dict[str, float]:
     return {"loss": result["val_loss"], "base": result["base_val_loss"], "highest": highest}
 
 
-def sampled(run: str, data_dir: Path) -> dict[str, dict[str, float]]:
-    """For each temperature: the share of a sample's words that the text has, and of its words that are new in it."""
-    model, _ = load(run, RUNS)
-    known, found = distinct_words(load_corpus("folio", data_dir).text), {}
-    for temperature in TEMPERATURES:
-        made = words(" ".join(model.generate_text("\n", 1000, seed, temperature=temperature) for seed in range(5)))
-        real = sum(word in known for word in made) / len(made)
-        found[f"{temperature:g}"] = {"words of the text": real, "distinct": len(set(made)) / len(made)}
+def sample(model: Transformer, known: set[str], temperature: float) -> dict[str, float]:
+    """Five texts of 1,000 characters: the share of their words that are known, and of those that are new in them."""
+    made = words(" ".join(model.generate_text("\n", 1000, seed, temperature=temperature) for seed in range(5)))
+    return {"known": sum(word in known for word in made) / len(made), "new": len(set(made)) / len(made)}
+
+
+def row_of(sweep: str, row: str, figures: dict[str, float]) -> dict:
+    """A row of the record. What stands first among the figures is what it is of."""
+    first, value = next(iter(figures.items()))
+    spread = {"median": value, "min": value, "max": value}
+    return {"what": f"{sweep} {row}: {first}", "sweep": sweep, "row": row, "figures": figures} | spread
+
+
+def recorded() -> Record:
+    """What `--record` kept: {sweep: {row: its figures}}."""
+    found: Record = {}
+    for row in json.loads((ROOT / "benchmarks/results/guide.json").read_bytes())["rows"]:
+        found.setdefault(row["sweep"], {})[row["row"]] = row["figures"]
     return found
 
 
-def rows_of(record: dict, sweep: str) -> dict[str, float]:
-    """{row: its loss} of a sweep."""
-    return {row: found["loss"] for row, found in record["sweeps"][sweep].items()}
+def losses_of(record: Record, sweep: str) -> dict[str, float]:
+    """{row: its loss} of a sweep: where the rows are numbers, in their order."""
+    rows = record[sweep]
+    in_order = sorted(rows, key=float) if all(re.fullmatch(r"[\d.]+", row) for row in rows) else rows
+    return {row: rows[row]["loss"] for row in in_order}
 
 
-def draw_settings(record: dict) -> Figure:
+def print_sweeps(*sweeps: str) -> None:
+    """Print the recorded losses of sweeps with the same rows as a table in Markdown, a line for each."""
+    losses = {sweep: losses_of(recorded(), sweep) for sweep in sweeps}
+    head = list(losses[sweeps[0]])
+    print(f"| {sweeps[0]} | {' | '.join(head)} |\n|{'---|' * (len(head) + 1)}")
+    for sweep, found in losses.items():
+        name = "loss" if len(losses) == 1 else sweep
+        print(f"| {name} | {' | '.join(f'{found[row]:.3f}' for row in head)} |")
+
+
+def draw_settings(record: Record) -> Figure:
     """A panel for each setting, with one scale for all losses."""
-    shared = record["sweeps"]["rank"]["8"]
-    best = min(rows_of(record, "full").values())
+    base, best = record["rank"]["8"]["base"], min(losses_of(record, "full").values())
     figure = new_figure("What each setting changes: loss on the First Folio after 300 steps", (9, 5))
     names = ("rank", "alpha", "dropout", "targets", "bias", "learning rate")
     for axes, name in zip(figure.subplots(2, 3, sharey=True).flat, names, strict=True):
-        _draw(axes, record, [name])
-        axes.axhline(shared["base"], c="0.6", ls=":", lw=1)
+        _draw(axes, losses_of(record, name), name)
+        axes.axhline(base, c="0.6", ls=":", lw=1)
         axes.axhline(best, c="0.6", ls="--", lw=1)
-        axes.set_xlabel(name, fontsize=9)
-        axes.tick_params(labelsize=7)
-    figure.axes[0].set_ylim(best - 0.02, shared["base"] + 0.1)
-    figure.axes[0].text(0, shared["base"] + 0.01, "the base, not adapted", fontsize=7, c="0.4")
-    figure.axes[0].text(0, best + 0.01, "all weights trained", fontsize=7, c="0.4")
+    figure.axes[0].set_ylim(best - 0.04, base + 0.1)
+    figure.axes[0].text(0, base + 0.01, "the base, not adapted", fontsize=7, c="0.4")
+    figure.axes[0].text(0, best + 0.005, "all weights trained", fontsize=7, c="0.4")
     return figure
 
 
-def draw_ranks(record: dict) -> Figure:
+def draw_ranks(record: Record) -> Figure:
     """Loss over rank for three ways to scale."""
-    figure = new_figure("Loss by rank, for three scales of the update", (5, 3.2))
+    figure = new_figure("Loss on the First Folio by rank, for three scales of the update", (6, 3.5))
     axes = figure.subplots()
-    _draw(axes, record, ["rank", "rank, alpha = 2 rank", "rank, rslora"])
-    axes.set_xlabel("rank", fontsize=9)
+    for sweep in ("rank", "rank, alpha = 2 rank", "rank, rslora"):
+        _draw(axes, losses_of(record, sweep), "rank")
     axes.legend(["alpha / rank, alpha = 16", "alpha / rank, alpha = 2 rank", "rsLoRA, alpha = 16"], fontsize=8)
     axes.grid(alpha=0.3)
     return figure
 
 
-def _draw(axes: Axes, record: dict, sweeps: list[str]) -> None:
-    for sweep in sweeps:
-        losses = rows_of(record, sweep)
-        if sweep == "learning rate":
-            losses = dict(sorted(losses.items(), key=lambda row: float(row[0])))
-        axes.plot(list(losses), list(losses.values()), "-o", ms=4)
-
-
-def draw_samples(record: dict) -> Figure:
+def draw_samples(record: Record) -> Figure:
     """What the temperature does to a sample's words."""
-    figure = new_figure("1,000 characters, five times, at each temperature", (5, 3.2))
+    figure = new_figure("Words of 5,000 characters, by temperature", (6, 3.5))
     axes = figure.subplots()
-    for name in ("words of the text", "distinct"):
-        axes.plot(list(record["samples"]), [100 * row[name] for row in record["samples"].values()], "-o", ms=4)
-    axes.set_xlabel("temperature", fontsize=9)
-    axes.set_ylabel("% of the sample's words", fontsize=9)
+    for name in ("known", "new"):
+        _draw(axes, {row: 100 * found[name] for row, found in record["temperature"].items()}, "temperature")
+    axes.set_ylabel("% of the words", fontsize=9)
     axes.legend(["are words of the First Folio", "occur for the first time"], fontsize=8)
     axes.grid(alpha=0.3)
     return figure
+
+
+def _draw(axes: Axes, values: dict[str, float], name: str) -> None:
+    axes.plot(list(values), list(values.values()), "-o", ms=4)
+    axes.set_xlabel(name, fontsize=9)
+    axes.tick_params(labelsize=7)
 
 
 PICTURES = {"settings": draw_settings, "ranks": draw_ranks, "temperature": draw_samples}
@@ -153,21 +173,20 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--record", action="store_true", help="keep the figures and draw the pictures")
     flags.add_argument("--data-dir", type=Path, default=Path("data/cache"), help="folder of downloaded texts")
-    options = flags.parse_args()
+    options, rows = flags.parse_args(), []
     train("guide-base", **BASE)
     train("guide-base-bias", **BASE, bias=True)
-    record: dict = {"machine": machine_name(), "date": time.strftime("%Y-%m-%d"), "sweeps": {}}
-    for sweep, rows in SWEEPS.items():
-        record["sweeps"][sweep] = {row: adapt(settings) for row, settings in rows.items()}
+    for sweep, settings in SWEEPS.items():
+        rows += [row_of(sweep, row, adapt(changed)) for row, changed in settings.items()]
         print(
-            f"{sweep:<22}", ", ".join(f"{row}: {loss:.4f}" for row, loss in rows_of(record, sweep).items()), flush=True
+            f"{sweep:<22}", ", ".join(f"{r['row']}: {r['median']:.4f}" for r in rows if r["sweep"] == sweep), flush=True
         )
-    record["samples"] = sampled(name_of({}), options.data_dir)
-    print(record["samples"])
+    model, known = load(name_of({}), RUNS)[0], distinct_words(load_corpus("folio", options.data_dir).text)
+    rows += [row_of("temperature", f"{t:g}", sample(model, known, t)) for t in TEMPERATURES]
+    close("guide", rows, options.record)
     if options.record:
-        folders.write_file(ROOT / "benchmarks/results/guide.json", (json.dumps(record, indent=1) + "\n").encode())
         for name, draw in PICTURES.items():
-            save_picture(ROOT / f"docs/pictures/guide-{name}.png", draw, record)
+            save_picture(ROOT / f"docs/pictures/guide-{name}.png", draw, recorded())
 
 
 if __name__ == "__main__":
