@@ -61,12 +61,17 @@ def test_what_counts_as_the_same(shown, printed, alike):
     assert same(shown, printed) == alike
 
 
+def prose_of(text: str) -> str:
+    """A page without its blocks."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
 def commands_of(text: str) -> Iterator[str]:
     """The commands in blocks of sh, and those in the middle of a sentence."""
     for block in blocks_of(text):
         if block.kind == "sh":
             yield from block.code.splitlines()
-    yield from INLINE.findall(re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    yield from INLINE.findall(prose_of(text))
 
 
 def check_command(line: str) -> None:
@@ -97,7 +102,7 @@ def test_the_commands_of_a_page_have_these_flags(page):
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
 def test_the_links_of_a_page_lead_somewhere(page):
-    for path, place in LINK.findall(page.read_text("utf-8")):
+    for path, place in LINK.findall(prose_of(page.read_text("utf-8"))):
         target = page.parent / path
         assert target.is_file(), f"{page.name}: {path}"
         headings = re.findall(r"^#+ (.+)$", target.read_text("utf-8"), re.MULTILINE) if place else []
