@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.guide import ROOT, blocks_of, compared, pages, printed_blocks, same, write_programs
+from benchmarks.guide_runs import SWEEPS, recorded
 from runtime.settings.sources import read_settings
 from tests.runtime.hostile_settings import TABLES
 from tests.warm import run
@@ -59,6 +60,11 @@ def test_a_page_shows_what_its_code_prints(printed, page):
 )
 def test_what_counts_as_the_same(shown, printed, alike):
     assert same(shown, printed) == alike
+
+
+def test_the_record_has_the_runs_that_are_asked_for():
+    record = recorded()
+    assert {sweep: list(record[sweep]) for sweep in SWEEPS} == {sweep: list(rows) for sweep, rows in SWEEPS.items()}
 
 
 def prose_of(text: str) -> str:
