@@ -14,9 +14,14 @@
 #   make speller-pretrained   the same on SmolLM2-135M (an hour and a half on 2 cores)
 #   make guide    the runs and pictures of docs/zero-to-hero/ (10 minutes of one core), and whether its pages show what
 #                 their code prints
+#   make three-texts   the README's picture: a base, adapters of the First Folio, of Milton and of Python's documentation, and
+#                 what each makes of one prompt (about 3 minutes)
 #   make two-machines   two torchrun agents of two processes each, on two network namespaces of this machine where the
 #                 system allows that, else on loopback: the same weights as one process (a quarter of a minute)
+#   make browser-tests   reports and the playground in chromium, the latter as a person uses it; needs the system's:
+#                 apt-get install chromium chromium-driver
 #   make onnx-tests   ONNX graphs in onnxruntime, of export.py and of the template (fetches 120 MB into .venv; a minute)
+#   make tune-tests   tune.py with Optuna, and TRACK with TensorBoard and W&B offline (fetches 60 MB into .venv; a minute)
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,7 +29,7 @@ PRETRAINED ?= HuggingFaceTB/SmolLM2-135M-Instruct
 TOUR := pretrained-folio
 BIN := $(VENV)/bin
 
-.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained guide two-machines onnx-tests clean
+.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained guide three-texts two-machines onnx-tests browser-tests tune-tests clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python training.py
@@ -77,12 +82,29 @@ guide: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.guide_runs --record
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.guide --write
 
+three-texts: $(VENV)/test.stamp
+	mkdir -p data/cache
+	$(BIN)/python -c 'from pydoc_data.topics import topics; print("\n\n".join(topics.values()).encode("ascii", "ignore").decode())' \
+		> data/cache/pydoc.txt
+	$(BIN)/python training.py
+	for text in folio milton data/cache/pydoc.txt; do $(BIN)/python training.py --use-lora --dataset $$text || exit 1; done
+	$(BIN)/python -m benchmarks.three_texts --adapters lora-folio-r8 lora-milton-r8 lora-pydoc-r8 \
+		--out docs/pictures/three-texts.png
+
 two-machines: $(VENV)/run.stamp
 	$(BIN)/python -m benchmarks.two_machines
 
 onnx-tests: $(VENV)/test.stamp
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-onnx.txt
 	$(BIN)/python -m pytest -n 0 tests/pretrained/test_export_onnx.py tests/commands/test_templates.py -k "onnx or exported"
+
+browser-tests: $(VENV)/test.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-browser.txt
+	$(BIN)/python -m pytest -n 0 -rs -m browser
+
+tune-tests: $(VENV)/test.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-tune.txt -r requirements-tracking.txt
+	$(BIN)/python -m pytest -n 0 tests/commands/test_tune.py tests/commands/test_tracking.py
 
 $(VENV)/run.stamp: requirements.txt | $(VENV)/venv.stamp
 	@echo "Setting up $(VENV), once: torch and a few small packages"

@@ -174,10 +174,9 @@ class Merge(Command):
         how = {}
         if (form := form_of(adapted.base.model)) != "none":
             adapted, how = self.dense(adapted, form, windows), {"trained_on": form, "onto": self.onto}
-        run, errors = making.merge_run(adapted, self.root / self.out, windows[:1], **how)
+        run, difference = making.merge_run(adapted, self.root / self.out, windows[0], **how)
         print(f"{run.artifact}: {adapted.base.run.name} with {self.name} merged into it")
-        off = max(errors.read_back, errors.rounding)
-        if off > making.TOLERANCE:
+        if (off := difference.found) > making.TOLERANCE:
             dtype = str(adapted.base.model.token_embedding.weight.dtype).removeprefix("torch.")
             told = (
                 f"{off:.1e} of the largest, which is what rounding the weights to {dtype} costs, as its base has them"

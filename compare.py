@@ -51,6 +51,7 @@ INSTEAD = {  # flags of training.py that a comparison would ignore: what to do i
     "patience": "all methods take all steps",
     "save_interval": "it saves no checkpoints",
     "keep_checkpoints": "it saves no checkpoints",
+    "track": "its files tell all of it",
     **dict.fromkeys(("push_to_hub", "push_strategy", "push_private"), "it makes nothing to push"),
 }
 BEST = {"lora": {"learning_rate": 8e-3}}  # of the grid in benchmarks/README.md; all others' are their defaults

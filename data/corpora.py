@@ -64,6 +64,9 @@ class Corpus:
         return Corpus(self.name, self.train[:train_chars], self.validation[:validation_chars])
 
 
+WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+
+
 def words(text: str) -> list[str]:
     """The words of a text in their order, in lower case: letters, with apostrophes only inside (o'er, but tis)."""
     return [match[0] for match in _each_word(text)]
@@ -75,7 +78,7 @@ def distinct_words(text: str) -> set[str]:
 
 
 def _each_word(text: str) -> Iterator[re.Match]:
-    return re.finditer(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text.lower())
+    return WORD.finditer(text.lower())
 
 
 def _read_verified(path: Path, digest: str) -> bytes | None:

@@ -13,11 +13,12 @@ from lora.variants.lora import LoRA
 from runtime.errors import UsageError
 from runtime.extras import bitsandbytes
 from runtime.training import adamw8bit
+from runtime.training.adamw import AdamW
 from runtime.training.muon import Muon, MuonSettings
 from runtime.training.paged_adamw import PagedAdamW
 
 LEAN = {"adamw8bit": adamw8bit.AdamW8bit, "paged_adamw": PagedAdamW}  # AdamW whose moments take less of a device
-ADAMW = LEAN | {"adamw": partial(torch.optim.AdamW, fused=True)}  # by OPTIMIZER's names
+ADAMW = LEAN | {"adamw": AdamW}  # by OPTIMIZER's names
 
 
 def active_variants(model: nn.Module) -> dict[type[LoRA], list[LoRA]]:

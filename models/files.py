@@ -6,7 +6,8 @@ Both are ours or a family's (`models/pretrained/families.py`); `config.json` tel
 from __future__ import annotations
 
 from collections import ChainMap, Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from runtime.storage.encoding import read_json, to_json
 from runtime.storage.folders import CorruptedError, Files, plain_errors, read_content
 from runtime.storage.quantized import Quantized, config_of_form, quantize
 from runtime.storage.tensors import NAMES as DTYPE_NAMES
-from runtime.storage.tensors import TensorFile, differences, fingerprint, pack
+from runtime.storage.tensors import LazyTensors, TensorFile, described_of, differences, fingerprint, pack
 
 CONFIG = "config.json"
 KEPT = (CONFIG, "generation_config.json")  # what a model that is made from a pretrained one has of its files
@@ -85,33 +86,37 @@ def _stored_dtype(folder: Path, values: Mapping[str, Any], form: str) -> torch.d
     return said if isinstance(said, torch.dtype) else torch.float32
 
 
-def to_files(model: Transformer, like: Files | None = None) -> Files:
+def to_files(model: Transformer, like: Files | None = None, tensors: Mapping[str, Tensor] | None = None) -> Files:
     """The model's base as files, ready to be committed; adapters are not in it.
 
-    like: files of the base that it was made from, whose format and config it keeps; without any they are ours. Raises
-    UserError for a head that is tied against the config.
+    like: files of the base that it was made from, whose format and config it keeps; without any they are ours. tensors:
+    what is written instead of the model's own, by its names, as with its adapters merged. Raises UserError for a head
+    that is tied against the config.
     """
-    tensors, tied = base_tensors(model), model.lm_head.weight is model.token_embedding.weight
+    tensors = base_tensors(model) if tensors is None else tensors
+    tied = model.lm_head.weight is model.token_embedding.weight
     if tied != model.config.tied_head:
         shared = "share one weight" if tied else "have two weights"
         raise UserError(f"lm_head and token_embedding {shared}, and the model's config has tied_head={not tied}")
-    if tied:
-        del tensors[HEAD]
+    described = {name: tensor for name, tensor in described_of(tensors).items() if not (tied and name == HEAD)}
     values = read_json(like[CONFIG], CONFIG) if like else {}
     if not (family := family_of(values, CONFIG) if values else None):
-        return {CONFIG: to_json(model.config.as_dict()), WEIGHTS: pack(_file_tensors(tensors, None))}
-    described = ("dtype", "torch_dtype", "quantization_config")
-    values = {name: value for name, value in values.items() if name not in described}
-    values["torch_dtype"] = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
-    if (form := form_of(model)) != "none":
+        return {CONFIG: to_json(model.config.as_dict()), WEIGHTS: pack(_file_tensors(described, tensors, None))}
+    of_weights = ("dtype", "torch_dtype", "quantization_config")
+    values = {name: value for name, value in values.items() if name not in of_weights}
+    values["torch_dtype"] = str(described[EMBEDDING].dtype).removeprefix("torch.")
+    if (form := _form_among(described.values())) != "none":
         values["quantization_config"] = config_of_form(form, values["torch_dtype"])
-    return {**like, CONFIG: to_json(values), WEIGHTS: pack(_file_tensors(tensors, family), {"format": "pt"})}
+    return {**like, CONFIG: to_json(values), WEIGHTS: pack(_file_tensors(described, tensors, family), {"format": "pt"})}
 
 
 def form_of(model: Transformer) -> str:
     """The form in which the matrices inside the blocks are stored: nf4, int8, or none of these."""
-    forms = (p.form for p in model.parameters() if isinstance(p, Quantized))
-    return next(forms, "none")
+    return _form_among(model.parameters())
+
+
+def _form_among(tensors: Iterable[Tensor]) -> str:
+    return next((tensor.form for tensor in tensors if isinstance(tensor, Quantized)), "none")
 
 
 def dequantize(model: Transformer) -> None:
@@ -122,18 +127,25 @@ def dequantize(model: Transformer) -> None:
             setattr(model.get_submodule(path), leaf, torch.nn.Parameter(p.dense(), requires_grad=False))
 
 
-def _file_tensors(tensors: Mapping[str, Tensor], family: Family | None) -> dict[str, Tensor]:
-    """The tensors by the names that they have in a file of this family's."""
-    found = {}
-    for name, tensor in tensors.items():
+def _file_tensors(described: Mapping[str, Tensor], tensors: Mapping[str, Tensor], family: Family | None) -> LazyTensors:
+    """The tensors that are described, by the names that they have in a file of this family's."""
+    theirs, make = {}, {}
+    for name, tensor in described.items():
         path, _, leaf = name.rpartition(".")
         place = family.theirs(path) if family else path
         if isinstance(tensor, Quantized):
-            found |= {f"{place}.{part}": values for part, values in tensor.parts.items()}
+            parts = {f"{place}.{part}": values for part, values in tensor.parts.items()}
+            theirs |= parts
+            make |= {part: partial(parts.get, part) for part in parts}
         else:
-            transposed = family and leaf == "weight" and family.is_transposed(path)
-            found[f"{place}.{leaf}"] = tensor.t() if transposed else tensor
-    return found
+            transposed = bool(family) and leaf == "weight" and family.is_transposed(path)
+            theirs[f"{place}.{leaf}"] = tensor.t() if transposed else tensor
+            make[f"{place}.{leaf}"] = partial(_made, tensors, name, transposed)
+    return LazyTensors(theirs, make)
+
+
+def _made(tensors: Mapping[str, Tensor], name: str, transposed: bool) -> Tensor:
+    return tensors[name].t() if transposed else tensors[name]
 
 
 def load_weights(model: Transformer, files: Files, where: str) -> None:

@@ -6,6 +6,8 @@ import os
 import sys
 import warnings
 
+from runtime.settings.terminal import can_draw_over, wants_colours
+
 _silent = False
 
 
@@ -16,8 +18,21 @@ def say(message: str) -> None:
 
 
 def is_terminal() -> bool:
-    """Whether a person sees what is drawn on stderr."""
-    return not _silent and sys.stderr.isatty()
+    """Whether a person sees what is drawn on stderr, one thing over another."""
+    return not _silent and sys.stderr.isatty() and can_draw_over()
+
+
+def terminal_width() -> int:
+    """How many characters fit into a line of what is drawn there."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):  # whatever stands for stderr has no width
+        return 80
+
+
+def has_colours() -> bool:
+    """Whether what is drawn there may be coloured."""
+    return is_terminal() and wants_colours()
 
 
 def silence() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,16 +11,18 @@ import torch
 from data.corpora import CORPORA
 from data.pretrained_tokenizer import TEMPLATE
 from jobs.adapting.adapted import Adapted, Base, check_free, metadata_of_made, publish, shared_template, texts_of
+from jobs.exporting.opening import LENGTH, ROWS, logits
+from jobs.exporting.verifying import Difference
 from jobs.runs.job import to_adapter_files, to_model_files
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
 from lora.attach import detach
 from lora.combine import Combined, combine
-from lora.merge import merge
+from lora.merge import MergedTensors
 from models import files as model_files
 from models.files import form_of
 from models.pretrained.families import family_with
-from models.transformer import Transformer
+from models.stored import StoredTensors
 from runtime.device import Machine
 from runtime.errors import UserError, join_problems
 from runtime.storage import folders
@@ -28,25 +31,6 @@ from runtime.training.batch import Batch
 from runtime.training.steps import evaluate
 
 TOLERANCE = 1e-4  # of the largest logit: sums in another order differ by less than a tenth of it in fp32
-
-
-@torch.no_grad()
-def _logits(model: Transformer, windows: list[Batch]) -> torch.Tensor:
-    """Logits on some held-out text in fp32, (windows, T, V)."""
-    return torch.cat([model.eval()(window.tokens)[0].float() for window in windows])
-
-
-@dataclass(frozen=True)
-class MergeErrors:
-    """How far logits are off, as shares of the largest: what was read back from what was merged, and that from base and
-    adapter, which in a base stored with less precision than fp32 is mostly the rounding of its weights."""
-
-    read_back: float
-    rounding: float
-
-
-def _off(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def dense_bases(adapted: Adapted) -> dict[str, Adapted]:
@@ -68,37 +52,39 @@ def loss_with(adapted: Adapted, windows: list[Batch], machine: Machine) -> float
     return found
 
 
-def merge_run(adapted: Adapted, folder: Path, windows: list[Batch], **how: str) -> tuple[Run, MergeErrors]:
+def merge_run(adapted: Adapted, folder: Path, window: Batch, **how: str) -> tuple[Run, Difference]:
     """A run that needs no adapter, in the format and the dtype of its base, which is dense, and how far its logits are
-    off. how: what its run.json says of it besides.
+    off from base and adapter on some rows of the window. how: what its run.json says of it besides.
 
-    The weights that were written are read back and compared on the windows. Raises UserError where they differ by
-    more than TOLERANCE, and where weights in fp32 are off by more from base and adapter; there is then no new run.
+    Every tensor is merged when it is written, and read back. Raises UserError where one is not as it was written, and
+    where logits are off by more than TOLERANCE although no value was rounded; there is then no new run.
     """
     check_free(folder)
-    model, adapter, base = adapted.base.model, adapted.adapter, adapted.base
+    model, adapter, base = adapted.base.model.eval(), adapted.adapter, adapted.base
     texts, origin = texts_of(adapted.run), {"how": "merge", "adapter": adapted.run.name, "sha256": adapter.sha256} | how
     about = metadata_of_made(folder.parent, "full", base, adapter, texts, origin) | shared_template([adapted.run])
     adapter.attach_to(model, base_sha256=base.sha256)
-    unmerged = _logits(model, windows)
-    merge(model)
-    merged, files = _logits(model, windows), to_model_files(model, base.tokenizer, base) | _written(about)
-    errors = MergeErrors(0.0, _off(merged, unmerged))
+    probe, tensors = window.tokens[:ROWS, :LENGTH], MergedTensors(model)
+    files = to_model_files(model, base.tokenizer, base, tensors) | _written(about)
+    expected, found = logits(model, probe), None
 
     def verify(run: Run) -> None:
-        nonlocal errors
-        files = model_files.from_files(run.read(), str(run.artifact), dtype=None)
-        errors = replace(errors, read_back=_off(_logits(files, windows), merged))
-        rounds = any(p.dtype.itemsize < 4 for p in model.parameters())
-        wrong = max(errors.read_back, 0.0 if rounds else errors.rounding)
-        if not wrong <= TOLERANCE:
-            raise UserError(
-                f"the merged weights differ from base and adapter by {wrong:.1e} of the largest logit, more than "
-                f"{TOLERANCE:g}; nothing was saved"
-            )
+        nonlocal found
+        written, where = run.read(), str(run.artifact)
+        _check_equal(model_files.stored_tensors(written, where, model.config), tensors)
+        detach(model, "default")
+        model_files.load_weights(model, written, where)
+        limit = math.inf if tensors.rounded else TOLERANCE
+        found = Difference.between("the merged weights", logits(model, probe), expected, limit)
 
     result = {key: value for key, value in adapted.run.result.items() if key in ("val_loss", "bits_per_character")}
-    return publish(folder, about, files, result, verify), errors
+    return publish(folder, about, files, result, verify), found
+
+
+def _check_equal(stored: StoredTensors, tensors: MergedTensors) -> None:
+    """Raises UserError where a tensor is not in the files as it was merged."""
+    if wrong := [name for name in tensors if not torch.equal(stored[name], tensors[name])]:
+        raise UserError(f"{join_problems(wrong)}: not in the files as it was merged; nothing was saved")
 
 
 def quantize_run(base: Base, folder: Path) -> Run:

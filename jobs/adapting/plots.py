@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,22 +16,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def _grid(sizes: dict[str, DeltaSize], of: str) -> tuple[list[str], list[str], np.ndarray]:
-    """Values by block (rows) and kind of linear (columns); NaN where there is none."""
+def grid_of(sizes: Mapping[str, DeltaSize], of: str) -> tuple[list[str], list[str], np.ndarray]:
+    """Values by block or head (rows) and kind of linear (columns); NaN where there is none."""
     split = {path: path.rpartition(".")[::2] for path in sizes}
     places = [(parent.removeprefix("blocks.").split(".")[0] or "-", leaf) for parent, leaf in split.values()]
     rows, columns = (list(dict.fromkeys(place[i] for place in places)) for i in (0, 1))
     grid = np.full((len(rows), len(columns)), np.nan)
     for (row, column), value in zip(places, sizes.values(), strict=True):
         grid[rows.index(row), columns.index(column)] = getattr(value, of)
-    return rows, columns, grid
+    return [f"block {row}" if row != "-" else "head" for row in rows], columns, grid
 
 
 def _heat(axes: Axes, sizes: dict[str, DeltaSize], of: str, title: str, form: str) -> None:
-    rows, columns, grid = _grid(sizes, of)
+    rows, columns, grid = grid_of(sizes, of)
     picture = axes.imshow(grid, cmap="viridis", aspect="auto", vmin=0)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
-    axes.set_yticks(range(len(rows)), [f"block {row}" if row != "-" else "head" for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
     for (i, j), value in np.ndenumerate(grid):
         if not np.isnan(value) and len(rows) <= 32:
             light = value > 0.6 * np.nanmax(grid)
@@ -41,7 +42,7 @@ def _heat(axes: Axes, sizes: dict[str, DeltaSize], of: str, title: str, form: st
 
 def draw_sizes(sizes: dict[str, DeltaSize], title: str) -> Figure:
     """How much of each weight an adapter changes, and in how many directions."""
-    height = 2 + 0.35 * len(_grid(sizes, "norm")[0])
+    height = 2 + 0.35 * len(grid_of(sizes, "norm")[0])
     figure = new_figure(title, (12, height))
     left, right = figure.subplots(1, 2)
     _heat(left, sizes, "relative", "size of the change, as a share of the weight's", "{:.2f}")

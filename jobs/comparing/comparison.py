@@ -15,11 +15,11 @@ from lora.attach import activate
 from runtime.console import say
 from runtime.device import Machine
 from runtime.errors import UserError
+from runtime.progress import Progress
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
 from runtime.storage.runs import Run
 from runtime.training.batch import Batch
-from runtime.training.metrics import Progress
 from runtime.training.steps import Stepper, evaluate
 
 PHASES = ("forward", "backward", "optimizer")

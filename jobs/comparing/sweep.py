@@ -21,10 +21,10 @@ from lora.attach import attach
 from models.config import ModelConfig
 from models.transformer import Transformer
 from runtime.device import Machine
+from runtime.progress import Progress
 from runtime.settings.config import Settings
 from runtime.storage import folders
 from runtime.storage.encoding import read_json
-from runtime.training.metrics import Progress
 from runtime.training.steps import Stepper
 
 VOCABULARY = 96  # of the character tokenizer

@@ -17,9 +17,9 @@ from jobs.exporting.opening import Opened, logits
 from jobs.judging.losses import ROOM
 from jobs.runs.source import as_data, load_source
 from runtime.errors import UserError
+from runtime.progress import Patience
 from runtime.settings.config import EARLIER, Settings
 from runtime.training.batch import IGNORED, Batch
-from runtime.training.metrics import Patience
 
 LENGTH, ROWS = 256, 8  # tokens in a window at most, and windows or records in a batch
 TOKENS = 2048  # that are measured on, about, where there are so many

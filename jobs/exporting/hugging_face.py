@@ -15,6 +15,7 @@ from jobs.exporting.tokens import samples_for, tokenizer_files
 from jobs.exporting.translated import translated
 from jobs.exporting.verifying import Difference, draft_of
 from jobs.runs.job import to_model_files
+from lora.merge import MergedTensors
 from models import files as model_files
 from runtime.errors import UserError
 from runtime.extras import needs_package
@@ -39,13 +40,13 @@ def export_folder(
     much higher the loss may be. place: where its card says that it lies.
 
     Raises UserError where transformers computes something else, and UsageError where `out` exists."""
-    rounded = opened.round_to(DTYPES[kind] if kind else None)
-    files = without_paths(whole_files(opened, place))
+    files, tensors = whole_files(opened, place, DTYPES[kind] if kind else None)
+    files = without_paths(files)
     with draft_of(out) as draft:
         commit_folder(draft, files)
-        fix = "--outtype f32 writes all of what the run has learned" if rounded else ""
+        fix = "--outtype f32 writes all of what the run has learned" if tensors.rounded else ""
         theirs = _their_logits(draft)
-        found = Difference.between("transformers", theirs(opened.probe), opened.expected, LIMITS[rounded], fix)
+        found = Difference.between("transformers", theirs(opened.probe), opened.expected, LIMITS[tensors.rounded], fix)
         told = [f"Verified on random tokens: {found}", held_out.compare("transformers", theirs, allowed)]
         if FILE not in files:
             kind = opened.base.tokenizer.kind
@@ -55,18 +56,23 @@ def export_folder(
     return told
 
 
-def whole_files(opened: Opened, place: str = "folder") -> Files:
-    """Config, weights, tokenizer, template and card. Raises UserError for a model that is none of theirs."""
+def whole_files(opened: Opened, place: str = "folder", dtype: torch.dtype | None = None) -> tuple[Files, MergedTensors]:
+    """Config, weights, tokenizer, template and card; and what the weights are, each merged when it is written. dtype:
+    theirs, or None for those of the run's files.
+
+    Raises UserError for a model that is none of theirs."""
+    model, tokenizer = opened.model, opened.base.tokenizer
     if opened.base.family:
-        files = to_model_files(opened.model, opened.base.tokenizer, opened.base)
+        tensors = MergedTensors(model, dtype)
+        files = to_model_files(model, tokenizer, opened.base, tensors)
     else:
-        tokenizer = opened.base.tokenizer
-        model, values = translated(opened.model, tokenizer.eos_id)
-        files = model_files.to_files(model, {model_files.CONFIG: to_json(values)})
+        model, values = translated(model, tokenizer.eos_id)
+        tensors = MergedTensors(model, dtype)
+        files = model_files.to_files(model, {model_files.CONFIG: to_json(values)}, tensors)
         files |= tokenizer_files(tokenizer, model.config.max_positions)
     use = ["from transformers import AutoModelForCausalLM", ""]
     use += [f"model = AutoModelForCausalLM.from_pretrained({place!r})"]
-    return files | describing_files(opened, "transformers", use)
+    return files | describing_files(opened, "transformers", use), tensors
 
 
 def describing_files(opened: Opened, library: str, use: Sequence[str]) -> Files:

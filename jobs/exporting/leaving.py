@@ -33,7 +33,7 @@ def whole_card(run: Run, base_sha256: str, library: str, use: Sequence[str]) -> 
     rows = {"run": run.name, "kind": run.kind, "base": hub or base.get("run", "")}
     if run.kind == "lora":
         rows |= {name: str(run.metadata["settings"].get(f"lora_{name}", "")) for name in ("rank", "alpha")}
-    rows |= {"trained on": ", ".join(map(_without_folders, texts_of(run)))}
+    rows |= {"trained on": ", ".join(map(without_folders, texts_of(run)))}
     rows |= {"dataset sha256": run.metadata.get("dataset", {}).get("sha256", ""), "base sha256": base_sha256}
     rows |= {name.replace("_", " "): text for name, text in notes_of(run).items()}
     lines = ["---", *(f"{name}: {json.dumps(text)}" for name, text in front.items()), "---", "", f"# {run.name}", ""]
@@ -42,7 +42,7 @@ def whole_card(run: Run, base_sha256: str, library: str, use: Sequence[str]) -> 
     return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
 
 
-def _without_folders(dataset: str) -> str:
+def without_folders(dataset: str) -> str:
     """A DATASET by the names of its files alone."""
     return dataset if is_hub_records(dataset) else ", ".join(Path(part.strip()).name for part in dataset.split(","))
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,14 +24,13 @@ ROWS, LENGTH = 2, 64  # of the random tokens on which two programs are compared
 
 @dataclass(frozen=True)
 class Opened:
-    """A run as a model and perhaps an adapter. adapter: what is not merged into the model, which has none attached and
-    is in fp32. dtypes: in which its weights are stored, by name. probe: random tokens (rows, length), and `expected`
-    the logits there, in fp32, of the run as it was trained."""
+    """A run as the model of its base, whose weights are as they are stored, and perhaps an adapter, attached to it or
+    beside it. probe: random tokens (rows, length), and `expected` the logits there, in fp32, of the run as it was
+    trained."""
 
     run: Run
     base: Base
     adapter: Adapter | None
-    dtypes: Mapping[str, torch.dtype]
     probe: Tensor
     expected: Tensor
 
@@ -52,14 +50,10 @@ class Opened:
         """How chats are written for it: as the run was trained, else as its base says."""
         return self.run.metadata.get("template") or self.base_template
 
-    def round_to(self, dtype: torch.dtype | None) -> bool:
-        """Take the weights to a dtype, or None for those in which they are stored; whether any of them changed."""
-        changed = False
-        for name, p in self.model.named_parameters():
-            values = p.data.to(dtype or self.dtypes[name])
-            changed |= not torch.equal(values.float(), p.data)
-            p.data = values
-        return changed
+    def make_dense(self) -> None:
+        """Merge what is attached and take all weights to fp32, for those who need a model that is nothing else."""
+        dequantize(self.model)
+        merge(self.model.float())
 
 
 def find_finished(root: Path, name: str) -> Run:
@@ -71,8 +65,7 @@ def find_finished(root: Path, name: str) -> Run:
 
 
 def open_parts(root: Path, name: str) -> Opened:
-    """A base, a fully fine-tuned run, or a LoRA run with its adapter beside its base, wherever its folder is. Matrices
-    in 4 or 8 bits become dense.
+    """A base, a fully fine-tuned run, or a LoRA run with its adapter beside its base, wherever its folder is.
 
     Raises UsageError where there is none, UserError for a run that has not finished and for what does not fit.
     """
@@ -83,16 +76,14 @@ def open_parts(root: Path, name: str) -> Opened:
         base, adapter = adapted.base, adapted.adapter
     else:
         base = Base.of(run)
-    dequantize(base.model)
-    dtypes = {name: p.dtype for name, p in base.model.named_parameters()}
-    model = base.model.float().eval().requires_grad_(False)
+    model = base.model.eval().requires_grad_(False)
     probe = random_tokens(model)
     if adapter:
         adapter.attach_to(model, base_sha256=base.sha256)
     expected = logits(model, probe)
     if adapter:
         detach(model, "default")
-    return Opened(run, base, adapter, dtypes, probe, expected)
+    return Opened(run, base, adapter, probe, expected)
 
 
 def open_adapter(root: Path, name: str, whole: str = "hf") -> Opened:
@@ -104,12 +95,11 @@ def open_adapter(root: Path, name: str, whole: str = "hf") -> Opened:
 
 
 def open_whole(root: Path, name: str) -> Opened:
-    """As `open_parts` does, with the adapter merged."""
+    """As `open_parts` does, with the adapter attached: its weights are merged where they are written."""
     opened = open_parts(root, name)
     if opened.adapter:
         opened.adapter.attach_to(opened.model, base_sha256=opened.base.sha256)
-        merge(opened.model)
-    return replace(opened, adapter=None)
+    return opened
 
 
 def random_tokens(model: Transformer) -> Tensor:

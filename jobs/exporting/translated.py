@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lora.merge import MergedTensors
 from models.config import ModelConfig
 from models.pretrained.families import FAMILIES, config_of
 from models.transformer import Transformer
@@ -17,7 +18,8 @@ CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
 
 
 def translated(model: Transformer, eos: int | None) -> tuple[Transformer, dict[str, Any]]:
-    """The model with the parts of its family's, and the family's config.json. eos: the token that ends a text.
+    """The model with the parts of its family's, and the family's config.json. It is the same model, adapters included,
+    where it has these already. eos: the token that ends a text.
 
     Raises UserError that names everything that the family has no place for.
     """
@@ -80,12 +82,13 @@ def _meaning(config: ModelConfig) -> dict[str, Any]:
 
 
 def _rearranged(model: Transformer, config: ModelConfig) -> Transformer:
-    """The same function with the parts of another config: q, k and v joined, zeros for biases that are missing."""
-    made, own = Transformer(config, device="meta"), dict(model.named_parameters())
+    """The same function, adapters merged, in fp32 with the parts of another config: q, k and v joined, zeros for biases
+    that are missing."""
+    made, own = Transformer(config, device="meta"), MergedTensors(model, torch.float32)
     for name, p in list(made.named_parameters()):
         parts = [own.get(name.replace("qkv_proj", f"{part}_proj")) for part in "qkv"] if "qkv_proj" in name else []
         parts = parts if any(part is not None for part in parts) else [own.get(name)]
-        values = torch.zeros(p.shape, dtype=model.lm_head.weight.dtype) if parts[0] is None else torch.cat(parts)
+        values = torch.zeros(p.shape) if parts[0] is None else torch.cat(parts)
         path, _, leaf = name.rpartition(".")
         setattr(made.get_submodule(path), leaf, torch.nn.Parameter(values, requires_grad=False))
     made.tie_head()

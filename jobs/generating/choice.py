@@ -78,7 +78,7 @@ def choose(root: Path, run_name: str, wanted: Strengths | None, others: Iterable
     if run is None and not wanted and not others:
         run = newest(root)
     if wanted is None:
-        wanted = {_name_in(root, run): 1.0} if run and run.kind == "lora" else {}
+        wanted = {name_in(root, run): 1.0} if run and run.kind == "lora" else {}
     names = tuple(dict.fromkeys([*wanted, *others]))
     if not names:
         base = base_of(root, run) if run.kind == "lora" else Base.of(run)
@@ -126,5 +126,8 @@ def newest(root: Path) -> Run:
     return sorted(usable, key=lambda run: (not run.metadata["settings"]["test_mode"], run.finished))[-1]
 
 
-def _name_in(root: Path, run: Run) -> str:
+def name_in(root: Path, run: Run) -> str:
+    """What a run is called on a command line: its name, or for one that is elsewhere its folder, or its hub's name."""
+    if hub := run.metadata.get("hub"):
+        return hub
     return run.name if run.folder == root / run.name else str(run.folder.absolute())

@@ -16,7 +16,7 @@ from jobs.judging.scores.words import words
 from jobs.judging.sides import Opened
 from models.generation.choosing import Sampling
 from runtime.device import Machine
-from runtime.training.metrics import Patience
+from runtime.progress import Patience
 
 
 @dataclass(frozen=True)

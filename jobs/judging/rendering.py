@@ -53,7 +53,8 @@ def described(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _signs(report: Mapping[str, Any]) -> str:
+def signs(report: Mapping[str, Any]) -> str:
+    """What the signs in a scorecard mean."""
     return f"{ARROWS}; {COUNTS}." if report["base"] else f"{ARROWS}."
 
 
@@ -70,24 +71,30 @@ def _outcome(row: Mapping[str, Any]) -> str:
     return f"{row['outcome']} ({row['better_on']} : {row['worse_on']})" if "outcome" in row else ""
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """The report as Markdown: verdict, scorecard, notes, the worst answers."""
+def scorecard_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """The scorecard as a table, the first row being the heads."""
     columns = columns_of(report)
     compared = ["run against base"] if BASE in columns else []
-    heads = ["rule", *columns, *compared, "n", "how it is measured"]
-    lines = [f"# {title(report)}", "", *(f"* {line}" for line in described(report)), ""]
-    lines += [f"**Verdict: {report['verdict']}.**", "", _cells(heads), _cells(["---"] * len(heads))]
+    found = [["rule", *columns, *compared, "n", "how it is measured"]]
     for row in report["rules"]:
         figures = [shown(row, column, interval=True) for column in columns]
         outcome = [_outcome(row)] if compared else []
         name = f"{row['group']}: {row['name']} {_sign(row)}".strip()
-        lines.append(_cells([name, *figures, *outcome, _n(row), row["rule"]]))
-    lines += ["", _signs(report), "", *(f"* {note}" for note in report["notes"]), ""]
+        found.append([name, *figures, *outcome, _n(row), row["rule"]])
+    return found
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown: verdict, scorecard, notes, the worst answers."""
+    heads, *rows = scorecard_rows(report)
+    lines = [f"# {title(report)}", "", *(f"* {line}" for line in described(report)), ""]
+    lines += [f"**Verdict: {report['verdict']}.**", "", _cells(heads), _cells(["---"] * len(heads))]
+    lines += [*map(_cells, rows), "", signs(report), "", *(f"* {note}" for note in report["notes"]), ""]
     lines.append(f"## {_of_worst(report)}")
     for i, answer in enumerate(report["worst"], 1):
         near = answer["scores"][RUN][CHRF]
         lines += ["", f"### {i}. {answer['where']}, {CHRF} {100 * near:.1f} %", ""]
-        lines += [part for name, text in _texts(answer) for part in (f"{name}:", "", _fenced(text), "")]
+        lines += [part for name, text in _texts(answer) for part in (f"{name}:", "", fenced(text), "")]
         lines += [f"Faults: {', '.join(answer['faults']) or 'none that a rule finds'}"]
     return "\n".join(lines) + "\n"
 
@@ -108,7 +115,7 @@ def _texts(answer: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name.capitalize(), answer[name]) for name in names]
 
 
-def _fenced(text: str) -> str:
+def fenced(text: str) -> str:
     """A text as a block of code, whatever backticks it has."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
@@ -117,7 +124,7 @@ def _fenced(text: str) -> str:
 def plain(report: Mapping[str, Any]) -> str:
     """The same for a terminal, the verdict last: each rule's figures, and below them how it is measured."""
     width, columns = max(60, min(110, shutil.get_terminal_size().columns)), columns_of(report)
-    lines, group = [title(report), *described(report), _signs(report)], ""
+    lines, group = [title(report), *described(report), signs(report)], ""
     table = [_line(row, columns) for row in report["rules"]]
     widths = [max(map(len, column)) for column in zip(["", *columns, "", ""], *table, strict=True)]
     heads = _padded(["", *columns, "", "n"], widths)

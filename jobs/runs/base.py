@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +111,11 @@ def reference(base: Base, root: Path) -> dict[str, str]:
     return said | ({} if folder.parent == root.resolve() else {"path": str(folder)})
 
 
+def name_of_base(said: Mapping[str, str]) -> str:
+    """A base as BASE takes it. said: of `reference`."""
+    return said.get("hub") or said.get("path") or said["run"]
+
+
 def _unchanged(base: Base, run: Run) -> Base:
     """The base from the hub. Raises UserError where the hub has other weights by now."""
     if (trained_on := run.metadata["base"].get("sha256", base.sha256)) != base.sha256:
@@ -188,7 +193,7 @@ def find_base(settings: Settings, given: Collection[str] = ()) -> Run | None:
 def base_settings(given: Resolved) -> Resolved:
     """The settings for training a base before a LoRA run: its shape and the machine as given, the rest as usual."""
     carried = (*SHAPE, "seed", "device", "dtype", "checkpoints_dir", "data_dir", "test_mode", "force")
-    carried += ("step_parts", "reduce", "shard", "collective_timeout")
+    carried += ("step_parts", "reduce", "shard", "collective_timeout", "track")
     values = {name: getattr(given.settings, name) for name in carried if given.explicit(name)}
     return Resolved(Settings.from_dict(values), {name.upper(): given.sources[name.upper()] for name in values})
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.corpora import Corpus
 from data.dataset import Dataset
 from data.instructions.tuning import InstructionData
 from data.pretrained_tokenizer import TEMPLATE, sidecar
 from data.tokenizers import Tokenizer, build_tokenizer
-from jobs.runs.base import TOKENIZER, Base, block_size_for, check_shape, reference
+from jobs.runs.base import TOKENIZER, Base, block_size_for, check_shape, name_of_base, reference
 from jobs.runs.source import as_data, load_source
 from lora import peft_format as adapter_files
 from lora.adapter import Adapter
@@ -109,6 +109,7 @@ class Job:
         settings = self.settings.as_dict()
         about = run_metadata(self.kind, settings, self.model.config, base, self.tokenizer, dataset=dataset)
         about["machine"] = f"{platform.machine()}, {self.machine}, {torch.get_num_threads()} threads"
+        about["parameters"] = self.model.get_parameter_info()
         if world().size > 1:
             about["processes"] = world().size
         if self.settings.block_size < self.model.config.max_positions:
@@ -127,7 +128,8 @@ class Job:
             return to_model_files(self.model, self.tokenizer, self.base) | written
         metadata = {"dataset": self.data.name, "dataset_sha256": self.data.sha256}
         versions = f"python {platform.python_version()}, torch {torch.__version__}"
-        known = {"command": command_of(self.settings, self.base.run), "versions": versions}
+        name = name_of_base(reference(self.base, Path(self.settings.checkpoints_dir)))
+        known = {"command": command_of(self.settings, name), "versions": versions}
         return to_adapter_files(Adapter.from_model(self.model, **metadata), self.base, notes | known) | written
 
     def load_artifact(self, files: Files, where: str) -> None:
@@ -152,9 +154,12 @@ def to_adapter_files(adapter: Adapter, base: Base, notes: Mapping[str, str], sha
     return adapter_files.to_files(adapter, notes, shared, base.family) | sidecar(base.kept)
 
 
-def to_model_files(model: Transformer, tokenizer: Tokenizer, base: Base | None) -> Files:
-    """A model with its tokenizer, in the format of the base that it was made from."""
-    return model_files.to_files(model, base.kept if base else None) | {TOKENIZER: tokenizer.dumps()}
+def to_model_files(
+    model: Transformer, tokenizer: Tokenizer, base: Base | None, tensors: Mapping[str, Tensor] | None = None
+) -> Files:
+    """A model with its tokenizer, in the format of the base that it was made from. tensors: what is written instead of
+    the model's own."""
+    return model_files.to_files(model, base.kept if base else None, tensors) | {TOKENIZER: tokenizer.dumps()}
 
 
 def run_metadata(
@@ -328,10 +333,9 @@ def unread(given: Resolved) -> list[str]:
     return [f"{what} means nothing to LORA_VARIANT={s.lora_variant}, and is not used" for what in told]
 
 
-def command_of(settings: Settings, base: Run) -> str:
-    """The command that trains an adapter with these settings, given no .env and no variables."""
-    here = base.folder.parent.resolve() == Path(settings.checkpoints_dir).resolve()
-    asked = {"use_lora": True, "test_mode": settings.test_mode, "base": base.name if here else str(base.folder)}
+def command_of(settings: Settings, base: str) -> str:
+    """The command that trains with these settings, given no .env and no variables. base: as BASE takes it, or empty."""
+    asked = {"use_lora": settings.use_lora, "test_mode": settings.test_mode, "base": base}
     plain, words = Settings.from_dict(asked), ["python", "training.py"]
     for row in settings_of(Settings):
         value = asked.get(row.name, getattr(settings, row.name))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -39,8 +40,8 @@ class Server:
     def __init__(self, offers: Offers, engine: Engine, limits: Limits, key: str, began: float) -> None:
         self.offers, self.engine, self.limits, self.key, self.began = offers, engine, limits, key, int(began)
 
-    def app(self, hosts: list[str]) -> Starlette:
-        """The application. hosts: the names under which it may be asked; ["*"] for any."""
+    def app(self, hosts: list[str], pages: Sequence[Route] = ()) -> Starlette:
+        """The application. hosts: the names under which it may be asked; ["*"] for any. pages: what else there is."""
         return Starlette(
             routes=[
                 Route("/health", self.health),
@@ -48,6 +49,7 @@ class Server:
                 Route("/v1/models/{name:path}", self.model),
                 Route("/v1/completions", self.completions, methods=["POST"]),
                 Route("/v1/chat/completions", self.chats, methods=["POST"]),
+                *pages,
             ],
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
             exception_handlers=ANSWERS_TO,
@@ -61,12 +63,12 @@ class Server:
 
     async def models(self, request: Request) -> Response:
         """All models."""
-        self.check_key(request)
+        self.check_client(request)
         return JSONResponse({"object": "list", "data": [self.about(name) for name in self.offers.models]})
 
     async def model(self, request: Request) -> Response:
         """One model."""
-        self.check_key(request)
+        self.check_client(request)
         if (name := request.path_params["name"]) not in self.offers.models:
             raise RefusedError(404, f"there is no model {name[:100]!r} here", "model", "model_not_found")
         return JSONResponse(self.about(name))
@@ -87,7 +89,7 @@ class Server:
 
     async def answer(self, request: Request, fields: Mapping[str, Field], kind: type[Completion]) -> Response:
         """Make what is asked for; a client that has gone frees its places."""
-        self.check_key(request)
+        self.check_client(request)
         body = read_body(await self.read(request), fields, self.limits.tokens)
         call = Call.of(body, self.offers, self.limits.tokens)
         answer, pieces = kind(call), self.in_time(pieces_of(call, self.engine, self.offers.base.tokenizer))
@@ -113,8 +115,12 @@ class Server:
         finally:
             await pieces.aclose()
 
-    def check_key(self, request: Request) -> None:
-        """Raises RefusedError where a request lacks the key."""
+    def check_client(self, request: Request) -> None:
+        """Raises RefusedError where a request lacks the key, or comes from a page of another server in a browser, which
+        would send it without asking whoever looks at the page."""
+        origin = request.headers.get("origin", "")
+        if origin and urlsplit(origin).netloc != request.headers.get("host"):
+            raise RefusedError(403, f"requests of pages of {origin[:100]} are not answered", code="other_origin")
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
             raise RefusedError(401, "the API key is missing or wrong", code="invalid_api_key")

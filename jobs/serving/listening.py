@@ -31,6 +31,12 @@ def hosts_of(host: str) -> list[str]:
     return ["localhost", "127.0.0.1", "[::1]"] if host in LOOPBACK else ["*"]
 
 
+def url_of(listening: socket.socket) -> str:
+    """The address at which a socket listens."""
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def stop() -> None:
     """End as SIGTERM does."""
     os.kill(os.getpid(), signal.SIGTERM)

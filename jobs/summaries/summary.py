@@ -20,8 +20,11 @@ class Summary(Protocol):
     def sample(self) -> Any:
         """Texts of the model."""
 
-    def print(self, samples: Mapping[str, Any]) -> None:
-        """Samples by title: `with the adapter`, `without it`, or empty."""
+    def told(self, samples: Mapping[str, Any]) -> dict[str, Any]:
+        """What result.json keeps of samples by title: `with the adapter`, `without it`, or empty."""
+
+    def print(self, told: Mapping[str, Any]) -> None:
+        """Print what is kept of the samples."""
 
 
 def summary_of(job: Job) -> Summary:

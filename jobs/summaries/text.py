@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.corpora import distinct_words, load_corpus, words
 from jobs.runs.job import Job
@@ -39,16 +40,28 @@ class TextSummary:
             rows = generate(job.model, [start], count, how, job.settings.seed)
         return job.tokenizer.decode(rows[0][len(start) :])
 
-    def print(self, samples: Mapping[str, str]) -> None:
-        """Samples by title, and how many of their words the text has; from a base, those that only the text has."""
+    def told(self, samples: Mapping[str, str]) -> dict[str, Any]:
+        """Samples by title, and which of their words the text has; from a base, those that only the text has."""
         foreign = base_words(self.job) if self.job.base else set()
         counted = distinct_words(self.job.data.corpus.text) - foreign
-        which = f"that only {self.job.data.name} has" if foreign else f"of {self.job.data.name}"
+        texts = []
         for title, text in samples.items():
-            found, count = [word for word in words(text) if word in counted], max(1, len(words(text)))
-            some = f": {', '.join(list(dict.fromkeys(found))[:8])}" if foreign and found else ""
-            print(f"📝 {f'Sample {title}'.strip()}:\n{report.indented(text)}")
-            print(f"   {len(found)} of {count} words ({100 * len(found) / count:.0f} %) are words {which}{some}")
+            found = [word for word in words(text) if word in counted]
+            marked = list(dict.fromkeys(found)) if foreign else []
+            texts.append(
+                {"title": title, "text": text, "words": len(words(text)), "found": len(found), "marked": marked}
+            )
+        name = self.job.data.name
+        return {"counted": f"words that only {name} has" if foreign else f"words of {name}", "texts": texts}
+
+    def print(self, told: Mapping[str, Any]) -> None:
+        """Each sample, and how many of its words are counted."""
+        for sample in told["texts"]:
+            count, found = max(1, sample["words"]), sample["found"]
+            some = f": {', '.join(sample['marked'][:8])}" if sample["marked"] else ""
+            title = f"Sample {sample['title']}".strip()
+            print(f"📝 {title}:\n{report.indented(sample['text'])}")
+            print(f"   {found} of {count} words ({100 * found / count:.0f} %) are {told['counted']}{some}")
 
 
 def base_words(job: Job) -> set[str]:

@@ -49,12 +49,17 @@ class Adaptable(nn.Module):
         """Return the modules of the active adapters that have one on this layer, each with its strength."""
         return {self.lora[name]: strength for name, strength in self.active.items() if name in self.lora}
 
+    def changes(self, name: str) -> bool:
+        """Return whether the active adapters change this layer's tensor `name`."""
+        return any(module.copy_of(name) is not None for module in self.active_modules())
+
     def effective(self, name: str) -> Tensor | None:
-        """Return this layer's tensor `name` with the active adapters' copies applied, in its own dtype."""
+        """Return this layer's tensor `name` with the active adapters applied, in its own dtype or theirs, fp32,
+        whichever is more precise; where they do not change it, the tensor itself."""
         base = getattr(self, name)
         # no walrus here: its cell variable breaks torch.compile's graph
         copies = [(m.copy_of(name), s) for m, s in self.active_modules().items() if m.copy_of(name) is not None]
-        return weighted_sum(base, copies).to(base.dtype) if copies else base
+        return weighted_sum(base, copies)
 
     def modules_of_mix(self) -> list[AdapterModule | None]:
         """Return the modules of the mix's adapters on this layer, None for those that have none."""
@@ -73,10 +78,6 @@ class Adaptable(nn.Module):
                 changes = [torch.zeros_like(base) if copy is None else copy - base for copy in copies]
                 known[key] = torch.stack(changes)
         return known[key]
-
-    def effective_tensors(self) -> dict[str, Tensor]:
-        """Return every base tensor of this layer with the active adapters applied, in its own dtype."""
-        return {name: self.effective(name) for name in self.base_tensors()}
 
     def base_tensors(self) -> dict[str, Tensor]:
         """Return the layer's own tensors by name, without any adapter."""

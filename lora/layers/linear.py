@@ -52,8 +52,11 @@ class LoRALinear(Adaptable, nn.Linear):
         with torch.autocast(W.device.type, enabled=False):  # below W's precision, small changes vanish
             return weighted_sum(W, [(module.effective_weight(W), s) for module, s in self.variants().items()])
 
-    def effective_tensors(self) -> dict[str, Tensor]:
-        return super().effective_tensors() | {"weight": self.effective_weight()}
+    def changes(self, name: str) -> bool:
+        return bool(self.variants()) if name == "weight" else super().changes(name)
+
+    def effective(self, name: str) -> Tensor | None:
+        return self.effective_weight() if name == "weight" else super().effective(name)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the values of the weight (out, in), in a dtype or in its own. All code reads the weight through here,

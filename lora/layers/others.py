@@ -22,7 +22,7 @@ class LoRAEmbedding(Adaptable, nn.Embedding):
         if self.mix and (changes := self.mixed_changes("weight")) is not None:
             idx = idx.expand(self.mix.count, -1)  # positions may be the same for all rows
             own = at_least_fp32(F.embedding(idx, self.weight, *options))
-            return self.mix.add_changes(own, changes, idx).to(self.weight.dtype)
+            return self.mix.add_changes(own, changes, idx)
         return F.embedding(idx, self.effective("weight"), *options)
 
 

@@ -1,6 +1,6 @@
 """The one table of settings, and the only reader of the environment.
 
-python -m runtime.settings.config    writes .env.example and the README's settings section anew
+python -m runtime.settings.config    writes .env.example and the table of docs/settings.md anew
 
 `Settings` is what training.py and compare.py run on; a command with flags of its own inherits `CommonSettings`, or
 `ProcessSettings` where it can work as several processes.
@@ -31,6 +31,7 @@ FOLDER = r"(?=.*\S)[^\x00-\x1f\x7f\ud800-\udfff]+"
 MODULES = r"[A-Za-z_][\w.-]*( *, *[A-Za-z_][\w.-]*)*"
 HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 HUB_SPLIT = r"\w[\w.-]*(/\w[\w.-]*)*"  # of a data set there, after a colon
+TRACKERS = r"(tensorboard|wandb)"
 HUB_LEGACY = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # names without an owner
 NAMED = "a name that any system takes for a folder (letters, digits, '_', '-', and '.' inside; at most 100)"
 SHAPE = ("architecture", "tokenizer", "vocab_size", "n_layer", "n_head", "n_embd", "block_size", "bias")
@@ -153,6 +154,11 @@ class Settings(ProcessSettings):
     """Everything that decides what a training run does."""
 
     presets: ClassVar = PRESETS
+    often: ClassVar = (
+        "use_lora", "test_mode", "base", "run_name", "seed", "device", "dataset", "tokenizer", "n_layer", "n_head",
+        "n_embd", "block_size", "lora_rank", "lora_alpha", "lora_targets", "lora_variant", "quantize", "batch_size",
+        "max_iters", "learning_rate",
+    )  # fmt: skip
 
     use_lora: bool = setting(False, "Adapt a trained base with LoRA instead of training all weights", group=RUN)
     compile: bool = setting(
@@ -392,6 +398,15 @@ class Settings(ProcessSettings):
     keep_checkpoints: int = setting(
         2, "How many of the newest checkpoints are kept", group=SAVING, low=1, high=10**6, **NO_RESULT
     )
+    track: str = setting(
+        "",
+        "Where curves and texts go beside metrics.jsonl: tensorboard, wandb, or both with a comma between; needs "
+        "requirements-tracking.txt, and wandb a WANDB_API_KEY, without which it tracks offline",
+        group=SAVING,
+        pattern=rf"|{TRACKERS}( *, *{TRACKERS})*",
+        allowed="empty, tensorboard, wandb, or both separated by commas",
+        **NO_RESULT,
+    )
     push_to_hub: str = setting(
         "",
         "Push the run to this repository on the Hugging Face hub when it has finished, as export.py --push does; needs "
@@ -434,6 +449,11 @@ class Settings(ProcessSettings):
     def parts_of_step(self) -> int:
         """Into how many parts a step is cut."""
         return self.step_parts or self.gradient_accumulation_steps
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in TRACK, once each."""
+        return list(dict.fromkeys(name.strip() for name in self.track.split(",") if name))
 
     @property
     def adapting(self) -> bool:
@@ -518,6 +538,16 @@ def hub_token() -> str | None:
 def serve_api_key() -> str:
     """SERVE_API_KEY from the environment or ./.env: what clients of serve.py must send; it is told nowhere."""
     return os.environ.get("SERVE_API_KEY") or dotenv_values(".env").get("SERVE_API_KEY") or ""
+
+
+def wandb_api_key() -> str:
+    """WANDB_API_KEY from the environment or ./.env: what W&B knows its user by; it is told nowhere."""
+    return os.environ.get("WANDB_API_KEY") or dotenv_values(".env").get("WANDB_API_KEY") or ""
+
+
+def has_display() -> bool:
+    """Whether a window that is opened here can be seen, as far as the environment says."""
+    return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 def is_pretrained(root: str, base: str) -> bool:

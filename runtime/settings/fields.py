@@ -196,10 +196,12 @@ def resolve(cls: type[Table], given: Mapping[str, Any]) -> Any:
 class Table:
     """A table of settings. However it is made, every value is of its type and within its bounds.
 
-    `presets` are groups of other defaults, by their labels; where several hold, the last one decides.
+    `presets` are groups of other defaults, by their labels; where several hold, the last one decides. `often` names the
+    settings that --help shows, where it does not show all.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    often: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for row in settings_of(type(self)):

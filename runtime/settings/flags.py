@@ -17,6 +17,7 @@ from runtime.settings.listing import PRECEDENCE, explained, groups, other_defaul
 from runtime.settings.spelling import near_miss, suggestion
 
 DASHES = "--\0"  # stands for the value in --prompt=--, which argparse drops; no command line can hold a NUL
+HELP_ALL = "--help-all"
 PLACEHOLDERS = {int: "N", float: "X", str: "TEXT", tuple: "TEXT", bool: "BOOL"}
 
 
@@ -28,27 +29,33 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message.removeprefix('argument ')}; --help lists all flags")
 
 
-def make_parser(cls: type[Table], prog: str, description: str) -> Parser:
-    """A parser that leaves every value as text, and absent what was not given."""
+def make_parser(cls: type[Table], prog: str, description: str, whole: bool = False) -> Parser:
+    """A parser that leaves every value as text, and absent what was not given. Its --help shows the settings that
+    people use most, where the table says which these are; --help-all shows all."""
     columns = min(100, shutil.get_terminal_size().columns)
-    places = [f"{row.flag}{' ...' * (row.kind is tuple)}" for row in settings_of(cls) if row.metavar]
+    rows = settings_of(cls)
+    seldom = {row.name for row in rows if cls.often and row.env and row.name not in cls.often and not whole}
+    more = f"{HELP_ALL} shows {len(seldom)} settings more. " if seldom else ""
+    places = [f"{row.flag}{' ...' * (row.kind is tuple)}" for row in rows if row.metavar]
     parser = Parser(
         prog=prog,
         usage=" ".join([prog, *places, "[--setting value ...]"]),
         description=description,
-        epilog=textwrap.fill(f"Where a setting is given twice, {PRECEDENCE}", 100),
+        epilog=textwrap.fill(f"{more}Where a setting is given twice, {PRECEDENCE}", 100),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=columns),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    if cls.often:
+        parser.add_argument(HELP_ALL, action="store_true", help="show all settings, and exit")
     for title, rows in groups(cls).items():
         group = parser.add_argument_group(title)
         for row in rows:
-            _add_flag(group, row)
+            _add_flag(group, row, shown=row.name not in seldom)
     return parser
 
 
-def _add_flag(group: argparse._ArgumentGroup, row: Setting) -> None:
+def _add_flag(group: argparse._ArgumentGroup, row: Setting, shown: bool) -> None:
     if row.metavar:
         many = {"nargs": "+"} if row.kind is tuple else {}
         group.add_argument(row.name, metavar=row.flag, help=explained(row).replace("%", "%%"), **many)
@@ -58,7 +65,7 @@ def _add_flag(group: argparse._ArgumentGroup, row: Setting) -> None:
         options |= {"nargs": "?", "const": "true"}
         off = "--no-" + row.flag.removeprefix("--")
         group.add_argument(off, dest=row.name, action="store_const", const="false", help=argparse.SUPPRESS)
-    text = f"{explained(row)} {_default(row)}".replace("%", "%%")
+    text = f"{explained(row)} {_default(row)}".replace("%", "%%") if shown else argparse.SUPPRESS
     group.add_argument(row.flag, dest=row.name, metavar=PLACEHOLDERS[row.kind], help=text, type=_as_given, **options)
     for other in row.spellings[1:]:
         group.add_argument(other.flag, dest=other.name, help=argparse.SUPPRESS, type=_as_given)
@@ -79,6 +86,9 @@ def read_flags(cls: type[Table], argv: Sequence[str], prog: str, description: st
     Raises UsageError for an unknown flag, with the one that was meant, and SystemExit after printing --help.
     """
     words = _with_values([_with_dashes(word) for word in argv])
+    if cls.often and HELP_ALL in words:
+        make_parser(cls, prog, description, whole=True).print_help()
+        sys.exit(0)
     found, unknown = make_parser(cls, prog, description).parse_known_args(words)
     if unknown:
         raise UsageError(_unknown_flag(unknown[0], settings_of(cls)))

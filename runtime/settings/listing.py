@@ -1,4 +1,4 @@
-"""A table of settings as people read it: in .env.example and in the README, both made from the table."""
+"""A table of settings as people read it: in .env.example and in docs/settings.md, both made from it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from runtime.errors import UserError
 from runtime.settings.fields import Setting, Table, format_value, settings_of
 
 BEGIN, END = "<!-- settings -->", "<!-- /settings -->"
+PAGE = Path("docs/settings.md")
 PRECEDENCE = "a flag wins over an environment variable, that over a line in .env, and that over the default."
 
 
@@ -27,7 +28,7 @@ def env_example(cls: type[Table]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def readme_table(cls: type[Table]) -> str:
+def markdown_table(cls: type[Table]) -> str:
     """The settings as a Markdown table."""
     lines = ["| Setting | Default | What it does |", "|---|---|---|"]
     for group, rows in groups(cls).items():
@@ -39,21 +40,21 @@ def readme_table(cls: type[Table]) -> str:
     return "\n".join(lines)
 
 
-def with_settings(readme: str, cls: type[Table]) -> str:
-    """A README's text with the section between its two markers made anew; UserError if it lacks them."""
-    head, begin, rest = readme.partition(BEGIN)
+def with_settings(page: str, cls: type[Table]) -> str:
+    """A page's text with what is between its two markers made anew; UserError if it lacks them."""
+    head, begin, rest = page.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"the README needs a line {BEGIN} and after it a line {END}")
-    return f"{head}{BEGIN}\n{readme_table(cls)}\n{END}{tail}"
+        raise UserError(f"the page of settings needs a line {BEGIN} and after it a line {END}")
+    return f"{head}{BEGIN}\n{markdown_table(cls)}\n{END}{tail}"
 
 
 def rewrite(root: Path, cls: type[Table]) -> None:
-    """Write .env.example and, where there is a README.md, its settings section."""
+    """Write .env.example and, where there is a docs/settings.md, its table."""
     (root / ".env.example").write_text(env_example(cls), "utf-8", newline="\n")
-    readme = root / "README.md"
-    if readme.exists():
-        readme.write_text(with_settings(readme.read_text("utf-8"), cls), "utf-8", newline="\n")
+    page = root / PAGE
+    if page.exists():
+        page.write_text(with_settings(page.read_text("utf-8"), cls), "utf-8", newline="\n")
 
 
 def groups(cls: type[Table]) -> dict[str, list[Setting]]:

@@ -78,6 +78,7 @@ def _write_synced(path: Path, data: bytes | Content) -> dict[str, int | str]:
             file.write(part)
             digest.update(part)
             length += len(part)
+            del part  # which holds the tensor that it is of, while the next is made
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": length, "sha256": digest.hexdigest()}

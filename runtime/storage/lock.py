@@ -35,6 +35,19 @@ class RunLock:
             self.lock.release()
             raise
 
+    @property
+    def held(self) -> bool:
+        """Whether a process writes into the folder just now."""
+        if not self.holder.exists():
+            return False
+        try:
+            with self.lock:  # a process that was killed leaves its note and loses the lock
+                return False
+        except filelock.Timeout:
+            return True
+        except OSError:  # somebody else's folder: the note is all that there is
+            return True
+
     def _holder(self) -> str:
         """Who holds the lock, if that is known: the note is written right after the lock is taken."""
         with suppress(OSError):

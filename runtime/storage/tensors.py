@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -53,18 +53,19 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = Non
 
 
 class PackedTensors(Content):
-    """A safetensors file, made while it is written, so that it is never held beside the tensors.
+    """A safetensors file, made while it is written, so that it is never held beside the tensors; those that are made
+    when they are asked for are there one at a time.
 
     gathered: whether tensors are in pieces on several processes, which then all must go through its parts.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        order = list(DTYPES.values())
-        names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
-        self.tensors = [tensors[name] for name in names]
-        self.gathered = any(map(in_pieces, self.tensors))
+        order, self.tensors, described = list(DTYPES.values()), tensors, described_of(tensors)
+        self.names = sorted(described, key=lambda name: (order.index(described[name].dtype), name))
+        self.gathered = any(map(in_pieces, described.values()))
         header, start = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}, 0
-        for name, tensor in zip(names, self.tensors, strict=True):
+        for name in self.names:
+            tensor = described[name]
             end = start + tensor.nbytes
             header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
             start = end
@@ -77,10 +78,37 @@ class PackedTensors(Content):
 
     def __iter__(self) -> Iterator[memoryview | bytes]:
         yield self.header
-        for tensor in map(whole, self.tensors):
-            rows = tensor.detach().unsqueeze(0) if tensor.dim() == 0 else tensor.detach()
-            for some in rows.split(max(1, PART * len(rows) // max(1, tensor.nbytes))):
-                yield bytes_of(some.cpu().contiguous())
+        for name in self.names:
+            yield from _parts(whole(self.tensors[name]).detach())
+
+
+def _parts(tensor: Tensor) -> Iterator[memoryview]:
+    """A tensor's bytes, in parts."""
+    rows = tensor.unsqueeze(0) if tensor.dim() == 0 else tensor
+    for some in rows.split(max(1, PART * len(rows) // max(1, tensor.nbytes))):
+        yield bytes_of(some.cpu().contiguous())
+
+
+def described_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Shapes and dtypes of tensors by name: those that are made or read when they are asked for have them in
+    `described`."""
+    return getattr(tensors, "described", tensors)
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is asked for. described: their shapes and dtypes."""
+
+    def __init__(self, described: Mapping[str, Tensor], make: Mapping[str, Callable[[], Tensor]]) -> None:
+        self.described, self._make = described, make
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._make[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.described)
+
+    def __len__(self) -> int:
+        return len(self.described)
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -102,7 +130,7 @@ class TensorFile(Mapping[str, Tensor]):
             raise CorruptedError(f"{name} is not a whole safetensors file: {why}") from None
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = torch.empty_like(self.described[name], device="cpu")
+        tensor = torch.empty(self.described[name].shape, dtype=self.described[name].dtype)
         self.read_into(name, tensor)
         return tensor
 

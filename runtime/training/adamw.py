@@ -1,7 +1,9 @@
-"""AdamW for some of the parameters, and something of one's own for the others, under the guard that fused AdamW has."""
+"""AdamW, and AdamW for some of the parameters with something of one's own for the others, under the guard that fused
+AdamW has."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -9,15 +11,34 @@ from torch import Tensor
 
 from runtime.processes.pieces import own
 
+# torch imports its compiler, which takes a second, to keep these out of what is compiled, and so does its `step`.
+# Nothing of an optimizer is compiled here. Where a torch does not read this attribute, the import comes back.
+for _name in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
+    _plain = inspect.unwrap(getattr(torch.optim.Optimizer, _name))
+    _plain.__dynamo_disable = _plain
+_step = inspect.unwrap(torch.optim.Adam.step)
 
-class PartlyAdamW(torch.optim.AdamW):
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, fused, without an import of torch's compiler."""
+
+    def __init__(self, params: Iterable, **options) -> None:
+        super().__init__(params, **options, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update all parameters that have a gradient."""
+        _step(self)
+
+
+class PartlyAdamW(AdamW):
     """AdamW, fused, but for groups with `own=True`, which `update_own` updates.
 
     Like a fused optimizer's, an update is skipped on the device where `found_inf` is not 0.
     """
 
     def __init__(self, groups: Iterable[dict], betas: tuple[float, float]) -> None:
-        super().__init__([{"own": False} | group for group in groups], betas=betas, fused=True)
+        super().__init__([{"own": False} | group for group in groups], betas=betas)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -104,11 +104,12 @@ class Stepper:
         self.forward = self.reduction.wrap(model)
         if compile:
             self.forward = torch.compile(self.forward)
-        self.loss = torch.zeros((), device=machine.device)
+        self.loss = self.gradient_norm = torch.zeros((), device=machine.device)
         self.first_bad = torch.full((), math.inf, device=machine.device)
 
     def step(self, step: int) -> None:
-        """Take step number `step`. `self.loss` is its mean loss, left on the device."""
+        """Take step number `step`. `self.loss` is its mean loss, and `self.gradient_norm` what is clipped, both left on
+        the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(step) * group.get("lr_scale", 1.0)
         if not self.model.training:  # walking through the modules takes 1 % of a small model's step
@@ -147,7 +148,7 @@ class Stepper:
             self._note(step, self.loss.isfinite())
             gradients[0] += torch.where(self.first_bad.isfinite(), math.nan, 0.0)
         self.scaler.unscale_(self.optimizer)
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = self.gradient_norm = whole(torch.nn.utils.get_total_norm(gradients))
         if self.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         if not self.scaler.is_enabled():

@@ -1,23 +1,15 @@
-"""docs/zero-to-hero/ shows what its code prints; its commands have those flags, and its links lead somewhere."""
+"""docs/zero-to-hero/ shows what its code prints. (Its commands and links: tests/runtime/test_documents.py.)"""
 
 from __future__ import annotations
 
 import os
-import re
-import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.guide import ROOT, blocks_of, compared, pages, printed_blocks, same, write_programs
 from benchmarks.guide_runs import SWEEPS, recorded
-from runtime.settings.sources import read_settings
-from tests.runtime.hostile_settings import TABLES
 from tests.warm import run
-
-INLINE = re.compile(r"`((?:python|make|torchrun) [^`]+)`")
-LINK = re.compile(r"\]\(([^)#:]+)(?:#([^)]+))?\)")
 
 
 @pytest.fixture(scope="module")
@@ -65,51 +57,3 @@ def test_what_counts_as_the_same(shown, printed, alike):
 def test_the_record_has_the_runs_that_are_asked_for():
     record = recorded()
     assert {sweep: list(record[sweep]) for sweep in SWEEPS} == {sweep: list(rows) for sweep, rows in SWEEPS.items()}
-
-
-def prose_of(text: str) -> str:
-    """A page without its blocks."""
-    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-
-
-def commands_of(text: str) -> Iterator[str]:
-    """The commands in blocks of sh, and those in the middle of a sentence."""
-    for block in blocks_of(text):
-        if block.kind == "sh":
-            yield from block.code.splitlines()
-    yield from INLINE.findall(prose_of(text))
-
-
-def check_command(line: str) -> None:
-    """Raises UsageError for flags or values that a command of ours would refuse; asserts that the rest is there."""
-    words = shlex.split(line, comments=True)
-    if words[0] == "make":
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
-        return
-    assert words.pop(0) == "python", line
-    if words[:3] == ["-m", "pip", "install"]:
-        assert words[3] == "-r" and (ROOT / words[4]).is_file(), line
-    elif words[0] == "-m":
-        sources = [ROOT / f"{words[1].replace('.', '/')}.py", ROOT / "benchmarks/contest.py"]
-        known = "".join(path.read_text() for path in sources)
-        assert all(f'"{word}"' in known for word in words[2:] if word.startswith("--")), line
-    else:
-        named = " ".join(words[:2])  # as `adapters.py list`
-        command = named if named in TABLES else words[0]
-        flags = words[len(command.split()) :]
-        read_settings(TABLES[command], flags, {}, Path("nowhere"), prog=command, description="")
-
-
-@pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
-def test_the_commands_of_a_page_have_these_flags(page):
-    for line in commands_of(page.read_text("utf-8")):
-        check_command(line)
-
-
-@pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
-def test_the_links_of_a_page_lead_somewhere(page):
-    for path, place in LINK.findall(prose_of(page.read_text("utf-8"))):
-        target = page.parent / path
-        assert target.is_file(), f"{page.name}: {path}"
-        headings = re.findall(r"^#+ (.+)$", target.read_text("utf-8"), re.MULTILINE) if place else []
-        assert not place or place in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]

@@ -12,9 +12,9 @@ from command_line import run as run_process
 import generate
 import training
 from runtime.processes.command import run_command
+from runtime.progress import Patience
 from runtime.settings.config import EARLIER, Settings
 from runtime.settings.sources import Resolved
-from runtime.training.metrics import Patience
 from tests.tiny import TINY
 
 FAST = {"test_mode": True, "device": "cpu", "dtype": "fp32", "batch_size": 4, "eval_iters": 2, "max_iters": 30}

@@ -3,66 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from command_line import ROOT, run
+from command_line import run
+from served import LONG, TEXT, serving, train, weather
 
 openai = pytest.importorskip("openai", reason="the openai client is in requirements-test.txt")
 pytest.importorskip("uvicorn", reason="uvicorn is in requirements-serve.txt")
 
-TINY = {"N_LAYER": "1", "N_HEAD": "2", "N_EMBD": "16", "BLOCK_SIZE": "128", "MAX_ITERS": "30", "TEST_MODE": "True"}
 BASE, FOLIO, WEATHER = "base", "lora-text", "lora-weather"
-
-
-LONG = "200000"  # tokens that take minutes
-
-
-@contextmanager
-def serving(folder: Path, *flags: str, **environ: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """The base URL of a server in a folder with runs, and its process."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("LORA_", "USE_LORA", "TEST_MODE", "SERVE_"))}
-    server = subprocess.Popen(
-        [sys.executable, ROOT / "serve.py", "--port", "0", *flags], cwd=folder, env=clean | environ, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        told = ""
-        while not (found := re.search(r"(http://\S+/v1) is the base URL", told)):
-            line = server.stdout.readline()
-            assert line, f"the server ended: {told}"
-            told += line
-        yield found[1], server
-    finally:
-        server.kill()
-        server.wait()
-        server.stdout.close()
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base and two adapters of it."""
-    folder, texts = tmp_path_factory.mktemp("serve"), ROOT / "tests" / "fixtures"
-    base, answers = str(texts / "text.txt"), ("a hat", "a coat", "boots", "a scarf")
-    pairs = [{"instruction": f"What do I wear on day {i}?", "output": f"Wear {answers[i % 4]}."} for i in range(40)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    for environ in (
-        {"DATASET": base, "RUN_NAME": BASE},
-        {"USE_LORA": "True", "BASE": BASE, "DATASET": base, "RUN_NAME": FOLIO, "LEARNING_RATE": "0.02"},
-        {"USE_LORA": "True", "BASE": BASE, "DATASET": "pairs.jsonl", "RUN_NAME": WEATHER},
-    ):
-        done = run(folder, folder, "training.py", **TINY, **environ, LORA_RANK="4")
-        assert not done.returncode, done.stderr
+    folder, lora = tmp_path_factory.mktemp("serve"), {"USE_LORA": "True", "BASE": BASE}
+    train(
+        folder,
+        {"DATASET": str(TEXT), "RUN_NAME": BASE},
+        lora | {"DATASET": str(TEXT), "RUN_NAME": FOLIO, "LEARNING_RATE": "0.02"},
+        lora | {"DATASET": weather(folder), "RUN_NAME": WEATHER},
+    )
     return folder
 
 
@@ -216,8 +184,13 @@ def test_what_is_no_request_is_refused(client: openai.OpenAI) -> None:
         assert answer.status_code == 400 and "JSON" in answer.json()["error"]["message"]
     assert http.get(f"{client.base_url}completions").status_code == 405
     assert "error" in http.get(f"{client.base_url}nothing").json()
+    assert http.get(f"{client.base_url}../").status_code == 404  # the page is the playground's
     elsewhere = http.post(f"{client.base_url}completions", content=b"{}", headers={"Host": "evil.example"})
     assert elsewhere.status_code == 400
+    body, own = json.dumps({"model": BASE, "prompt": "a", "max_tokens": 1}), str(client.base_url).removesuffix("/v1/")
+    for origin, status in (("http://evil.example", 403), ("null", 403), (own, 200)):
+        answer = http.post(f"{client.base_url}completions", content=body, headers={"Origin": origin})
+        assert answer.status_code == status
 
 
 def test_what_was_tuned_on_instructions_chats_and_others_cannot(runs: Path, client: openai.OpenAI) -> None:
@@ -233,9 +206,38 @@ def test_what_was_tuned_on_instructions_chats_and_others_cannot(runs: Path, clie
         client.chat.completions.create(model=BASE, messages=[{"role": "user", "content": "Hi"}])
 
 
-def test_sigterm_finishes_what_has_begun(runs: Path) -> None:
-    with serving(runs, "--at-once", "2", "--max-seconds", "60", SERVE_API_KEY="secret") as (url, server):
+def check_page(client: openai.OpenAI, site: str) -> None:
+    """The page is for whoever asks and runs nothing but its own script; what it says of the models needs the key."""
+    http = client._client
+    for path, kind in (("", "text/html"), ("page/page.js", "text/javascript"), ("page/style.css", "text/css")):
+        answer = http.get(site + path)
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith(kind)
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; script-src 'self';") and "unsafe" not in policy
+        assert "://" not in answer.text  # nothing is fetched from elsewhere
+    for path in ("page/", "page/../playground.py", "page/%2e%2e/app.py"):
+        assert http.get(site + path).status_code == 404
+    assert http.get(f"{site}page/about").status_code == 401
+    about = http.get(f"{site}page/about", headers={"Authorization": "Bearer secret"}).json()
+    assert about["command"].endswith(f"generate.py --run {BASE} --dtype=fp32") and about["key"]
+    assert [(model["word"], model["chat"]) for model in about["models"]] == [
+        (BASE, False), (FOLIO, False), (WEATHER, True),
+    ]  # fmt: skip
+    assert (about["context"], about["models"][2]["sampling"]["top_k"]) == (128, 40)
+
+
+def test_the_playground_has_a_page_and_sigterm_finishes_what_has_begun(runs: Path) -> None:
+    opened, opener = runs / "opened", runs / "opener"
+    opener.write_text(f'#!/bin/sh\necho "$1" > {opened}.new && mv {opened}.new {opened}\n')
+    opener.chmod(0o755)
+    seen = {"DISPLAY": ":9", "BROWSER": f"{opener} %s", "SERVE_API_KEY": "secret"}
+    flags = ("--dtype", "fp32", "--at-once", "2", "--max-seconds", "60")
+    with serving(runs, *flags, command="playground.py", **seen) as (url, server):
+        wait_for(opened.exists)
+        assert opened.read_text() == f"{url.removesuffix('/v1')}\n"
         client = openai.OpenAI(base_url=url, api_key="secret", max_retries=0)
+        check_page(client, url.removesuffix("v1"))
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=url, api_key="wrong", max_retries=0).models.list()
         stream = client.completions.create(model=FOLIO, prompt="a", max_tokens=500, seed=1, stream=True)

@@ -117,7 +117,7 @@ def test_merge_changes_nothing_if_it_fails_halfway(monkeypatch: pytest.MonkeyPat
     model = two_adapters()
     before, expected = state(model), logits(model)
     with monkeypatch.context() as patch, pytest.raises(BoomError):  # noqa: PT012
-        patch.setattr(model.lm_head, "effective_tensors", lambda: (_ for _ in ()).throw(BoomError))
+        patch.setattr(model.lm_head, "effective", lambda name: (_ for _ in ()).throw(BoomError))
         merge(model)
     assert same(state(model), before)
     assert torch.equal(logits(model), expected)
@@ -160,7 +160,7 @@ def test_merged_restores_the_weights_if_it_fails_halfway(monkeypatch: pytest.Mon
     model = two_adapters()
     before, expected = state(model), logits(model)
     with monkeypatch.context() as patch, pytest.raises(BoomError):  # noqa: PT012
-        patch.setattr(model.lm_head, "effective_tensors", lambda: (_ for _ in ()).throw(BoomError))
+        patch.setattr(model.lm_head, "effective", lambda name: (_ for _ in ()).throw(BoomError))
         with merged(model):
             pytest.fail("the merge should not have come this far")
     assert same(state(model), before)

@@ -22,7 +22,10 @@ import dataset
 import evaluate
 import export
 import generate
+import playground
+import report
 import serve
+import tune
 from runtime.errors import UsageError
 from runtime.processes.command import run_command
 from runtime.settings.config import Settings
@@ -35,7 +38,10 @@ TABLES: dict[str, type[Table]] = {
     "generate.py": generate.Options,
     "evaluate.py": evaluate.Options,
     "export.py": export.Options,
+    "playground.py": playground.Options,
+    "report.py": report.Options,
     "serve.py": serve.Options,
+    "tune.py": tune.Options,
 }
 TABLES |= {f"adapters.py {word}": table for word, table in adapters.COMMANDS.items()}
 TABLES |= {f"dataset.py {word}": table for word, table in dataset.COMMANDS.items()}

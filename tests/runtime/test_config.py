@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from runtime.errors import UsageError, UserError
 from runtime.settings.config import PRESETS, Settings
 from runtime.settings.fields import resolve, settings_of
-from runtime.settings.listing import env_example, readme_table, rewrite, with_settings
+from runtime.settings.listing import PAGE, env_example, markdown_table, rewrite, with_settings
 from runtime.settings.sources import read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -280,7 +280,7 @@ def test_what_makes_another_run(given, changes, same):
 
 def test_help_is_the_table(capsys):
     with pytest.raises(SystemExit) as caught:
-        read_settings(Settings, ["--help"], {}, "no .env", prog="training.py", description="Train a model.")
+        read_settings(Settings, ["--help-all"], {}, "no .env", prog="training.py", description="Train a model.")
     text = capsys.readouterr().out
     assert caught.value.code == 0
     assert max(map(len, text.splitlines())) <= 100
@@ -291,15 +291,24 @@ def test_help_is_the_table(capsys):
         )
 
 
+def test_help_shows_what_people_use_most_and_how_to_see_the_rest(capsys):
+    with pytest.raises(SystemExit):
+        read_settings(Settings, ["--help"], {}, "no .env", prog="training.py", description="Train a model.")
+    text = capsys.readouterr().out
+    shown = {row.name for row in ROWS if f"  {row.flag} " in text}
+    assert shown == {*Settings.often, *(row.name for row in ROWS if not row.env)} and len(Settings.often) == 20
+    assert f"--help-all shows {len(ROWS) - len(shown)} settings more" in " ".join(text.split())
+
+
 def test_env_example_is_the_table():
     assert (ROOT / ".env.example").read_bytes().decode() == env_example(Settings), (
         "run: python -m runtime.settings.config"
     )
 
 
-def test_the_readme_is_the_table():
-    readme = (ROOT / "README.md").read_bytes().decode()
-    assert readme == with_settings(readme, Settings), "run: python -m runtime.settings.config"
+def test_the_page_of_settings_is_the_table():
+    page = (ROOT / PAGE).read_bytes().decode()
+    assert page == with_settings(page, Settings), "run: python -m runtime.settings.config"
 
 
 def test_env_example_uncommented_is_every_default(tmp_path):
@@ -312,26 +321,27 @@ def test_env_example_uncommented_is_every_default(tmp_path):
     assert resolved.sources.keys() == names
 
 
-def test_the_readme_table_shows_all_defaults_and_one_row_a_setting():
-    lines = readme_table(Settings).splitlines()
+def test_the_markdown_table_shows_all_defaults_and_one_row_a_setting():
+    lines = markdown_table(Settings).splitlines()
     assert all(line.replace("\\|", "").count("|") == 4 for line in lines)
     assert sum(line.startswith("| `") for line in lines) == len(ROWS)
     row = next(row for row in ROWS if row.name == "max_iters")
     others = ", ".join(f"{label} {value}" for label, value in row.others.items())
     assert {"from a base", "TEST_MODE", "TEST_MODE with LoRA", "a pretrained base"} <= row.others.keys()
     shown = f"{row.default} ({others})"
-    assert f"| `MAX_ITERS` | {shown} |" in readme_table(Settings)
+    assert f"| `MAX_ITERS` | {shown} |" in markdown_table(Settings)
 
 
-def test_rewriting_keeps_the_rest_of_the_readme(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("# é\n<!-- settings -->\nold\n<!-- /settings -->\nend\n", "utf-8")
+def test_rewriting_keeps_the_rest_of_the_page(tmp_path):
+    page = tmp_path / PAGE
+    page.parent.mkdir()
+    page.write_text("# é\n<!-- settings -->\nold\n<!-- /settings -->\nend\n", "utf-8")
     rewrite(tmp_path, Settings)
-    text = readme.read_text("utf-8")
-    assert text == f"# é\n<!-- settings -->\n{readme_table(Settings)}\n<!-- /settings -->\nend\n"
+    text = page.read_text("utf-8")
+    assert text == f"# é\n<!-- settings -->\n{markdown_table(Settings)}\n<!-- /settings -->\nend\n"
     rewrite(tmp_path, Settings)
-    assert readme.read_text("utf-8") == text
-    readme.write_text("no markers")
+    assert page.read_text("utf-8") == text
+    page.write_text("no markers")
     with pytest.raises(UserError, match="<!-- settings -->"):
         rewrite(tmp_path, Settings)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import bitsandbytes
 import pytest
 import torch
@@ -23,6 +27,7 @@ from runtime.training.resume import OPTIMIZER, State, restore, to_files
 from runtime.training.steps import NonFiniteError, Schedule, Stepper
 from tests.tiny import tiny
 
+ROOT = Path(__file__).resolve().parents[2]
 BETAS, RATE = (0.9, 0.99), 1e-3
 WIDTH = 400  # of matrices of 4,400 values, which are no whole number of blocks; the vectors stay in 32 bits
 
@@ -269,3 +274,14 @@ def test_a_device_that_it_does_not_work_on_is_told(name, device, told):
 )
 def test_a_device_that_it_works_on_is_fine(name, device):
     check_optimizer(name, torch.device(device))
+
+
+def test_neither_an_update_nor_reading_tensors_imports_torchs_compiler() -> None:
+    code = (
+        "import sys, torch; from runtime.training.adamw import AdamW; p = torch.nn.Parameter(torch.ones(2, 2)); "
+        "optimizer = AdamW([p]); p.grad = torch.ones(2, 2); optimizer.step(); optimizer.zero_grad(); "
+        "optimizer.load_state_dict(optimizer.state_dict()); "
+        "from runtime.storage.tensors import pack, unpack; unpack(pack({'a': p.data}), 'file'); "
+        "sys.exit(', '.join({'torch._dynamo', 'sympy'} & sys.modules.keys()) or 0)"
+    )
+    assert not subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode

@@ -1,19 +1,15 @@
-"""metrics.jsonl through interruptions, and what a person sees on a terminal and in a log."""
+"""metrics.jsonl through interruptions, and sizes in words."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from runtime import report
-from runtime.training import metrics
-from runtime.training.metrics import MetricsLog, Progress, read_metrics
+from runtime.training.metrics import MetricsLog, read_metrics
 
 
 @pytest.fixture
@@ -117,123 +113,6 @@ def test_corrupted_lines_are_counted_and_left_out(path, capsys):
 def test_each_kind_of_damage_is_told(path, capsys, line):
     path.write_bytes(line + b"\n")
     assert steps(path) == [] and "1 corrupted line" in capsys.readouterr().err
-
-
-# --- progress -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def clock(monkeypatch) -> list[float]:
-    """Seconds that pass when the test says so."""
-    now = [100.0]
-    monkeypatch.setattr(metrics, "time", type("Clock", (), {"perf_counter": lambda: now[0]}))
-    return now
-
-
-def test_without_a_terminal_there_is_a_plain_line_now_and_then(capsys, clock):
-    progress = Progress("base-x", total=100, start=0, every_seconds=10.0)
-    for step in range(1, 31):
-        clock[0] += 1
-        progress.update(step, loss=f"{step / 10:.1f}")
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.splitlines() == [
-        "base-x: step 10/100, loss 1.0, 90 s left",
-        "base-x: step 20/100, loss 2.0, 80 s left",
-        "base-x: step 30/100, loss 3.0, 70 s left",
-    ]
-
-
-def test_time_left_is_that_of_this_session(capsys, clock):
-    progress = Progress("x", total=100, start=80, every_seconds=10.0)
-    clock[0] += 20
-    progress.update(90)
-    assert capsys.readouterr().err == "x: step 90/100, 20 s left\n"
-
-
-def test_values_stay_until_they_are_replaced(capsys, clock):
-    progress = Progress("x", total=9, start=0, every_seconds=0.0)
-    progress.update(1, loss="2", val="3")
-    progress.update(2, loss="1")
-    assert capsys.readouterr().err.splitlines()[1].startswith("x: step 2/9, loss 1, val 3, ")
-
-
-@pytest.mark.parametrize("seconds", [0.0, 100.0])
-def test_the_last_step_is_told_once_with_all_that_came_of_it(capsys, clock, seconds):
-    progress = Progress("x", total=3, start=0, every_seconds=10.0)
-    for step in (1, 2, 3):
-        progress.update(step, loss="2")
-    clock[0] += seconds
-    progress.update(3, val="1.9")
-    progress.close()
-    progress.close()
-    assert capsys.readouterr().err == "x: step 3/3, loss 2, val 1.9, 0 s left\n"
-
-
-def test_a_run_that_stops_early_tells_its_last_step_once(capsys, clock):
-    progress = Progress("x", total=9, start=0, every_seconds=10.0)
-    progress.update(1, loss="2")
-    clock[0] += 10
-    progress.update(2, loss="1")
-    progress.close()
-    assert capsys.readouterr().err.splitlines() == ["x: step 2/9, loss 1, 35 s left"]
-    progress = Progress("x", total=9, start=0, every_seconds=10.0)
-    progress.update(3, loss="1")
-    progress.close()
-    assert capsys.readouterr().err.startswith("x: step 3/9, loss 1, ")
-
-
-def test_a_run_with_nothing_left_to_do_tells_nothing(capsys):
-    Progress("x", total=9, start=9).close()
-    assert capsys.readouterr().err == ""
-
-
-def test_lines_can_come_with_the_steps_however_long_these_take(capsys, clock):
-    progress = Progress("x", total=7, start=2, every_seconds=10.0, every_steps=2)
-    for step in (3, 4, 5, 6, 7):
-        clock[0] += 30
-        progress.update(step, loss=f"{step}.5")
-        progress.update(step, val="1")
-    progress.close()
-    assert capsys.readouterr().err.splitlines() == [
-        "x: step 4/7, loss 4.5, val 1, 90 s left",
-        "x: step 6/7, loss 6.5, val 1, 30 s left",
-        "x: step 7/7, loss 7.5, val 1, 0 s left",
-    ]
-
-
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
-@pytest.mark.parametrize("every_steps", [0, 3])
-def test_on_a_terminal_there_is_a_bar_and_a_plain_line_where_it_is_asked_for(monkeypatch, every_steps):
-    import termios
-
-    master, slave = os.openpty()
-    termios.tcsetwinsize(slave, (24, 100))
-    with os.fdopen(slave, "w", encoding="utf-8") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        progress = Progress("base-x", total=4, start=1, every_seconds=0.0, every_steps=every_steps)
-        for step in (2, 3, 4):
-            progress.update(step, loss=f"{step}.5")
-        progress.update(4, val="1.25")
-        progress.close()
-        progress.close()
-        terminal.flush()
-        text = os.read(master, 2**16).decode()
-        ends = 1 + 2 * bool(every_steps)  # lines of step 3, the bar, and step 4
-        while not (text.endswith("\n") and text.count("\n") >= ends):  # a terminal hands on what it is given in parts
-            text += os.read(master, 2**16).decode()
-    os.close(master)
-    assert "base-x" in text and "4/4" in text and "1/4" in text and "loss=4.5" in text and "val=1.25" in text
-    assert text.count("\n") == ends, "one bar, drawn over itself"
-    assert text.count(" s left\r\n") == ends - 1
-    assert ("base-x: step 3/4, loss 3.5, 0 s left\r\n" in text) == bool(every_steps)
-
-
-def test_the_clock_is_the_real_one_by_default(capsys):
-    progress = Progress("x", total=9, start=0, every_seconds=0.01)
-    progress.update(1)
-    time.sleep(0.02)
-    progress.update(2)
-    assert "step 2/9" in capsys.readouterr().err
 
 
 # --- report ---------------------------------------------------------------------------------------------------------

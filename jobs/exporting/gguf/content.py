@@ -13,6 +13,7 @@ import torch
 
 from jobs.exporting.gguf.layout import Layout
 from jobs.exporting.gguf.vocabulary import Vocabulary
+from lora.merge import MergedTensors
 from models.config import ModelConfig
 from runtime.errors import UserError
 
@@ -24,7 +25,7 @@ WIDE = ("token_embd.weight", "output.weight")  # in 8 bits where others have few
 
 
 class GGUFTensors:
-    """The tensors of a GGUF file, made one at a time. odd: names of those whose rows are in no blocks."""
+    """The tensors of a GGUF file, adapters merged, made one at a time. odd: those whose rows are in no blocks."""
 
     def __init__(self, layout: Layout, kind: str) -> None:
         import gguf
@@ -39,9 +40,9 @@ class GGUFTensors:
         self.odd = []
         if (scaling := self.config.rope_scaling) and scaling["rope_type"] == "llama3":
             yield "rope_freqs.weight", _rope_factors(self.config), self.types.F32
-        for name, p in self.layout.model.named_parameters():
+        for name, tensor in MergedTensors(self.layout.model, torch.float32).items():
             path, _, leaf = name.rpartition(".")
-            values = self.layout.rows(path, p.detach()).float().contiguous().numpy()
+            values = self.layout.rows(path, tensor).contiguous().numpy()
             theirs = self.layout.name(path, leaf)
             kind = self._type_of(theirs, values)
             yield theirs, self.quantize(values, kind), kind

@@ -54,6 +54,7 @@ def export_folder(
     """
     if opened.model.config.max_positions < SHORTEST:
         raise UserError(f"{opened.run.name} takes fewer than {SHORTEST} tokens, and torch.onnx needs some to trace")
+    opened.make_dense()
     files, told = _files_beside(opened, place)
     if not int8:  # TensorRT does not read what onnxruntime quantises while it computes
         files[SCRIPT] = trtexec_script(GRAPH, opened.model.config, cached)
@@ -83,7 +84,7 @@ def _files_beside(opened: Opened, place: str) -> tuple[Files, list[str]]:
     use = ["import onnxruntime", "", f"session = onnxruntime.InferenceSession({f'{place}/{GRAPH}'!r})"]
     told, described = [], describing_files(opened, "onnx", use)
     try:
-        files = whole_files(opened)
+        files, _ = whole_files(opened)
     except UserError as error:
         files = tokenizer_files(opened.base.tokenizer, opened.model.config.max_positions)
         told.append(f"Without config.json: {error}")

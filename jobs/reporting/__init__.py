@@ -1,0 +1,1 @@
+"""Reports of runs: one page to read, to print and to send."""

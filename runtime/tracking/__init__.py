@@ -1,0 +1,1 @@
+"""Curves and texts of a run for TensorBoard and Weights & Biases, beside metrics.jsonl."""
