@@ -12,6 +12,8 @@
 #   make speller  the Folio speller: a base, an adapter that rewrites modern lines in First Folio spelling (10 minutes
 #                 each of three seeds on 2 cores), and the verdict on all 4,462 held-out pairs
 #   make speller-pretrained   the same on SmolLM2-135M (an hour and a half on 2 cores)
+#   make guide    the runs and pictures of docs/zero-to-hero/ (10 minutes of one core), and whether its pages show what
+#                 their code prints
 #   make three-texts   the README's picture: a base, adapters of the First Folio, of Milton and of Python's documentation, and
 #                 what each makes of one prompt (about 3 minutes)
 #   make two-machines   two torchrun agents of two processes each, on two network namespaces of this machine where the
@@ -27,7 +29,7 @@ PRETRAINED ?= HuggingFaceTB/SmolLM2-135M-Instruct
 TOUR := pretrained-folio
 BIN := $(VENV)/bin
 
-.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained three-texts two-machines onnx-tests browser-tests tune-tests clean
+.PHONY: train adapt test soak settings tiny gap pretrained speller speller-pretrained guide three-texts two-machines onnx-tests browser-tests tune-tests clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python training.py
@@ -75,6 +77,10 @@ speller: $(VENV)/test.stamp
 speller-pretrained: $(VENV)/test.stamp
 	$(BIN)/python training.py --use-lora --base $(PRETRAINED) --dataset folio-pairs --epochs 1 --run-name speller-pretrained
 	$(BIN)/python evaluate.py speller-pretrained --limit 0 --max-new-tokens 60
+
+guide: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.guide_runs --record
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.guide --write
 
 three-texts: $(VENV)/test.stamp
 	mkdir -p data/cache
