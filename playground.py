@@ -1,7 +1,7 @@
 """Play with a base and its adapters in a browser: write a prompt, move an adapter's slider, and see the text change.
 
 python playground.py                                      the newest run's base, and all adapters trained on it
-python playground.py --run base-shakespeare --adapter lora-folio-r16 --adapter lora-milton-r16
+python playground.py --run base-shakespeare --adapter lora-folio-r8 --adapter lora-milton-r8
 python playground.py --port 8080 --no-open                with no browser opened
 
 It is serve.py with a page. Nothing comes from elsewhere, and nothing is sent elsewhere.
@@ -25,7 +25,7 @@ class Options(ServerSettings):
     """The flags of playground.py."""
 
     open: bool = setting(True, "Open the page in a browser, where there is a display", **WHERE)
-    at_once: int = setting(4, "Texts that are made at a time; each is slower with more", low=1, high=1024, **LIMITS)
+    at_once: int = setting(4, "Texts generated at once; with more, each is slower", low=1, high=1024, **LIMITS)
 
 
 def main() -> None:

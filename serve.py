@@ -1,8 +1,8 @@
 """Serve a base and its adapters over HTTP, in OpenAI's protocol: each is a model with a name of its own.
 
 python serve.py                                           the newest run's base, and all adapters trained on it
-python serve.py --run base-shakespeare --adapter lora-folio-r16 --port 8080
-curl localhost:8000/v1/completions -d '{"model": "lora-folio-r16", "prompt": "O Romeo"}'
+python serve.py --run base-shakespeare --adapter lora-folio-r8 --port 8080
+curl localhost:8000/v1/completions -d '{"model": "lora-folio-r8", "prompt": "O Romeo"}'
 
 Requests with different adapters are answered in one batch. A text does not depend on what else is asked for: the same
 request with the same seed gets the same text. SIGTERM and Ctrl-C finish what has begun. playground.py is the same with

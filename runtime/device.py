@@ -119,7 +119,8 @@ def _pick_device(wanted: str) -> tuple[torch.device, list[str]]:
         return torch.device(next(kind for kind, works in there.items() if works)), []
     kind, _, index = wanted.partition(":")
     if not there[kind]:
-        return torch.device("cpu"), [f"DEVICE={wanted}: torch {torch.__version__} sees no such device; using the CPU"]
+        none = f"warning: DEVICE={wanted}: torch {torch.__version__} sees no such device; using the CPU"
+        return torch.device("cpu"), [none]
     if index and kind == "cuda" and int(index) >= torch.cuda.device_count():
         return torch.device("cuda"), [f"DEVICE={wanted}: there are {torch.cuda.device_count()} GPUs; using the first"]
     return torch.device(wanted), []

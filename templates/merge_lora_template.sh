@@ -31,4 +31,5 @@ printf '%s\n' "$from_merged"
 # 4. When to merge: for a program that knows nothing of adapters, for a file that stands alone, or as a base for more
 #    training. When not to: to serve several adapters on one base, or where disk space counts, as a merged run is as
 #    large as its base, and an adapter a small part of that.
-echo "$merged is a run without an adapter; next: python templates/export_lora_template.py --run $adapter"
+echo "$merged is a run without an adapter; next:"
+echo "$PYTHON $here/templates/export_lora_template.py --run $adapter --checkpoints-dir ${CHECKPOINTS_DIR:-checkpoints}"

@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # The base's shape, with an adapter: each linear computes W x + (alpha / rank) B A x. W is frozen, so it needs no
     # gradient and no optimizer state. A starts random and B at zero, so that training starts from exactly the base.
+    # Copies of the embeddings train too; the base's own stay as they are.
     torch.manual_seed(args.seed)
     shape = {"n_embd": c.n_embd, "block_size": T, "n_head": c.n_head, "n_layer": c.n_layer, "bias": c.bias}
     model = BigramLanguageModelLoRA(c.vocab_size, **shape, use_lora=True, lora_rank=args.rank, lora_alpha=16.0)
@@ -91,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     known = {"base": args.base, "base_sha256": sha256, "tokenizer_sha256": tokenizer.sha256}
     save_adapter(folder / "adapter", Adapter.from_model(model, **known))
     (folder / "run.json").write_text(json.dumps(run), "utf-8")
-    print(f"saved {folder}: {sum(map(torch.numel, trained.values())):,} numbers; next: generate.py --run {args.out}")
+    print(f"saved {folder}: {sum(map(torch.numel, trained.values())):,} numbers; next:")
+    print(f"python templates/inference_lora_template.py --run {args.out} --checkpoints-dir {args.checkpoints_dir}")
 
 
 if __name__ == "__main__":

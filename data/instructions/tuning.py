@@ -61,7 +61,7 @@ class InstructionData:
             if not fitting[split]:
                 raise UserError(
                     f"no record of the {split} split of {records.name} has an answer within "
-                    f"BLOCK_SIZE={sizes.block_size} tokens; raise it, or shorten the records"
+                    f"BLOCK_SIZE={sizes.block_size} tokens; raise it (as far as the base goes), or shorten the records"
                 )
         kept = {split: [record for record, _ in pairs] for split, pairs in fitting.items()}
         tokens = ([each for _, each in fitting[split]] for split in ("train", "validation"))

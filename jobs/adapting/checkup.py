@@ -60,7 +60,8 @@ class Checkup:
         """A run: what it says of itself, and each folder of weights in it."""
         run = self.attempt(lambda: open_run(folder))
         if run and self.attempt(lambda: run.result) is not None:
-            self.checked.append(f"{folder.name}: run.json, result.json")
+            there = [name for name in ("run.json", "result.json") if (folder / name).exists()]
+            self.checked.append(f"{folder.name}: {', '.join(there)}")
         before = len(self.problems) + len(self.checked)
         for name in sorted(path.name for path in folder.iterdir() if path.is_dir()):
             if name == "adapter" or (name.startswith("best-") and run and run.kind == "lora"):

@@ -62,10 +62,10 @@ class Options(ProcessSettings):
     )
     greedy: bool = setting(False, "Always take the likeliest token", **HOW)
     best_of: int = setting(
-        1, "Draw so many texts, and keep the one whose tokens are the likeliest on average", low=1, high=10_000, **HOW
+        1, "Draw this many texts, and keep the one whose tokens are the likeliest on average", low=1, high=10_000, **HOW
     )
     beams: int | None = setting(
-        None, "Search with so many beams for the likeliest text, as transformers does; nothing is drawn",
+        None, "Search with this many beams for the likeliest text, as transformers does; nothing is drawn",
         low=2, high=1_000, **HOW,
     )  # fmt: skip
 

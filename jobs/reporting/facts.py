@@ -115,6 +115,8 @@ def read_facts(root: Path, name: str, evaluations: tuple[str, ...]) -> Facts:
     path = run.folder / "metrics.jsonl"
     metrics = read_metrics(path) if path.exists() else []
     made = "made" in run.metadata
+    if not made and not metrics and run.metadata.get("identity") == "template":
+        raise UserError(f"{run.name} was made by a template, which keeps no figures; train one with training.py")
     with understood(run.folder / "run.json"):
         _check_described(run.metadata, made)
     state = "made" if made else "finished" if run.finished else "training" if RunLock(run.folder).held else "stopped"

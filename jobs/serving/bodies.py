@@ -87,7 +87,7 @@ FIELDS = {
         lambda v: isinstance(v, dict) and v.keys() <= {"include_usage"} and all(type(x) is bool for x in v.values()),
         'must be {"include_usage": true} or {"include_usage": false}',
     ),
-    "adapters": Field(_are_strengths, 'must be the strengths of adapters by name, as {"lora-folio-r16": 0.5}'),
+    "adapters": Field(_are_strengths, 'must be the strengths of adapters by name, as {"lora-folio-r8": 0.5}'),
     "frequency_penalty": only(0, 0.0),
     "presence_penalty": only(0, 0.0),
     "logit_bias": only({}),

@@ -30,11 +30,11 @@ class ServerSettings(CommonSettings):
         pattern=r"[0-9A-Za-z.:_-]{1,253}", allowed="a host's name or address", **WHERE,
     )  # fmt: skip
     port: int = setting(8000, "The port; 0 takes a free one", low=0, high=65535, **WHERE)
-    at_once: int = setting(16, "Texts that are made at a time", low=1, high=1024, **LIMITS)
-    waiting: int = setting(256, "Texts that may wait; with more, requests are refused", low=0, high=100_000, **LIMITS)
-    max_tokens: int = setting(1024, "Tokens that a text may have", low=1, high=10**6, **LIMITS)
-    max_body: int = setting(2**20, "Bytes that a request may have", low=1, high=2**30, **LIMITS)
-    max_seconds: float = setting(300.0, "Seconds that a request may take", low=0.1, high=10**6, **LIMITS)
+    at_once: int = setting(16, "Texts generated at once", low=1, high=1024, **LIMITS)
+    waiting: int = setting(256, "Texts that may wait; beyond that, requests are refused", low=0, high=100_000, **LIMITS)
+    max_tokens: int = setting(1024, "Longest text, in tokens", low=1, high=10**6, **LIMITS)
+    max_body: int = setting(2**20, "Largest request, in bytes", low=1, high=2**30, **LIMITS)
+    max_seconds: float = setting(300.0, "Longest request, in seconds", low=0.1, high=10**6, **LIMITS)
 
 
 def serve(options: ServerSettings, show: Callable[[str], None] | None = None) -> None:

@@ -17,6 +17,8 @@ from runtime.errors import UserError
 
 SAMPLE_CHARACTERS, TEST_SAMPLE_CHARACTERS = 1_000, 300
 
+FEW = 20  # distinct words below which a sample will hardly have one
+
 
 @dataclass(frozen=True)
 class TextSummary:
@@ -52,7 +54,8 @@ class TextSummary:
                 {"title": title, "text": text, "words": len(words(text)), "found": len(found), "marked": marked}
             )
         name = self.job.data.name
-        return {"counted": f"words that only {name} has" if foreign else f"words of {name}", "texts": texts}
+        what = f"words that only {name} has" if foreign else f"words of {name}"
+        return {"counted": what, "distinct": len(counted), "texts": texts}
 
     def print(self, told: Mapping[str, Any]) -> None:
         """Each sample, and how many of its words are counted."""
@@ -61,7 +64,10 @@ class TextSummary:
             some = f": {', '.join(sample['marked'][:8])}" if sample["marked"] else ""
             title = f"Sample {sample['title']}".strip()
             print(f"📝 {title}:\n{report.indented(sample['text'])}")
-            print(f"   {found} of {count} words ({100 * found / count:.0f} %) are {told['counted']}{some}")
+            if told["distinct"] < FEW:
+                print(f"   {self.job.data.name} has too few words that its base has not seen to count them here")
+            else:
+                print(f"   {found} of {count} words ({100 * found / count:.0f} %) are {told['counted']}{some}")
 
 
 def base_words(job: Job) -> set[str]:
