@@ -178,7 +178,8 @@ class Settings(ProcessSettings):
     )
     run_name: str = setting(
         "",
-        "Name of the run's folder; if empty, made from the settings, with a suffix such as -cec7b9 where another run has it",
+        "Name of the run's folder; if empty, made from the settings, with a suffix such as -cec7b9 where another run "
+        "has that name",
         group=RUN,
         pattern=rf"|{NAME}",
         allowed=f"empty or {NAMED}",
