@@ -138,7 +138,12 @@ def push(target: Target, files: Mapping[str, Path | bytes], message: str, quiet:
             disable_progress_bars()
         elif not constants.HF_HUB_DISABLE_PROGRESS_BARS:
             enable_progress_bars()  # transformers may have been told to show none
-        api.create_commit(target.name, operations, commit_message=message)
+        try:
+            api.create_commit(target.name, operations, commit_message=message)
+        except BaseException:
+            if not quiet:
+                say("")  # the bar of an upload that has stopped does not end its line
+            raise
     return f"{api.endpoint}/{target.name}"
 
 

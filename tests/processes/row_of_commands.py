@@ -55,7 +55,7 @@ def interrupt_in(step: int) -> None:
 def child(case: dict, rank: int, said: Path) -> None:
     """Run the case's command, in this process for good."""
     for fd, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY), fd)
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", encoding="utf-8") for fd in (1, 2))
     jobs.summaries.text.TEST_SAMPLE_CHARACTERS = jobs.summaries.answers.LONGEST = 4
     os.environ.update(case["environ"] | case["odd"].get(str(rank), {}))
@@ -69,6 +69,8 @@ def child(case: dict, rank: int, said: Path) -> None:
 
 def run(case: dict, rank: int, said: Path) -> None:
     """Fork a child for a case, and note how it ended. Where one fails, the others get SIGTERM, as from torchrun."""
+    for name in ("out", "err"):  # also where SIGTERM comes before the child has begun
+        Path(f"{said}.{name}").touch()
     pid = os.fork()
     if pid == 0:
         status = 99

@@ -85,5 +85,17 @@ def candidates(row: Setting) -> list[str]:
         return ["true", "0", "Yes", "oFF", "truee", "10"]
     if row.kind in (int, float):
         return [form for text in at_bounds(row) for form in forms_of_number(text)]
-    known = [*(row.choices or ()), "a", "./a", "4,8", "all", "auto", "cuda:0", "q_proj, v_proj", "0.5,-1e2"]
+    known = [
+        *(row.choices or ()),
+        "tensorboard",
+        "a/b",
+        "a",
+        "./a",
+        "4,8",
+        "all",
+        "auto",
+        "cuda:0",
+        "q_proj, v_proj",
+        "0.5,-1e2",
+    ]
     return [form for text in known for form in (text, text.upper(), f"{text} ", f"{text}x", f"{text},")]
