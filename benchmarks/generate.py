@@ -129,7 +129,7 @@ def main() -> None:
             contest = measure if prompts < 200 else measure_many
             rows += (found := contest(size, prompts, options.rounds, options.device))
             tell(found)
-    close("generate", rows, options.record)
+    close("mixed_adapters" if options.adapters else "generate", rows, options.record)
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def test_a_slow_text_tells_how_far_it_is_and_can_be_stopped(page: Page, site: st
         until(page.one("#make").is_enabled)
         page.one("#make").click()
         until(lambda: all(int(bar.get_property("value")) > 30 for bar in page.all("progress")))
-        assert f"/ {LONG}" in page.all(".count")[0].text
+        until(lambda: f"/ {LONG}" in page.all(".count")[0].text)
         stop()
         assert page.statuses() == ["stopped", "stopped"] and all(page.texts().values())
         health = "fetch('/health').then((a) => a.json()).then(arguments[0])"
