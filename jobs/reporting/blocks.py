@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
+def _figure(value: float) -> str:
+    """Four digits, or all of a large number."""
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
 @dataclass(frozen=True)
 class Text:
     """A paragraph."""
@@ -68,10 +73,15 @@ class Lines:
     @property
     def in_words(self) -> str:
         """What the chart shows, for who cannot see it."""
-        return "; ".join(
-            f"{s.name}: {s.points[0][1]:.4g} at {self.x} {s.points[0][0]:g}, {s.points[-1][1]:.4g} at {self.x} "
-            f"{s.points[-1][0]:g}, lowest {min(y for _, y in s.points):.4g}"
-            for s in self.series
+        return "; ".join(f"{s.name}: {self._course(s.points)}" for s in self.series)
+
+    def _course(self, points: Sequence[tuple[float, float]]) -> str:
+        """Where a line begins, ends and is lowest; one point by itself."""
+        (first, begins), (last, ends), lowest = points[0], points[-1], min(y for _, y in points)
+        if len(points) == 1:
+            return f"{_figure(begins)} at {self.x} {first:g}"
+        return (
+            f"{_figure(begins)} at {self.x} {first:g}, {_figure(ends)} at {self.x} {last:g}, lowest {_figure(lowest)}"
         )
 
 

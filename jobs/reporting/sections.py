@@ -92,8 +92,8 @@ def losses_in_words(facts: Facts) -> str:
     told = f"Over all that was held out its loss is {loss:.4f} nats a token"
     if before is None:
         return f"{told}."
-    more = "more" if before > loss else "less"
-    return f"{told}; without the adapter it is {before:.4f}, {abs(before - loss):.4f} {more}."
+    side = "higher" if before > loss else "lower"
+    return f"{told}; without the adapter it is {before:.4f} ({abs(before - loss):.4f} {side})."
 
 
 def duration(seconds: float) -> str:

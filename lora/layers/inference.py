@@ -25,10 +25,12 @@ TILE = 8  # rows of a tile, always as many: how a product rounds depends on its 
 
 class Tiles(NamedTuple):
     """Rows in tiles of one adapter each. rows (tiles * height,): with 0 where a tile is not full; None for all rows, in
-    their order. adapters (tiles,): their numbers; None for all, in their order. strengths (tiles, height, 1): 0 where a
-    tile is not full."""
+    their order. places (rows,): where each row stands, or a place that is not full for one without an adapter; None
+    where a row stands in several, or in none and all are full. adapters (tiles,): their numbers; None for all, in their
+    order. strengths (tiles, height, 1): 0 where a tile is not full."""
 
     rows: Tensor | None
+    places: Tensor | None
     adapters: Tensor | None
     strengths: Tensor
 
@@ -57,8 +59,18 @@ class Mix:
             full = [entry for _, some in tiles for entry in (*some, *[(0, 0.0)] * (height - len(some)))]
             strengths = torch.tensor([s for _, s in full], device=self.device).view(len(tiles), height, 1)
             rows = self._index([row for row, _ in full], self.count)
-            self._tiles[height] = Tiles(rows, self._index([i for i, _ in tiles], len(self.names)), strengths)
+            numbers = self._index([i for i, _ in tiles], len(self.names))
+            self._tiles[height] = Tiles(rows, self._places(full), numbers, strengths)
         return self._tiles[height]
+
+    def _places(self, full: list[tuple[int, float]]) -> Tensor | None:
+        """The places of the rows in full tiles, see `Tiles`."""
+        taken = [(row, place) for place, (row, strength) in enumerate(full) if strength]
+        spare = next((place for place, (_, strength) in enumerate(full) if not strength), None)
+        found = dict(taken)
+        if len(found) < len(taken) or (spare is None and len(found) < self.count):
+            return None
+        return torch.tensor([found.get(row, spare) for row in range(self.count)], device=self.device)
 
     def _index(self, numbers: list[int], count: int) -> Tensor | None:
         """Numbers as an index, None for all below a count in their order."""
@@ -69,18 +81,23 @@ class Mix:
         out)."""
         T, width = x_BTI.shape[1:]
         height = TILE if T == 1 else 1
-        rows, adapters, strengths = self.tiles(height)
+        rows, places, adapters, strengths = self.tiles(height)
         if adapters is not None:
             A, B = A.index_select(0, adapters), B.index_select(0, adapters)
         tiled = (x_BTI if rows is None else x_BTI.index_select(0, rows)).view(len(A), height * T, width)
-        low = torch.bmm(tiled, A) * strengths
-        added = torch.bmm(low.to(x_BTI.dtype), B).view(-1, T, B.shape[-1])
-        return added if rows is None else added.new_zeros(self.count, *added.shape[1:]).index_add_(0, rows, added)
+        with torch.autocast(self.device.type, enabled=False):
+            low = torch.bmm(tiled.to(A.dtype), A) * strengths
+            added = torch.bmm(low.to(A.dtype), B).view(-1, T, B.shape[-1]).to(x_BTI.dtype)
+        if rows is None:
+            return added
+        if places is not None:  # quicker than adding to zeros
+            return added.index_select(0, places)
+        return added.new_zeros(self.count, *added.shape[1:]).index_add_(0, rows, added)
 
     def add_changes(self, y_BTC: Tensor, changes: Tensor, idx_BT: Tensor | None = None) -> Tensor:
         """Add to y what the adapters change in a bias, (adapters, C), or in the rows idx of a table, (adapters, n, C);
         returns it."""
-        rows, adapters, strengths = self.tiles(1)
+        rows, _, adapters, strengths = self.tiles(1)
         changes = changes if adapters is None else changes.index_select(0, adapters)
         if idx_BT is None:
             found = changes[:, None].expand(-1, y_BTC.shape[1], -1)

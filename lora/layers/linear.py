@@ -120,7 +120,8 @@ def _mixed_tensors(layer: LoRALinear, dtype: torch.dtype) -> Cached:
     low = {i: variant.low_rank_linear(W, None) for i, variant in variants.items() if i not in full}
     A = B = None
     if rank := max((len(part.A) for part in low.values()), default=0):
-        A = torch.zeros(len(layer.mix.names), layer.in_features, rank, dtype=dtype, device=W.device)
+        low_dtype = torch.float32 if W.device.type == "cpu" else dtype  # small products in bf16 start slowly there
+        A = torch.zeros(len(layer.mix.names), layer.in_features, rank, dtype=low_dtype, device=W.device)
         B = A.new_zeros(len(A), rank, layer.out_features)
         for i, part in low.items():
             A[i, :, : len(part.A)], B[i, : len(part.A)] = part.A.t(), (part.B * part.scale).t()

@@ -19,6 +19,8 @@ CALLS = {
     "lora_step": ("--sizes", "tiny", "--tokens", "64", "--rounds", "1"),
     "variants": ("--sizes", "tiny", "--tokens", "64", "--rounds", "1"),
     "generate": ("--sizes", "tiny", "--rounds", "1"),
+    "generate: adapters": ("--sizes", "tiny", "--rounds", "1", "--adapters", "2"),
+    "peers_slow": ("--shapes", "tiny", "--rounds", "1"),
     "levers": ("--sizes", "tiny", "--rounds", "1"),
     "estimates": ("--only", "tiny"),
     "memory": ("--sizes", "tiny", "--rounds", "1"),
@@ -37,7 +39,7 @@ def test_a_benchmark_runs_and_prints_its_rows(name: str, monkeypatch, capsys, da
     before, where = kept(), ("--data-dir", str(data_dir)) if name in ("saving", "startup") else ()
     where += ("--folder", str(tmp_path)) if name == "saving" else ()
     monkeypatch.setattr(sys, "argv", [name, *CALLS[name], *where, "--device", "cpu"])
-    importlib.import_module(f"benchmarks.{name}").main()
+    importlib.import_module(f"benchmarks.{name.partition(':')[0]}").main()
     lines = capsys.readouterr().out.splitlines()
     rows = [re.fullmatch(r"\w.* (\d+\.\d\d) +\(\d+\.\d\d to \d+\.\d\d\).*", line) for line in lines[:-1]]
     assert rows and all(row and float(row[1]) > 0 for row in rows), lines
