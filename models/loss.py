@@ -12,15 +12,23 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lora.functional import compute_dtype
+from lora.layers.linear import LoRALinear
 from runtime.training.batch import IGNORED
 
 # Logits that may stand at once: 8 MB in fp32 on the CPU, where smaller chunks take no longer, more elsewhere.
 WHOLE, WHOLE_ON_ACCELERATORS = 2**21, 2**23
+SHARE = 4  # and at least as many as the head has weights, divided by this: see `whole`
 
 
-def whole(device: torch.device) -> int:
-    """How many logits may stand at once on this device."""
-    return WHOLE if device.type == "cpu" else WHOLE_ON_ACCELERATORS
+def whole(device: torch.device, width: int, vocab_size: int) -> int:
+    """How many logits may stand at once on this device, for a head of this width.
+
+    Each chunk reads the head's weights, converts them and adds to their gradient, so with a few rows a chunk that is
+    most of the work: at 124M parameters, a vocabulary of 50,304, a LoRA step of 1,024 tokens took 1.18 s with 41 rows a
+    chunk and 1.03 with 192, a full one 1.94 and 1.45 (2 cores, bf16).
+    """
+    return max(WHOLE if device.type == "cpu" else WHOLE_ON_ACCELERATORS, width // SHARE * vocab_size)
 
 
 Head = Callable[[Tensor], Tensor]  # (N, C) -> logits (N, V)
@@ -48,8 +56,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NC, targets_N, head, rows, *parameters):
         total = x_NC.new_zeros((), dtype=torch.float32)
+        frozen = None if parameters else frozen_weight(head, x_NC)
         dx_NC, gradients = torch.empty_like(x_NC), [torch.zeros_like(p) for p in parameters]
         for x, dx, targets in zip(x_NC.split(rows), dx_NC.split(rows), targets_N.split(rows), strict=True):
+            if frozen is not None:
+                logits = F.linear(x, *frozen)
+                loss, logs = _total(logits, targets)
+                total += loss
+                torch.mm(_gradient(logs, targets).to(logits.dtype), frozen[0], out=dx)
+                continue
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
                 logits = head(x)
@@ -69,10 +84,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return dx_NC * g.to(dx_NC.dtype), None, None, None, *(gradient * g.to(gradient.dtype) for gradient in gradients)
 
 
+def frozen_weight(head: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """The weight and bias of a head without an adapter in the dtype of x, so that they are converted once for all
+    chunks; None for any other head, and where x is not in the dtype of matmuls."""
+    if type(head) is not LoRALinear or head.variants() or compute_dtype(x) != x.dtype:
+        return None
+    return head.dense_weight(x.dtype), head.bias_in(x.dtype)
+
+
 def chunked_cross_entropy(x_BTC: Tensor, targets_BT: Tensor, head: nn.Module, vocab_size: int) -> Tensor:
     """What `mean_cross_entropy` returns of head(x), without holding all logits."""
     x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
-    rows, trained = max(1, whole(x_BTC.device) // vocab_size), trains(head)
+    rows, trained = max(1, whole(x_BTC.device, x_BTC.shape[-1], vocab_size) // vocab_size), trains(head)
     if torch.is_grad_enabled() and (x_NC.requires_grad or trained):
         total = ChunkedCrossEntropy.apply(x_NC, targets_N, head, rows, *trained)
     else:

@@ -205,7 +205,9 @@ def step_of(plan: Plan) -> Step:
     """A part of a step, as arithmetic needs it."""
     embeddings = plan.lora.train_embeddings if plan.lora else True
     cpu = plan.machine.device.type == "cpu"
-    about = {"dropout": plan.dropout > 0, "cpu": cpu, "whole": whole(plan.machine.device)}
+    config = plan.shape.config
+    at_once = whole(plan.machine.device, config.n_embd, config.vocab_size)
+    about = {"dropout": plan.dropout > 0, "cpu": cpu, "whole": at_once}
     return Step(
         plan.rows_at_once,
         plan.positions,
