@@ -18,17 +18,23 @@ from runtime.training.batch import IGNORED
 
 # Logits that may stand at once: 8 MB in fp32 on the CPU, where smaller chunks take no longer, more elsewhere.
 WHOLE, WHOLE_ON_ACCELERATORS = 2**21, 2**23
-SHARE = 4  # and at least as many as the head has weights, divided by this: see `whole`
+SHARE, FEWEST = 4, 64  # see `chunk_rows`
 
 
-def whole(device: torch.device, width: int, vocab_size: int) -> int:
-    """How many logits may stand at once on this device, for a head of this width.
+def whole(device: torch.device) -> int:
+    """How many logits may stand at once on this device."""
+    return WHOLE if device.type == "cpu" else WHOLE_ON_ACCELERATORS
 
-    Each chunk reads the head's weights, converts them and adds to their gradient, so with a few rows a chunk that is
-    most of the work: at 124M parameters, a vocabulary of 50,304, a LoRA step of 1,024 tokens took 1.18 s with 41 rows a
-    chunk and 1.03 with 192, a full one 1.94 and 1.45 (2 cores, bf16).
+
+def chunk_rows(device: torch.device, width: int, vocab_size: int, trained: bool) -> int:
+    """How many positions make a chunk, for a head of this width that trains or does not.
+
+    Each chunk of one that trains converts all its weights and adds to all their gradients, so with a few rows that is
+    most of the work: at 124M parameters, a vocabulary of 50,304, a step of 1,024 tokens took 1.94 s with 41 rows a
+    chunk and 1.45 with 192 (2 cores, bf16), whose logits take a quarter of what the head's weights do. A product with
+    fewer than 64 rows is slow with any head.
     """
-    return max(WHOLE if device.type == "cpu" else WHOLE_ON_ACCELERATORS, width // SHARE * vocab_size)
+    return max(FEWEST, whole(device) // vocab_size, width // SHARE if trained else 1)
 
 
 Head = Callable[[Tensor], Tensor]  # (N, C) -> logits (N, V)
@@ -95,7 +101,8 @@ def frozen_weight(head: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | 
 def chunked_cross_entropy(x_BTC: Tensor, targets_BT: Tensor, head: nn.Module, vocab_size: int) -> Tensor:
     """What `mean_cross_entropy` returns of head(x), without holding all logits."""
     x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
-    rows, trained = max(1, whole(x_BTC.device, x_BTC.shape[-1], vocab_size) // vocab_size), trains(head)
+    trained = trains(head)
+    rows = chunk_rows(x_BTC.device, x_BTC.shape[-1], vocab_size, bool(trained))
     if torch.is_grad_enabled() and (x_NC.requires_grad or trained):
         total = ChunkedCrossEntropy.apply(x_NC, targets_N, head, rows, *trained)
     else:

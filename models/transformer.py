@@ -280,9 +280,8 @@ class Transformer(nn.Module):
             if cache is not None:
                 x_BTC = cache.last(x_BTC)
             x_BTC = normalised(self.norm, x_BTC)
-        width, vocab_size = self.config.n_embd, self.config.vocab_size
-        if targets is not None and targets.numel() * vocab_size > whole(idx.device, width, vocab_size):
-            return None, chunked_cross_entropy(x_BTC, targets, self.lm_head, vocab_size)
+        if targets is not None and targets.numel() * self.config.vocab_size > whole(idx.device):
+            return None, chunked_cross_entropy(x_BTC, targets, self.lm_head, self.config.vocab_size)
         logits_BTV = self.lm_head(x_BTC)
         if targets is None:
             return logits_BTV, None
