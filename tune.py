@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 import runtime.start  # noqa: F401 - before what takes seconds to import
 from jobs.runs.base import base_settings, find_base
 from jobs.runs.job import command_of
@@ -111,6 +109,8 @@ def further_processes(jobs: int) -> Iterator[None]:
     are asked to stop when this one stops."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     if jobs > 1:
+        import torch
+
         torch.set_num_threads(min(threads, torch.get_num_threads()))
     words = [sys.executable, str(ROOT / "tune.py"), *sys.argv[1:], "--jobs", "1", "--only-trials"]
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}

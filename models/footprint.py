@@ -26,8 +26,8 @@ class Step(NamedTuple):
     """How a part of a step is computed. rows of `positions` tokens each; size: bytes of a value in the compute dtype.
 
     keeps: CHECKPOINT_ACTIVATIONS. dropout: whether the model has any. cpu: whether attention goes by blocks where rows
-    are short, and RMS norms are several operations. whole: how many logits may stand at once (`models.loss.whole`).
-    embeddings, norms: whether these train.
+    are short, and RMS norms are several operations. whole: how many logits are computed at once (`models.loss.whole`);
+    chunk: how many where there are more. embeddings, norms: whether these train.
     """
 
     rows: int
@@ -37,6 +37,7 @@ class Step(NamedTuple):
     dropout: bool
     cpu: bool
     whole: int
+    chunk: int
     embeddings: bool
     norms: bool
 
@@ -205,9 +206,10 @@ def _head(config: ModelConfig, step: Step, head: Linear, graph: bool) -> Counter
 def at_loss(config: ModelConfig, step: Step, head: Linear) -> int:
     """What stands for a while when the loss is computed, beside what is kept: logits and their gradients, of a chunk
     those of a head that trains too."""
-    logits, b = min(step.tokens * config.vocab_size, step.whole), step.size
-    if step.tokens * config.vocab_size <= step.whole:
+    logits, b = step.tokens * config.vocab_size, step.size
+    if logits <= step.whole:
         return logits * 2 * 4
+    logits = min(logits, step.chunk)
     if head.trains:
         return logits * 2 * 4 + head.count * (2 * 4 + b)  # the gradients of this chunk and of the one before
     return logits * (3 * 4 + 2 * b) + head.count * b * (head.stored != b)  # and the logarithms of the one before

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lora.functional import compute_dtype
-from lora.layers.linear import LoRALinear
+from lora.layers.linear import is_plain
 from runtime.training.batch import IGNORED
 
 # Logits that may stand at once: 8 MB in fp32 on the CPU, where smaller chunks take no longer, more elsewhere.
@@ -65,15 +65,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         frozen = None if parameters else frozen_weight(head, x_NC)
         dx_NC, gradients = torch.empty_like(x_NC), [torch.zeros_like(p) for p in parameters]
         for x, dx, targets in zip(x_NC.split(rows), dx_NC.split(rows), targets_N.split(rows), strict=True):
-            if frozen is not None:
-                logits = F.linear(x, *frozen)
-                loss, logs = _total(logits, targets)
-                total += loss
-                torch.mm(_gradient(logs, targets).to(logits.dtype), frozen[0], out=dx)
-                continue
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                logits = head(x)
+                logits = F.linear(x, *frozen) if frozen else head(x)
                 loss, logs = _total(logits.detach(), targets)
                 found = torch.autograd.grad(logits, (x, *parameters), _gradient(logs, targets).to(logits.dtype))
             total += loss
@@ -92,8 +86,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def frozen_weight(head: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """The weight and bias of a head without an adapter in the dtype of x, so that they are converted once for all
-    chunks; None for any other head, and where x is not in the dtype of matmuls."""
-    if type(head) is not LoRALinear or head.variants() or compute_dtype(x) != x.dtype:
+    chunks; None for a head that computes anything else, and where x is not in the dtype of matmuls."""
+    if not is_plain(head) or head.variants() or compute_dtype(x) != x.dtype:
         return None
     return head.dense_weight(x.dtype), head.bias_in(x.dtype)
 

@@ -18,8 +18,6 @@ from runtime.start import command_line
 from runtime.storage.runs import Run, all_runs
 
 NONE = "none"
-PLAIN = {"temperature": 0.8}  # how tokens are drawn where nobody says otherwise
-TUNED = {"temperature": 0.3, "top_p": 0.9, "top_k": 40}  # the same of a run that was tuned on instructions
 
 
 @dataclass(frozen=True)

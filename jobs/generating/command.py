@@ -11,8 +11,8 @@ from data.chat import Template, template_of
 from data.instructions.records import asking
 from data.tokenizers import Tokenizer
 from jobs.generating.chatting import chat
-from jobs.generating.choice import TUNED, Choice, choose, in_words, parse_adapters
-from jobs.generating.options import Options
+from jobs.generating.choice import Choice, choose, in_words, parse_adapters
+from jobs.generating.options import TUNED, Options
 from jobs.generating.prompts import Request, encode, read_requests
 from jobs.generating.results import results_in
 from jobs.generating.stopping import StopAt

@@ -9,6 +9,9 @@ from runtime.settings.config import ProcessSettings
 from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
 
+PLAIN = {"temperature": 0.8}  # how tokens are drawn where nobody says otherwise
+TUNED = {"temperature": 0.3, "top_p": 0.9, "top_k": 40}  # the same of a run that was tuned on instructions
+
 WHAT, HOW = ({"group": title, "env": False} for title in ("What to continue", "Sampling"))
 
 
@@ -43,7 +46,7 @@ class Options(ProcessSettings):
     num_samples: int = setting(1, "Continuations of each prompt", low=1, high=10_000, **WHAT)
     max_new_tokens: int = setting(500, "Tokens to add, where a line of --prompts does not say it", low=1, **WHAT)
     temperature: float = setting(
-        0.8,
+        PLAIN["temperature"],
         "Logits are divided by this: lower is safer, higher more surprising, 0 as --greedy; of a run that was tuned on "
         "instructions 0.3, with --top-k 40 and --top-p 0.9",
         low=0,

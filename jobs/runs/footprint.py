@@ -17,7 +17,7 @@ from lora.optim import state_bytes
 from lora.variants.registry import VARIANTS
 from models.config import ModelConfig
 from models.footprint import LOGITS, Linear, Step, at_block, at_loss, kept
-from models.loss import chunk_rows
+from models.loss import chunk_rows, whole
 from models.transformer import Transformer
 from runtime.device import Machine
 from runtime.storage.quantized import FORMS
@@ -206,8 +206,8 @@ def step_of(plan: Plan) -> Step:
     embeddings = plan.lora.train_embeddings if plan.lora else True
     cpu = plan.machine.device.type == "cpu"
     config = plan.shape.config
-    at_once = chunk_rows(plan.machine.device, config.n_embd, config.vocab_size, not plan.lora) * config.vocab_size
-    about = {"dropout": plan.dropout > 0, "cpu": cpu, "whole": at_once}
+    chunk = chunk_rows(plan.machine.device, config.n_embd, config.vocab_size, not plan.lora) * config.vocab_size
+    about = {"dropout": plan.dropout > 0, "cpu": cpu, "whole": whole(plan.machine.device), "chunk": chunk}
     return Step(
         plan.rows_at_once,
         plan.positions,

@@ -92,6 +92,8 @@ class Server:
         self.check_client(request)
         body = read_body(await self.read(request), fields, self.limits.tokens)
         call = Call.of(body, self.offers, self.limits.tokens)
+        if (count := len(call.prompts) * call.choices) > (most := self.engine.places + self.engine.most):
+            raise RefusedError(400, f"this asks for {count} texts at once, and {most} have room here", "n")
         answer, pieces = kind(call), self.in_time(pieces_of(call, self.engine, self.offers.base.tokenizer))
         if not call.streamed:
             found = await until_gone(request, collected(pieces))

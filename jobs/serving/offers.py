@@ -8,7 +8,8 @@ from pathlib import Path
 
 from data.chat import Template
 from jobs.adapting.adapted import open_adapters
-from jobs.generating.choice import PLAIN, TUNED, attach_all, newest, template_for
+from jobs.generating.choice import attach_all, newest, template_for
+from jobs.generating.options import PLAIN, TUNED
 from jobs.runs.base import Base, base_of
 from lora.attach import Strengths, activate
 from models.generation.choosing import Sampling

@@ -104,7 +104,7 @@ class LoRALinear(Adaptable, nn.Linear):
             return F.linear(x.float(), self.effective_weight(), self.bias_in(torch.float32)).to(dtype)
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> bool:
     """Return whether calling the layer runs `LoRALinear.forward` and nothing else."""
     hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
     return type(layer) is LoRALinear and not any(hooks) and "forward" not in vars(layer)
@@ -168,9 +168,9 @@ def fused_projection(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
     dtype, cache = compute_dtype(x), getattr(layers[0], "cache", None)  # a wrapper has none
     if cache is not None and (layers[0].mix or not torch.is_grad_enabled()):
         if layers not in cache:
-            cache[layers] = all(map(_is_plain, layers))
+            cache[layers] = all(map(is_plain, layers))
         return _cached_product(layers, x.to(dtype)) if cache[layers] else [layer(x) for layer in layers]
-    if len(layers) > 1 and all(map(_is_plain, layers)):
+    if len(layers) > 1 and all(map(is_plain, layers)):
         biases = [layer.bias_in(dtype) for layer in layers]
         if not any(layer.variants() for layer in layers):
             if sum(layer.weight.numel() for layer in layers) > SMALL:

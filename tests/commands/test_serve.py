@@ -162,6 +162,7 @@ REFUSED = {
     "unknown field": ({"grammar": "x"}, 400, "'grammar' is not a field here"),
     "adapters": ({"adapters": {"gone": 1}}, 400, "there is no adapter 'gone' here"),
     "adapters of an adapter": ({"model": FOLIO, "adapters": {WEATHER: 1}}, 400, "adapters go with the base"),
+    "many": ({"n": 11}, 400, "this asks for 11 texts at once, and 10 have room here"),
     "long": ({"prompt": "a" * 129}, 400, "the prompt has 129 tokens, and the model sees 128"),
     "large": ({"prompt": "a" * 2**21}, 413, "the body has more than 1,048,576 bytes"),
 }

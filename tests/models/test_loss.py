@@ -24,12 +24,14 @@ def model(kind: str) -> Transformer:
     found = Transformer(config).double()
     if kind == "adapter":
         attach(found, LoRAConfig(4, targets="lm_head,q_proj"))
-    if kind == "frozen":
+    if kind in ("frozen", "hooked"):
         found.lm_head.requires_grad_(False)
+    if kind == "hooked":
+        found.lm_head.register_forward_hook(lambda _, __, logits: 2 * logits)
     return found
 
 
-@pytest.mark.parametrize("kind", ["whole", "bias", "tied", "adapter", "frozen"])
+@pytest.mark.parametrize("kind", ["whole", "bias", "tied", "adapter", "frozen", "hooked"])
 @pytest.mark.parametrize("targets", [TARGETS, torch.full_like(TARGETS, -100)], ids=["some", "none"])
 def test_it_is_the_whole_loss_with_its_gradients(kind: str, targets: torch.Tensor, monkeypatch) -> None:
     found = {}
