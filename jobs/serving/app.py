@@ -6,7 +6,7 @@ import asyncio
 import hmac
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -23,6 +23,9 @@ from jobs.serving.calls import Call
 from jobs.serving.engine import Engine, FailedError, FullError
 from jobs.serving.offers import Offers
 from jobs.serving.texts import Piece, pieces_of
+
+T = TypeVar("T")
+GONE = Response(status_code=499)  # nobody reads it
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,10 @@ class Server:
         answer, pieces = kind(call), self.in_time(pieces_of(call, self.engine, self.offers.base.tokenizer))
         if not call.streamed:
             found = await until_gone(request, collected(pieces))
-            return Response(status_code=499) if found is None else JSONResponse(answer.answer(found))
-        first = await anext(pieces)  # so that a full queue is an error, and no broken stream
+            return GONE if found is None else JSONResponse(answer.answer(found))
+        first = await until_gone(request, first_of(pieces))  # so that a full queue is an error, and no broken stream
+        if first is None:
+            return GONE
         return StreamingResponse(streamed(answer, first, pieces), media_type="text/event-stream")
 
     async def in_time(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
@@ -146,7 +151,12 @@ async def collected(pieces: AsyncIterator[Piece]) -> list[Piece]:
     return [piece async for piece in pieces]
 
 
-async def until_gone(request: Request, work: Any) -> list[Piece] | None:
+async def first_of(pieces: AsyncIterator[Piece]) -> Piece:
+    """The first piece."""
+    return await anext(pieces)
+
+
+async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
     """What comes of the work, or None where the client goes away before."""
 
     async def gone() -> None:

@@ -129,6 +129,11 @@ def test_a_client_that_goes_away_frees_its_place(url: str, streamed: bool) -> No
         with socket.create_connection((host, int(port))) as gone:
             gone.sendall(head + body)
             wait_for(lambda: busy(url)["made"] == 4)
+            with socket.create_connection((host, int(port))) as waiting:
+                waiting.sendall(head + body)
+                wait_for(lambda: busy(url)["waiting"] == 4)
+            wait_for(lambda: busy(url)["waiting"] == 0)
+            assert busy(url)["made"] == 4
         wait_for(lambda: busy(url)["made"] == 0)
 
 
