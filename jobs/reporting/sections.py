@@ -18,7 +18,9 @@ from jobs.reporting.blocks import Bar, Block, Code, Heat, Lines, Sample, Section
 from jobs.reporting.facts import Facts, Points, settings_of_run, understood
 from jobs.reporting.measuring import Measured
 from jobs.runs.job import command_of
+from jobs.summaries.text import counted_words
 from runtime.errors import UserError
+from runtime.progress import duration
 from runtime.report import size
 from runtime.settings.config import Settings
 from runtime.settings.fields import format_value, settings_of
@@ -94,13 +96,6 @@ def losses_in_words(facts: Facts) -> str:
         return f"{told}."
     side = "higher" if before > loss else "lower"
     return f"{told}; without the adapter it is {before:.4f} ({abs(before - loss):.4f} {side})."
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def figures(facts: Facts) -> list[tuple[str, str]]:
@@ -179,9 +174,8 @@ def _texts(told: Mapping[str, Any]) -> list[Block]:
     if any(text["marked"] for text in told["texts"]):
         found.append(Text(f"Marked are {told['counted']}."))
     for text in told["texts"]:
-        share = 100 * text["found"] / max(1, text["words"])
         found.append(Sample(f"Sample {text['title']}".strip(), str(text["text"]), frozenset(map(str, text["marked"]))))
-        found.append(Text(f"{text['found']} of {text['words']} words ({share:.0f} %) are {told['counted']}."))
+        found.append(Text(f"{counted_words(told, text)}."))
     return found
 
 

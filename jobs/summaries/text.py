@@ -60,14 +60,19 @@ class TextSummary:
     def print(self, told: Mapping[str, Any]) -> None:
         """Each sample, and how many of its words are counted."""
         for sample in told["texts"]:
-            count, found = max(1, sample["words"]), sample["found"]
             some = f": {', '.join(sample['marked'][:8])}" if sample["marked"] else ""
             title = f"Sample {sample['title']}".strip()
             print(f"📝 {title}:\n{report.indented(sample['text'])}")
-            if told["distinct"] < FEW:
-                print(f"   {self.job.data.name} has too few words that its base has not seen to count them here")
-            else:
-                print(f"   {found} of {count} words ({100 * found / count:.0f} %) are {told['counted']}{some}")
+            print(f"   {counted_words(told, sample)}{some}")
+
+
+def counted_words(told: Mapping[str, Any], sample: Mapping[str, Any]) -> str:
+    """How many words of a sample are among those that are counted, of which a text may have too few for that. Runs of
+    earlier versions do not say how many there were."""
+    if told.get("distinct", FEW) < FEW:
+        return f"There are too few {told['counted']} to count them here"
+    found, count = sample["found"], max(1, sample["words"])
+    return f"{found} of {count} words ({100 * found / count:.0f} %) are {told['counted']}"
 
 
 def base_words(job: Job) -> set[str]:

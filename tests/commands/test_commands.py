@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from command_line import NO_TRACEBACK, PYTHON, ROOT, run
 
+from jobs.summaries.text import counted_words
+
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory, data_dir) -> tuple[Path, subprocess.CompletedProcess]:
@@ -223,3 +225,10 @@ def test_more_steps_are_another_run_and_said_to_be(tmp_path, data_dir):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/test-full-text/model").is_dir()
+
+
+def test_a_text_with_hardly_a_word_of_its_own_is_not_counted_by_them() -> None:
+    sample = {"words": 210, "found": 0, "marked": []}
+    told = {"counted": "words that only letters has", "distinct": 3}
+    assert counted_words(told, sample) == "There are too few words that only letters has to count them here"
+    assert counted_words(told | {"distinct": 400}, sample) == "0 of 210 words (0 %) are words that only letters has"
