@@ -130,6 +130,19 @@ class Cached(NamedTuple):
     weight_changes: tuple[tuple[int, Tensor], ...] = ()
 
 
+class Prepared(NamedTuple):
+    """What linears of one input compute with in a dtype, while these adapters are active or in the mix."""
+
+    active: Mapping[str, float]
+    mix: Mix | None
+    dtype: torch.dtype
+    parts: list[Cached] | None  # None where each linear is to be called by itself
+
+    def serves(self, active: Mapping[str, float], mix: Mix | None, dtype: torch.dtype) -> bool:
+        """Return whether that is still so; what is active is replaced as a whole, never changed in place."""
+        return self.active is active and self.mix is mix and self.dtype is dtype
+
+
 def joined(tensors: Sequence[Tensor]) -> Tensor | None:
     """Return tensors (n, m) as one, uncopied, where they lie one after the other in memory; else None."""
     first, place = tensors[0], tensors[0].storage_offset()
@@ -173,10 +186,10 @@ def product(x: Tensor, linear: Cached, mix: Mix | None) -> Tensor:
             return product(x.to(W.dtype), linear, mix).to(x.dtype)
     if mix:
         return _mixed_product(x, linear, mix)
-    if A is None:  # in x's dtype, which is the one that autocast would choose
-        return F.linear(x, W.to(x.dtype), bias)
     tokens = x.reshape(-1, x.shape[-1])
-    return added_product(tokens, tokens @ A.t(), W.to(x.dtype), B, bias).view(*x.shape[:-1], len(W))
+    if A is None:  # in x's dtype, which is the one that autocast would choose
+        return F.linear(tokens, W.to(x.dtype), bias).view(*x.shape[:-1], W.shape[0])
+    return added_product(tokens, tokens @ A.t(), W.to(x.dtype), B, bias).view(*x.shape[:-1], W.shape[0])
 
 
 def _mixed_product(x_BTI: Tensor, linear: Cached, mix: Mix) -> Tensor:

@@ -17,7 +17,7 @@ from lora.functional import (
     needs_adding,
 )
 from lora.layers.adaptable import Adaptable, weighted_sum
-from lora.layers.inference import SMALL, Cached, joined_cache, product
+from lora.layers.inference import SMALL, Cached, Prepared, joined_cache, product
 from lora.variants.lora import LoRA
 from runtime.storage.quantized import Quantized
 from runtime.training.recompute import recomputable
@@ -26,7 +26,8 @@ from runtime.training.recompute import recomputable
 class LoRALinear(Adaptable, nn.Linear):
     """An `nn.Linear` with any number of adapters."""
 
-    cache: dict | None = None  # inside `cached_weights`: effective weights and biases, computed once
+    # Inside `cached_weights`: what this linear, or several of which it is the first, compute with, made once.
+    cache: dict[tuple[LoRALinear, ...], Prepared] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,9 +87,9 @@ class LoRALinear(Adaptable, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out), in the compute dtype. Only a sole adapter at strength 1 applies dropout."""
-        dtype = compute_dtype(x)
         if self.mix or (self.cache is not None and not torch.is_grad_enabled()):
-            return _cached_product((self,), x.to(dtype))[0]
+            return _prepared_product((self,), x)[0]
+        dtype = compute_dtype(x)
         if not self.variants():
             W, bias = self.dense_weight(), self.bias_in(dtype)
             if not W.requires_grad and forgotten(W):
@@ -145,18 +146,28 @@ def _cached_tensors(layer: LoRALinear, dtype: torch.dtype) -> Cached:
     return Cached(layer.effective_weight(), layer.bias_in(torch.float32))
 
 
-def _cached_product(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
-    """Apply linears to one input (..., in) in the compute dtype, by what the first layer's cache holds of them.
+def _prepared_product(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
+    """Apply linears to one input (..., in), by what the first layer's cache holds of them.
 
     One matmul serves weights that lie together or are small; a copy of large ones would take more memory than it saves
     time.
     """
-    cache, mix = layers[0].cache, layers[0].mix
-    key = layers, mix or tuple(layers[0].active.items()), x.dtype
-    if key not in cache:
-        cache[key] = joined_cache([_cached_tensors(layer, x.dtype) for layer in layers])
-    ys = [product(x, each, mix) for each in cache[key]]
+    first = layers[0]
+    ready = first.cache.get(layers)
+    if ready is None or not ready.serves(first.active, first.mix, x.dtype):
+        x = x.to(compute_dtype(x))
+        ready = first.cache[layers] = _prepared(layers, x.dtype)
+    if ready.parts is None:
+        return [layer(x) for layer in layers]
+    ys = [product(x, each, first.mix) for each in ready.parts]
     return ys if len(ys) == len(layers) else list(ys[0].split([layer.out_features for layer in layers], -1))
+
+
+def _prepared(layers: tuple[LoRALinear, ...], dtype: torch.dtype) -> Prepared:
+    """Return what these linears compute with now."""
+    apart = len(layers) > 1 and not all(map(is_plain, layers))
+    parts = None if apart else joined_cache([_cached_tensors(layer, dtype) for layer in layers])
+    return Prepared(layers[0].active, layers[0].mix, dtype, parts)
 
 
 def fused_projection(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
@@ -165,11 +176,9 @@ def fused_projection(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
     One matmul computes all of them if they are plain `LoRALinear`s that take the same path. Otherwise each is called,
     so that no wrapper, hook or variant is bypassed.
     """
-    dtype, cache = compute_dtype(x), getattr(layers[0], "cache", None)  # a wrapper has none
-    if cache is not None and (layers[0].mix or not torch.is_grad_enabled()):
-        if layers not in cache:
-            cache[layers] = all(map(is_plain, layers))
-        return _cached_product(layers, x.to(dtype)) if cache[layers] else [layer(x) for layer in layers]
+    if getattr(layers[0], "cache", None) is not None and (layers[0].mix or not torch.is_grad_enabled()):
+        return _prepared_product(layers, x)  # a wrapper has no cache
+    dtype = compute_dtype(x)
     if len(layers) > 1 and all(map(is_plain, layers)):
         biases = [layer.bias_in(dtype) for layer in layers]
         if not any(layer.variants() for layer in layers):

@@ -31,7 +31,8 @@ class LoRALayerNorm(Adaptable, nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., dim) in its own dtype; the shape stays."""
-        weight, bias = (None if t is None else t.to(x.dtype) for t in (self.weight, self.effective("bias")))
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.effective("bias").to(x.dtype)
         y = F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
         if self.mix and (changes := self.mixed_changes("bias")) is not None:
             y = self.mix.add_changes(y, changes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,24 @@ def window_start(n: int, block_size: int) -> int:
     return math.ceil(max(0, n - block_size) / half) * half
 
 
-def matmul_dtype(model: nn.Module) -> AbstractContextManager:
-    """The dtype of matmuls while generating: the caller's, but fp32 for narrow models on the CPU.
+@contextmanager
+def matmul_dtype(model: nn.Module) -> Iterator[None]:
+    """The dtype of matmuls while generating: the caller's, but fp32 for narrow models on the CPU, without oneDNN.
 
-    With a row or a few, a matmul in bf16 takes 15 microseconds before it starts: at 128 wide, 4 layers, a token's
-    matmuls took 0.35 ms in bf16 and 0.18 ms in fp32, at 384 wide, 6 layers, 2.0 and 4.1 ms (2 cores, AVX512_BF16).
+    What oneDNN computes takes 5 to 15 microseconds before it starts. So does a matmul in bf16: at 128 wide, 4 layers, a
+    token's took 0.35 ms in bf16 and 0.18 ms in fp32, at 384 wide, 6 layers, 2.0 and 4.1 ms (2 cores, AVX512_BF16). And
+    so does a GELU: 6 microseconds of 512 values, 1 without it.
     """
-    narrow = model.config.n_embd < NARROW and model.token_embedding.weight.device.type == "cpu"
-    return torch.autocast("cpu", enabled=False) if narrow else nullcontext()
+    if model.config.n_embd >= NARROW or model.token_embedding.weight.device.type != "cpu":
+        yield
+        return
+    enabled = torch.backends.mkldnn.enabled
+    try:
+        torch.backends.mkldnn.enabled = False
+        with torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled
 
 
 @torch.inference_mode()
