@@ -143,8 +143,7 @@ def combine(options: Combine) -> None:
 
 def check(options: Check) -> None:
     """Print every problem there is. Raises UserError where there is one."""
-    path = Path(options.path)
-    found = Checkup(options.root, options.base).path(path if path.exists() else options.root / options.path)
+    found = Checkup(options.root, options.base).path(options.place)
     for note in found.notes:
         say(f"Note: {note}")
     for problem in found.problems:

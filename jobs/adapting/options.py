@@ -147,6 +147,17 @@ class Check(Command):
     path: str = setting("", "A run, an adapter's or a model's folder, or a file", metavar="FILE_OR_FOLDER", **A_PATH)
     base: str = setting("", "The base to compare with; empty takes the one it names", **A_BASE)
 
+    @property
+    def place(self) -> Path:
+        """The path from here, else in the folder of the runs."""
+        path = Path(self.path)
+        return path if folders.is_there(path) else self.root / path
+
+    def check(self) -> None:
+        """Raises UsageError where there is nothing to check."""
+        if not folders.is_there(self.place):
+            raise UsageError(f"{self.path}: there is no such file, and no such run in {self.root}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Import(Making):
@@ -154,6 +165,11 @@ class Import(Making):
 
     folder: str = setting("", "An adapter's folder, as PEFT writes it", metavar="FOLDER", **A_PATH)
     base: str = setting("", "The run, folder or hub name of the model that it was trained on", required=True, **A_BASE)
+
+    def check(self) -> None:
+        """Raises UsageError where the folder is not there, or something has the new run's name already."""
+        folders.check_there(Path(self.folder))
+        super().check()
 
 
 @dataclass(frozen=True, kw_only=True)

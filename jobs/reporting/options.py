@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from runtime.errors import UsageError
 from runtime.pictures import without_pictures
 from runtime.settings.config import FOLDER, CommonSettings
 from runtime.settings.fields import setting
+from runtime.storage import folders
 
 WHAT = {"group": "What to report", "env": False}
 A_PATH = {"pattern": rf"|{FOLDER}", "path": True, "allowed": "a path", **WHAT}
@@ -37,3 +39,5 @@ def check_flags(options: Options) -> None:
         raise UsageError(f"a run is named twice: {', '.join(options.runs)}")
     if options.png and (needed := without_pictures()):
         raise UsageError(f"--png: {needed}")
+    for folder in options.evaluation:
+        folders.check_there(Path(folder))

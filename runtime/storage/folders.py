@@ -232,6 +232,17 @@ def check_free(path: Path) -> None:
         raise UsageError(f"{path} is there already, and nothing is overwritten; choose another --out")
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is a file or a folder; for a name that the system cannot have, `Path.exists` would raise."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def check_there(path: Path) -> None:
+    """Raises UsageError where there is nothing."""
+    if not is_there(path):
+        raise UsageError(f"{path}: there is no such file or folder")
+
+
 def check_writable(folder: Path) -> None:
     """Raises UserError where no results could be written into this folder later."""
     probe = folder / f".probe-{os.getpid()}.tmp"

@@ -68,6 +68,8 @@ def test_what_is_missing_or_wrong_is_told_by_its_name():
     assert refused("a", "B", "--out", "c") == "NAMES=a, B (argument): must be small letters"
     assert refused("a", "--out", "c", "b") == "b is one argument too many; --help tells what there may be"
     assert "did you mean --weights?" in refused("a", "--out", "c", "--wieghts", "1")
+    assert "did you mean --low?" in refused("a", "--out", "c", "--lwo", "1")
+    assert "--help lists them all" in refused("a", "--out", "c", "--loud", "1")
 
 
 def test_help_shows_the_words_and_what_is_required(capsys):
@@ -94,10 +96,11 @@ WRONG = (  # a way to use each command wrong, and what it says
     ("training.py --lora-rank x", "must be a whole number"),
     ("generate.py --input x", "goes with --instruction"),
     ("evaluate.py run --columns x=y", "are those of --data"),
-    ("serve.py --adaptor x", "did you mean --adapter?"),
+    ("serve.py --prot 8080", "did you mean --port?"),
     ("playground.py --port x", "must be a whole number"),
     ("compare.py --use-lora", "it always compares both"),
     ("compare.py --sweep --widths 30", "is not a multiple of N_HEAD"),
+    ("generate.py --prompts nowhere", "nowhere: there is no such file"),
     ("adapters.py mrge", "did you mean merge?"),
     ("adapters.py merge run", "required: --out"),
     ("adapters.py combine a b --weights 1 --out c", "one for each is needed"),
