@@ -74,7 +74,8 @@ def numbers(options: Options, name: str) -> list[int]:
 
 
 def check_flags(given: Resolved) -> None:
-    """Raises UsageError for a flag that a comparison would ignore; in the environment it may be meant for others."""
+    """Raises UsageError for a flag that a comparison would ignore (in the environment it may be meant for others), and
+    for numbers that make no sense."""
     for name, instead in INSTEAD.items():
         if name == "lora_rank" and not given.settings.ranks:
             continue
