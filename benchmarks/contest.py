@@ -52,7 +52,7 @@ def ratio(seconds: dict[str, list[float]], one: str, other: str) -> dict[str, fl
 def tell(rows: list[dict]) -> None:
     """A line a row: what was measured, its ratio, and the goal where there is one."""
     for row in rows:
-        goal = f"   goal {row['goal']}" if row.get("goal") else ""
+        goal = f"   goal {row['goal']}" if row.get("goal") is not None else ""
         print(f"{row['what']:<72} {row['median']:6.2f}  ({row['min']:.2f} to {row['max']:.2f}){goal}", flush=True)
 
 

@@ -34,6 +34,6 @@ def peak_of(what: str, module: str, *words: str) -> int:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def row(what: str, share: float, goal: float) -> dict[str, Any]:
+def row(what: str, share: float, goal: float | None) -> dict[str, Any]:
     """A row of one measurement, as `contest.tell` prints it."""
     return {"what": what, "median": share, "min": share, "max": share, "goal": goal}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
 from torch import nn
 from torch.nn import functional as F
 
 from lora.layers.linear import LoRALinear
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
+from runtime.errors import UserError
 
 
 class PlainBlock(nn.Module):
@@ -49,7 +54,7 @@ def ours(size: tuple[int, ...], lora: bool = False, embeddings: bool = True) -> 
     return BigramLanguageModelLoRA(vocab, **shape, use_lora=lora, lora_train_embeddings=embeddings)
 
 
-def transformers_gpt2(size: tuple[int, ...]) -> nn.Module:
+def transformers_gpt2(size: tuple[int, ...], tied: bool = False) -> nn.Module:
     """transformers' GPT-2 of the same shapes, with its cache."""
     import transformers
 
@@ -58,19 +63,19 @@ def transformers_gpt2(size: tuple[int, ...]) -> nn.Module:
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     no_specials = {"bos_token_id": None, "eos_token_id": None}
     return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**shape, **no_dropout, **no_specials, tie_word_embeddings=False)
+        transformers.GPT2Config(**shape, **no_dropout, **no_specials, tie_word_embeddings=tied)
     )
 
 
-def transformers_peft(size: tuple[int, ...]) -> nn.Module:
-    """PEFT's LoRA on transformers' GPT-2: all linears adapted with rank 8, embeddings and head trained as PEFT does."""
+def transformers_peft(size: tuple[int, ...], tied: bool = False) -> nn.Module:
+    """PEFT's LoRA on transformers' GPT-2: all linears adapted with rank 8, embeddings trained as PEFT does. With a head
+    that is `tied` to the embeddings, as GPT-2's is, the linears of the blocks alone."""
     import peft
 
-    targets = ["c_attn", "c_proj", "c_fc", "lm_head"]
-    config = peft.LoraConfig(
-        r=8, lora_alpha=16, target_modules=targets, modules_to_save=["wte", "wpe"], fan_in_fan_out=True
-    )
-    model = peft.get_peft_model(transformers_gpt2(size), config)
+    more = {} if tied else {"modules_to_save": ["wte", "wpe"]}
+    targets = ["c_attn", "c_proj", "c_fc"] if tied else ["c_attn", "c_proj", "c_fc", "lm_head"]
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets, fan_in_fan_out=True, **more)
+    model = peft.get_peft_model(transformers_gpt2(size, tied), config)
 
     class WithLoss(nn.Module):
         """transformers' own loss shifts the targets itself; ours are shifted already."""
@@ -115,3 +120,14 @@ def loralib_on_ours(size: tuple[int, ...]) -> nn.Module:
     model.token_embedding.requires_grad_(True)
     model.position_embedding.requires_grad_(True)
     return model
+
+
+def nanogpt(folder: Path) -> ModuleType:
+    """nanoGPT's own model.py in this folder. Raises UserError where it is missing."""
+    path = folder / "model.py"
+    if not path.is_file():
+        raise UserError(f"--nanogpt {folder}: {path} is missing; it must be a copy of nanoGPT's repository")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

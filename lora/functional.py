@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lora.layers.dropout import Dropout, kept, kept_
 from runtime.storage.quantized import Quantized
 from runtime.training.recompute import recomputable, recomputing
 
@@ -29,33 +30,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that matmuls run in: autocast's where it is on, else that of `x`."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def dropout_mask(like: Tensor, p: float) -> tuple[Tensor, float]:
-    """Return a mask of the elements that dropout keeps on the CPU, each with probability 1 - p, and their scale.
-
-    torch draws one number after the other there, 6 ns each, which would take longer than the rest of a small model's
-    step. Here 64 random bits serve four elements, so p is rounded to a multiple of 2^-16.
-    """
-    dropped, count = min(round(p * 2**16), 2**16 - 1), like.numel()
-    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    return bits[:count].view(like.shape) >= dropped - 2**15, 2**16 / (2**16 - dropped)
-
-
-def dropped(x: Tensor, p: float) -> tuple[Tensor, Tensor | None, float]:
-    """Return dropout(x), the mask of what is kept and its scale; for p = 0, x itself, None and 1."""
-    if not p:
-        return x, None, 1.0
-    if x.device.type != "cpu":
-        y, mask = torch.native_dropout(x, p, True)
-        return y, mask, 1 / (1 - p)
-    mask, scale = dropout_mask(x, p)
-    return x * mask * scale, mask, scale
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Apply dropout as `F.dropout` does in training; for p = 0, return x itself."""
-    return dropped(x, p)[0]
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -276,8 +250,9 @@ class AddedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p, *flat):
         Ws, biases, As, Bs, scales = (flat[i::5] for i in range(5))
-        x_low, mask, keep_scale = dropped(x, p)
-        A_c = torch.cat([A.to(x.dtype) for A in As])
+        drop = Dropout.of(x, p)
+        x_low = kept(x, drop.mask(x))
+        A_c = torch.cat([(A * drop.scale if p else A).to(x.dtype) for A in As])
         Bs_c = [(B * scale).to(x.dtype) for B, scale in zip(Bs, scales, strict=True)]
         Ws_c = [W if forgotten(W) else W.to(x.dtype) for W in Ws]
         low = x_low @ A_c.t()  # (tokens, rank): this way round it reads rows
@@ -285,32 +260,29 @@ class AddedLinear(torch.autograd.Function):
         ys = tuple(
             added_product(x, *each) for each in zip(lows, (W.to(x.dtype) for W in Ws_c), Bs_c, biases, strict=True)
         )
-        ctx.again = mask is not None and recomputing()  # of x, which may be made again too, and its mask
-        trained = [x] if mask is not None and not ctx.again and any(ctx.needs_input_grad[2::5]) else []
-        ctx.save_for_backward(x if ctx.again else x_low, low, A_c, mask, *Ws_c, *Bs_c, *trained)
-        ctx.keep_scale, ctx.ranks, ctx.scales = keep_scale, [len(A) for A in As], scales
+        ctx.save_for_backward(x, low, A_c, drop.drawn, *Ws_c, *Bs_c)
+        ctx.p, ctx.ranks, ctx.scales = p, [len(A) for A in As], scales
         ctx.dtypes = [(W.dtype, A.dtype) for W, A in zip(Ws, As, strict=True)]
         return ys
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gs):
-        x_low, low, A_c, mask, *rest = ctx.saved_tensors
+        x, low, A_c, drawn, *rest = ctx.saved_tensors
         n, needs = len(gs), ctx.needs_input_grad
-        Ws_c, Bs_c, x = rest[:n], rest[n : 2 * n], rest[2 * n] if len(rest) > 2 * n else x_low
-        if ctx.again:
-            x_low = x * mask * ctx.keep_scale
+        Ws_c, Bs_c, drop = rest[:n], rest[n:], Dropout(drawn, ctx.p)
+        mask = drop.mask(x)
         low_gs = torch.cat([g @ B_c for g, B_c in zip(gs, Bs_c, strict=True)], 1)  # (tokens, rank)
         dx = None
         if needs[0] and mask is None and _rounds_first(A_c):
             dx = torch.cat((low_gs, *gs), 1) @ torch.cat((A_c, *(W.to(A_c.dtype) for W in Ws_c)))
         elif needs[0]:
-            dx = low_gs @ A_c
-            if mask is not None:
-                dx = dx.mul_(mask).mul_(ctx.keep_scale)
+            dx = kept_(low_gs @ A_c, mask)
             for g, W_c in zip(gs, Ws_c, strict=True):
                 dx.addmm_(g, W_c.to(g.dtype))
-        dAs = (low_gs.t() @ x_low).split(ctx.ranks) if any(needs[4::5]) else [None] * n
+        dAs = [None] * n
+        if any(needs[4::5]):
+            dAs = (low_gs.t() @ kept(x, mask)).mul_(drop.scale).split(ctx.ranks)
         found = []
         for i, (g, dA, low_i, scale) in enumerate(zip(gs, dAs, low.split(ctx.ranks, 1), ctx.scales, strict=True)):
             need_W, need_bias, need_A, need_B, _ = needs[2 + 5 * i : 7 + 5 * i]

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora.functional import dropout_mask
+from lora.layers.dropout import Dropout
 from runtime.training.recompute import recomputing
 
 # Queries that are taken at once on the CPU. Of the keys, those after the last of them are never looked at, which
@@ -82,14 +82,12 @@ class AttentionByBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, dropout, segments):
-        y, saved, ctx.scale, keep = torch.empty_like(q), [], 1.0, not recomputing()
+        y, saved, ctx.p, keep = torch.empty_like(q), [], dropout, not recomputing()
         for a in range(0, q.shape[2], BLOCK):
-            P, mask = AttentionByBlocks.weights(q, k, segments, a), None
-            if dropout:
-                mask, ctx.scale = dropout_mask(P, dropout)
-            b, dropped = P.shape[2], P if mask is None else P * mask * ctx.scale
-            y[:, :, a:b] = (dropped @ v[:, :b]).view(y[:, :, a:b].shape)
-            saved += P if keep else None, dropped if keep else None, mask
+            P = AttentionByBlocks.weights(q, k, segments, a)
+            b, drop = P.shape[2], Dropout.of(P, dropout)
+            y[:, :, a:b] = (drop.apply(P, drop.mask(P)) @ v[:, :b]).view(y[:, :, a:b].shape)
+            saved += P if keep else None, drop.drawn
         ctx.save_for_backward(q, k, v, segments, *saved)
         return y
 
@@ -107,17 +105,13 @@ class AttentionByBlocks(torch.autograd.Function):
         q, k, v, segments, *saved = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for i, a in enumerate(range(0, q.shape[2], BLOCK)):
-            P, P_dropped, mask = saved[3 * i : 3 * i + 3]
-            if P is None:
-                P = AttentionByBlocks.weights(q, k, segments, a)
-                P_dropped = P if mask is None else P * mask * ctx.scale
-            b = a + P.shape[1] // q.shape[1]
+            P, drop = saved[2 * i], Dropout(saved[2 * i + 1], ctx.p)
+            P = AttentionByBlocks.weights(q, k, segments, a) if P is None else P
+            mask, b = drop.mask(P), a + P.shape[1] // q.shape[1]
             q_block, g_block = (t[:, :, a:b].flatten(1, 2) for t in (q, g))
-            dP = g_block @ v[:, :b].transpose(1, 2)
-            if mask is not None:
-                dP = dP * mask * ctx.scale
+            dP = drop.apply(g_block @ v[:, :b].transpose(1, 2), mask)
             dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype).mul_(q.shape[-1] ** -0.5)
             dq[:, :, a:b] = (dS @ k[:, :b]).view(dq[:, :, a:b].shape)
             dk[:, :b] += dS.transpose(1, 2) @ q_block
-            dv[:, :b] += P_dropped.transpose(1, 2) @ g_block
+            dv[:, :b] += drop.apply(P, mask).transpose(1, 2) @ g_block
         return dq, dk, dv, None, None

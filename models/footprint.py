@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from lora.layers.dropout import COLUMNS
 from lora.layers.inference import SMALL
 from models.attention import BLOCK, LONGEST_BY_BLOCKS
 from models.config import ModelConfig
 
-STREAM, MASK = 4, 1  # bytes of a value in the stream between blocks, and of one in a dropout mask
+STREAM = 4  # bytes of a value in the stream between blocks
 
 NORMS, INPUTS, ATTENTION, MLP = "norm inputs", "inputs of linears", "attention", "MLP"
 WEIGHTS, DROPOUT, LOGITS, BLOCKS = "weights in the compute dtype", "dropout", "logits and head", "inputs of blocks"
@@ -45,6 +46,10 @@ class Step(NamedTuple):
     def tokens(self) -> int:
         """How many tokens it has."""
         return self.rows * self.positions
+
+    def mask(self, count: int, size: int) -> int:
+        """What is kept of a dropout mask of so many values of `size` bytes: on the CPU what it is made of."""
+        return 4 * (COLUMNS + 2 * -(-count * size // (4 * COLUMNS))) if self.cpu else count
 
 
 class Linear(NamedTuple):
@@ -87,7 +92,8 @@ def linears_of_block(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 def kept(config: ModelConfig, step: Step, linears: Mapping[str, Linear]) -> Counter[str]:
     """What is alive when the loss of a part of a step is known, by what it is. linears: by their paths in the model."""
-    found, graph = Counter({DROPOUT: step.tokens * config.n_embd * MASK if step.dropout else 0}), step.embeddings
+    dropped = step.mask(step.tokens * config.n_embd, STREAM) if step.dropout else 0
+    found, graph = Counter({DROPOUT: dropped}), step.embeddings
     if config.positions == "rotary":
         found[ATTENTION] += step.positions * config.head_width * 4  # cos and sin, which all blocks share
     for i in range(config.n_layer):
@@ -113,7 +119,7 @@ def of_block(config: ModelConfig, step: Step, block: Mapping[str, Linear], graph
     gated = "gate_proj" in parts
     second = [parts[name] for name in ("gate_proj", "up_proj") if name in parts]
     found = _norm(config, step, graph) + _norm(config, step, True)
-    found += _projection(step, first, cheap) + _attention(config, step, first)
+    found += _projection(step, first, cheap) + _attention(config, step, first, parts["o_proj"])
     found += _projection(step, [parts["o_proj"]], False)
     found += _projection(step, second, cheap) + _projection(step, [parts["down_proj"]], cheap)
     inner = N * config.inner_width * b
@@ -121,7 +127,7 @@ def of_block(config: ModelConfig, step: Step, block: Mapping[str, Linear], graph
     if gated and not cheap:
         found[MLP] += inner  # SiLU of the gate
     if step.dropout:
-        found[DROPOUT] += 2 * N * config.n_embd * MASK
+        found[DROPOUT] += 2 * step.mask(N * config.n_embd, b)
     return found
 
 
@@ -139,13 +145,12 @@ def _projection(step: Step, group: Sequence[Linear], remade: bool) -> Counter[st
     """Linears of one input. remade: whether that input is made again for the backward pass, and not kept."""
     found: Counter[str] = Counter()
     N, b, alike = step.tokens, step.size, len({(linear.rank > 0, linear.kind) for linear in group}) == 1
-    again = step.keeps != "none"  # what is dropped is made of the input and its mask
-    if any(linear.trains or (linear.rank and (again or not linear.dropped)) for linear in group) and not remade:
+    if any(linear.trains or linear.rank for linear in group) and not remade:
         found[INPUTS] += N * group[0].inputs * b
     for each in [group] if alike else [[linear] for linear in group]:
         dropped = [linear for linear in each if linear.rank and linear.dropped]
         if dropped:
-            found[DROPOUT] += N * each[0].inputs * (MASK if again else b + MASK)
+            found[DROPOUT] += step.mask(N * each[0].inputs, b)
         found += _weights(step, each)
         found[INPUTS] += sum(N * linear.outputs * b for linear in each if linear.output and linear.kind != "plain")
     return found
@@ -172,15 +177,16 @@ def _weights(step: Step, group: Sequence[Linear]) -> Counter[str]:
     return Counter({WEIGHTS: (not again and (joined or group[0].stored != b)) * count * b})
 
 
-def _attention(config: ModelConfig, step: Step, first: Sequence[Linear]) -> Counter[str]:
-    """Queries, keys and values, and on the CPU the attention weights, of blocks of queries."""
+def _attention(config: ModelConfig, step: Step, first: Sequence[Linear], last: Linear) -> Counter[str]:
+    """Queries, keys and values, and on the CPU the attention weights, of blocks of queries; elsewhere the output, where
+    the last linear does not keep it as its input."""
     N, b, T = step.tokens, step.size, step.positions
     Q, K = config.n_head * config.head_width, config.kv_heads * config.head_width
     normalised = (Q + K) * N * 4 * (2 if step.norms and step.cpu else 1) if config.qk_norm else 0
     if step.cpu and T <= LONGEST_BY_BLOCKS:
-        pairs = step.rows * config.n_head * sum(min(BLOCK, T - a) * min(a + BLOCK, T) for a in range(0, T, BLOCK))
-        weights = pairs * b * (2 if step.dropout else 1) if step.keeps == "none" else 0
-        masks = pairs * MASK if step.dropout else 0
+        pairs = [step.rows * config.n_head * min(BLOCK, T - a) * min(a + BLOCK, T) for a in range(0, T, BLOCK)]
+        weights = sum(pairs) * b if step.keeps == "none" else 0
+        masks = sum(step.mask(count, b) for count in pairs) if step.dropout else 0
         return Counter({ATTENTION: normalised + (Q + 2 * K) * N * b + weights, DROPOUT: masks})
     turned = Q + K if config.positions == "rotary" else 0  # which are new tensors; the others are views of one
     if config.kv_heads != config.n_head:  # keys and values as many times as there are heads
@@ -188,7 +194,8 @@ def _attention(config: ModelConfig, step: Step, first: Sequence[Linear]) -> Coun
     else:
         values = turned + (K if first[0].kind == "added" and turned else Q + 2 * K)
     sums = N * config.n_head * 4  # the logarithms of what the softmax divided by
-    return Counter({ATTENTION: normalised + (values + Q) * N * b + sums})
+    output = 0 if last.trains or last.rank else Q
+    return Counter({ATTENTION: normalised + (values + output) * N * b + sums})
 
 
 def _head(config: ModelConfig, step: Step, head: Linear, graph: bool) -> Counter[str]:
@@ -199,7 +206,7 @@ def _head(config: ModelConfig, step: Step, head: Linear, graph: bool) -> Counter
         return Counter({LOGITS: N * C * b + trained})
     x = N * C * b if head.trains or head.rank else 0
     copy = V * C * b if (graph and head.stored != b) or (head.rank and not head.dropped) else 0
-    dropped = N * (C * MASK + head.rank * b) if head.dropped else 0
+    dropped = step.mask(N * C, b) + N * head.rank * b if head.dropped else 0
     return Counter({LOGITS: N * V * 4 + x + copy, DROPOUT: dropped})
 
 

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora.attach import adapter_parameters
-from lora.functional import at_least_fp32, compute_dtype, dropout
+from lora.functional import at_least_fp32, compute_dtype
+from lora.layers.dropout import dropout
 from lora.layers.linear import LoRALinear, fused_projection
 from lora.layers.others import LoRAEmbedding, LoRALayerNorm
 from models.attention import causal_attention

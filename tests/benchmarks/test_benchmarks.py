@@ -9,9 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import waits
+from benchmarks.contest import SIZES, tell
+from benchmarks.peers import ours
 from benchmarks.scaling import table
 from benchmarks.workers import Group
+from jobs.comparing.timing import repeatable
+from runtime.device import pick_machine
 from runtime.errors import UserError
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -26,6 +32,7 @@ CALLS = {
     "memory": ("--sizes", "tiny", "--rounds", "1"),
     "saving": ("--sizes", "tiny", "--rounds", "1"),
     "startup": ("--rounds", "1"),
+    "cuda": ("--sizes", "tiny", "--rounds", "1", "--eager"),
     "scaling": ("--size", "tiny", "--tokens", "64", "--rounds", "1", "--kinds", "LoRA", "--lengths", "1", "100"),
 }
 
@@ -61,6 +68,41 @@ def test_the_table_of_several_processes_is_made_of_the_rows() -> None:
 def test_a_process_that_fails_is_told_in_a_line() -> None:
     with Group(2, 1, "cpu") as group, pytest.raises(UserError, match="2 processes of 1 thread ended: "):
         group.ask("steps", training={"kind": "unknown"}, count=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--device", "cpu", "--record"), "this needs a CUDA GPU, and --device cpu takes the cpu here, with torch "),
+        (
+            ("--device", "cpu", "--nanogpt", "nowhere"),
+            "--nanogpt nowhere: .*model.py is missing; it must be a copy of ",
+        ),
+    ],
+)
+def test_steps_on_a_gpu_are_refused_before_any_is_taken(words: tuple[str, ...], message: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["cuda", *words, "--eager"])
+    with pytest.raises(UserError, match=message):
+        importlib.import_module("benchmarks.cuda").main()
+
+
+def test_waits_are_counted_in_a_profile_and_left_out_where_it_shows_none(monkeypatch, capsys) -> None:
+    counts = [torch.ones(()), torch.ones(())]
+    names = [name for name, _ in waits.calls_of(lambda: [count.item() for count in counts])]
+    assert names.count("aten::_local_scalar_dense") == 2
+    tokens = torch.zeros(2, 17, dtype=torch.long)
+    stepper = repeatable(ours(SIZES["tiny"], lora=True), tokens, pick_machine("cpu", "fp32"))
+
+    def take() -> None:
+        for i in range(3):
+            stepper.step(i)
+
+    assert waits.row_of_waits("tiny", take, 3, stepper) is None  # a CPU is not waited for
+    assert capsys.readouterr().err.startswith("tiny: waits of the host are left out, as the profile does not show ")
+    monkeypatch.setattr(waits, "WAITS", "aten::stack")  # twice a step: counts and norms; and where a loss is read
+    row = waits.row_of_waits("tiny", take, 3, stepper)
+    tell([row | {"median": 0.0}])
+    assert row["median"] == 2 and capsys.readouterr().out.endswith(" goal 0\n")
 
 
 def test_where_memory_goes_is_drawn(monkeypatch, capsys, tmp_path) -> None:

@@ -52,6 +52,7 @@ CASES = {  # name: config, stored dtype, adapter, what else
     "logits by chunks, full": (LARGE_VOCABULARY, FP32, None, {}),
     "logits by chunks, LoRA": (LARGE_VOCABULARY, FP32, OURS, {}),
     "beyond attention by blocks": (LONG, BF16, DROPPED, {"rows": 1, "positions": 1100}),
+    "beyond attention by blocks, q and v": (LONG, BF16, LoRAConfig(targets="minimal"), {"rows": 1, "positions": 1100}),
 }
 
 

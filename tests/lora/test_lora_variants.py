@@ -17,7 +17,7 @@ from lora import functional
 from lora.attach import activate, attach, detach
 from lora.config import LoRAConfig
 from lora.functional import LowRankLinear, lora_linear, low_rank_gradients_pay
-from lora.functional import dropout as dropout_of
+from lora.layers.dropout import dropout as dropout_of
 from lora.layers.linear import LoRALinear
 from lora.merge import merged
 from lora.variants.registry import VARIANTS, variant_of
