@@ -200,7 +200,7 @@ def _read_text(path: Path) -> str:
     if os.path.isdir(path):  # noqa: PTH112 - as below: for a name the system cannot have, pathlib raises
         raise UserError(f"{path} is a folder; give DATASET one UTF-8 text file")
     if not os.path.isfile(path):  # noqa: PTH113
-        raise UserError(f"{path}: there is no such text file; check the path, or use one of {', '.join(CORPORA)}")
+        raise UsageError(f"{path}: there is no such text file; check the path, or use one of {', '.join(CORPORA)}")
     try:
         with plain_errors(path, "read"):
             text = path.read_bytes().decode().removeprefix("\ufeff").replace("\r\n", "\n")
@@ -226,7 +226,8 @@ def load_corpus(name_or_path: str, data_dir: Path) -> Corpus:
     Regained in `milton`. `tinyshakespeare` and files are split 90/10 in order. In files, CRLF becomes a newline and
     a byte-order mark goes. Downloads and cleaned texts are kept in `data_dir`, and checked whenever they are read.
 
-    Raises UsageError for an unknown name; UserError where a file cannot be used or a corpus cannot be fetched.
+    Raises UsageError for an unknown name and a file that is not there; UserError where one cannot be used or a corpus
+    cannot be fetched.
     """
     if name_or_path in SOURCES:
         return _load_cleaned(name_or_path, data_dir)

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """Something in the run went wrong that a person can mend; the command exits with status 1."""
+    """Something went wrong that a person can mend, as files that cannot be used; the command exits with status 1."""
 
     status = 1
     label = "error: "
 
 
 class UsageError(UserError):
-    """A setting or an argument is wrong, so nothing was started; the command exits with status 2."""
+    """A setting or an argument is wrong, or names what is not there, so nothing was started; the command exits with
+    status 2."""
 
     status = 2
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from data.jsonlines import once, try_json_lines
-from runtime.errors import UserError
+from runtime.errors import UsageError, UserError
 from runtime.extras import needs_package
 from runtime.hub.fetching import fetch_chosen, fetch_records, listed
 from runtime.settings.config import RECORDS, is_hub_records
@@ -102,10 +102,11 @@ READERS = dict(zip(RECORDS, (try_json_lines, try_json_lines, _json, _csv, _parqu
 def try_rows(path: Path) -> Tried:
     """The rows of a file; where one cannot be read, the error in its place, and then the rows after it.
 
-    Raises UserError, which names the file, for what nothing can be read of or after, as an encoding that is not UTF-8.
+    Raises UsageError for a file that is not there, and UserError, which names the file, for what nothing can be read of
+    or after, as an encoding that is not UTF-8.
     """
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
+        raise UsageError(f"{path}: there is no such file")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: it must end in {', '.join(READERS)}")

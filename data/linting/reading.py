@@ -8,14 +8,14 @@ from typing import Any
 
 from data.instructions.files import Tried, try_rows
 from data.instructions.records import Record, to_record
-from runtime.errors import UserError
+from runtime.errors import UsageError, UserError
 
 
 def tried(path: Path) -> Tried:
     """The rows of a file, and in the place of one that cannot be read, the error; what nothing can be read after is the
-    last that comes. Raises UserError for a file that is not there."""
+    last that comes. Raises UsageError for a file that is not there."""
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
+        raise UsageError(f"{path}: there is no such file")
     try:
         yield from try_rows(path)
     except UserError as error:

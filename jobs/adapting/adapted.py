@@ -139,17 +139,11 @@ def shared_template(runs: Sequence[Run]) -> dict[str, str]:
     return {"template": source} if source else {}
 
 
-def check_free(folder: Path) -> None:
-    """Raises UsageError where there is something already."""
-    if os.path.lexists(folder):
-        raise UsageError(f"{folder} is there already, and nothing is overwritten; choose another --out")
-
-
 def publish(
     folder: Path, about: dict, files: folders.Files, result: dict, verify: Callable[[Run], None] = lambda run: None
 ) -> Run:
     """A finished run, whole or not at all. `verify` gets the written run before it has its name, and may raise."""
-    check_free(folder)
+    folders.check_free(folder)
     draft = Run(folder.with_name(f".tmp-{folder.name}-{os.getpid()}"), about)
     try:
         folders.commit_folder(draft.folder / ARTIFACTS[about["kind"]], files)

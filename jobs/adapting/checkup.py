@@ -53,7 +53,7 @@ class Checkup:
         elif there & {model_files.CONFIG, WEIGHTS}:
             self.model(path)
         else:
-            raise UserError(f"{path} is no run, adapter or model: there is no such file, or none of theirs in it")
+            raise UserError(f"{path} is no run, adapter or model: there is no file of theirs in it")
         return self
 
     def run(self, folder: Path) -> Checkup:

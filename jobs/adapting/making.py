@@ -10,7 +10,7 @@ import torch
 
 from data.corpora import CORPORA
 from data.pretrained_tokenizer import TEMPLATE
-from jobs.adapting.adapted import Adapted, Base, check_free, metadata_of_made, publish, shared_template, texts_of
+from jobs.adapting.adapted import Adapted, Base, metadata_of_made, publish, shared_template, texts_of
 from jobs.exporting.opening import LENGTH, ROWS, logits
 from jobs.exporting.verifying import Difference
 from jobs.runs.job import to_adapter_files, to_model_files
@@ -59,7 +59,7 @@ def merge_run(adapted: Adapted, folder: Path, window: Batch, **how: str) -> tupl
     Every tensor is merged when it is written, and read back. Raises UserError where one is not as it was written, and
     where logits are off by more than TOLERANCE although no value was rounded; there is then no new run.
     """
-    check_free(folder)
+    folders.check_free(folder)
     model, adapter, base = adapted.base.model.eval(), adapted.adapter, adapted.base
     texts, origin = texts_of(adapted.run), {"how": "merge", "adapter": adapted.run.name, "sha256": adapter.sha256} | how
     about = metadata_of_made(folder.parent, "full", base, adapter, texts, origin) | shared_template([adapted.run])
@@ -89,7 +89,7 @@ def _check_equal(stored: StoredTensors, tensors: MergedTensors) -> None:
 
 def quantize_run(base: Base, folder: Path) -> Run:
     """A run with a base's weights in the form in which it was opened, nf4 or int8."""
-    check_free(folder)
+    folders.check_free(folder)
     form = form_of(base.model)
     about = metadata_of_made(folder.parent, "full", base, None, [], {"how": "quantize", "form": form})
     return publish(folder, about, to_model_files(base.model, base.tokenizer, base), {})
@@ -97,7 +97,7 @@ def quantize_run(base: Base, folder: Path) -> Run:
 
 def combine_runs(parts: list[Adapted], weights: list[float], method: str, rank: int | None, folder: Path) -> Combined:
     """A new LoRA run whose adapter is the weighted sum of others. Raises as `lora.combine.combine` does."""
-    check_free(folder)
+    folders.check_free(folder)
     base, adapters = parts[0].base, [part.adapter for part in parts]
     made = combine(adapters, weights, base.tensors, method, rank, base.sha256)
     terms = [(weight, part.run.name) for weight, part in zip(weights, parts, strict=True)]
@@ -125,7 +125,7 @@ def import_folder(source: Path, base: Base, folder: Path) -> Adapter:
     The base is taken on trust where the folder does not tell its fingerprint. Raises UserError that names whatever is
     not understood or does not fit.
     """
-    check_free(folder)
+    folders.check_free(folder)
     adapter = adapter_files.load_adapter(source, family_with)
     problems = base.problems(adapter)
     if base.family and "base_sha256" not in adapter.metadata:

@@ -23,7 +23,6 @@ from runtime.training.batch import IGNORED, Batch
 
 LENGTH, ROWS = 256, 8  # tokens in a window at most, and windows or records in a batch
 TOKENS = 2048  # that are measured on, about, where there are so many
-MORE_LOSS = 0.05  # nats a token that an export may cost, unless --allow-loss says otherwise
 
 
 @dataclass(frozen=True)

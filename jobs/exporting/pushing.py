@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jobs.adapting.adapted import read_adapter
-from jobs.exporting import hugging_face, peft_folder
 from jobs.exporting.gguf.ollama import modelfile_of
 from jobs.exporting.held_out import held_out_of
+from jobs.exporting.hugging_face import adapter as hf_adapter
+from jobs.exporting.hugging_face import folder as hf_folder
 from jobs.exporting.leaving import CARD, whole_card, without_paths
 from jobs.exporting.opening import open_adapter, open_whole
 from jobs.runs.job import Job
@@ -44,10 +45,10 @@ def push_run(root: Path, run: Run, target: Target, data_dir: Path) -> str:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / run.name
         if run.kind == "lora":
-            peft_folder.export_folder(open_adapter(root, str(run.folder.absolute())), out, place=target.name)
+            hf_adapter.export_folder(open_adapter(root, str(run.folder.absolute())), out, place=target.name)
         else:
             opened = open_whole(root, str(run.folder.absolute()))
-            hugging_face.export_folder(opened, held_out_of(opened, data_dir), out, place=target.name)
+            hf_folder.export_folder(opened, held_out_of(opened, data_dir), out, place=target.name)
         return push_exported(target, run, out)
 
 
@@ -83,7 +84,7 @@ class Pushing:
         if not self.settings.push_to_hub:
             return
         if not self.settings.use_lora:
-            hugging_face.check_packages()
+            hf_folder.check_packages()
             if self.saves:
                 say("PUSH_STRATEGY=every_save is for adapters; a whole model is pushed at the end")
         try:
@@ -97,7 +98,7 @@ class Pushing:
             return
         target, notes = self.target(), {"steps": f"{step:,}", "validation_loss": f"{loss:.4f}"}
         try:
-            written = peft_folder.outward(read_adapter(run), job.base, notes, target.name)
+            written = hf_adapter.outward(read_adapter(run), job.base, notes, target.name)
             files = {name: bytes(content) for name, content in without_paths(run.read() | written).items()}
         except UserError as error:
             say(f"step {step} is not pushed: {error}")

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from jobs.adapting.adapted import check_free
 from runtime.errors import UserError
-from runtime.storage.folders import plain_errors, publish_folder
+from runtime.storage import folders
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,14 @@ def draft_of(out: Path) -> Iterator[Path]:
 
     Raises UsageError where there is something already, UserError where the disk refuses.
     """
-    check_free(out)
+    folders.check_free(out)
     draft = out.with_name(f".tmp-{os.getpid()}-{out.name}")
-    with plain_errors(out, "save"):
+    with folders.plain_errors(out, "save"):
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         try:
             yield draft
-            check_free(out)
-            publish_folder(draft, out)
+            folders.check_free(out)
+            folders.publish_folder(draft, out)
         finally:
             if draft.is_dir():
                 shutil.rmtree(draft, ignore_errors=True)

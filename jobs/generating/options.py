@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from runtime.errors import UsageError
 from runtime.settings.config import ProcessSettings
 from runtime.settings.fields import setting
 from runtime.settings.sources import Resolved
+from runtime.storage import folders
 
 PLAIN = {"temperature": 0.8}  # how tokens are drawn where nobody says otherwise
 TUNED = {"temperature": 0.3, "top_p": 0.9, "top_k": 40}  # the same of a run that was tuned on instructions
@@ -86,7 +88,7 @@ def check_strategy(given: Resolved) -> None:
 
 
 def check_sources(given: Resolved) -> None:
-    """Raises UsageError where a text comes from two places, and for flags of another one."""
+    """Raises UsageError where a text comes from two places or one that is not there, and for flags of another one."""
     options = given.settings
     if options.prompts and given.explicit("prompt"):
         raise UsageError("--prompt and --prompts are both given; put all prompts into the file")
@@ -100,3 +102,5 @@ def check_sources(given: Resolved) -> None:
         raise UsageError("--input is what an instruction is to be done with, and goes with --instruction")
     if options.out and not options.prompts:
         raise UsageError("--out is for what follows the prompts of a file, and goes with --prompts")
+    if options.prompts:
+        folders.check_there(Path(options.prompts))

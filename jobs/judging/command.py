@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jobs.adapting.adapted import check_free
 from jobs.judging import report
 from jobs.judging.judge import How, judge
 from jobs.judging.material import Asked, Wish, gather
@@ -16,13 +15,12 @@ from jobs.judging.scores.faithfulness import check_packages
 from jobs.judging.scores.fluency import Scaffolding
 from jobs.judging.scores.safety import LISTED, read_word_list
 from jobs.judging.sides import Opened, open_sides
-from jobs.runs.preflight import check_writable
 from models.generation.choosing import Sampling
 from runtime.console import say
 from runtime.device import Machine, pick_machine
 from runtime.processes.alike import check_alike, check_read_alike
 from runtime.processes.world import world
-from runtime.storage.folders import commit_folder
+from runtime.storage import folders
 
 
 def check(options: Options) -> None:
@@ -35,8 +33,8 @@ def check(options: Options) -> None:
 
 def check_out(folder: Path) -> None:
     """Raises UsageError or UserError where no new folder can be made there."""
-    check_free(folder)
-    check_writable(folder.absolute().parent)
+    folders.check_free(folder)
+    folders.check_writable(folder.absolute().parent)
 
 
 def sampling(options: Options) -> Sampling:
@@ -76,7 +74,7 @@ def run(options: Options) -> None:
     records, notes = material.asked.records, [*opened.notes, *material.notes]
     told = report.to_report(about(options, opened, material.asked, machine), findings, records, notes)
     if options.out:
-        world().first(lambda: commit_folder(Path(options.out), report.files(told, findings, records)))
+        world().first(lambda: folders.commit_folder(Path(options.out), report.files(told, findings, records)))
     print(plain(told))
     if options.out:
         print(f"Files: {options.out}")

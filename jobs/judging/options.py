@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from runtime.errors import UsageError
 from runtime.settings.config import FOLDER, ProcessSettings
 from runtime.settings.fields import setting
+from runtime.storage import folders
 
 WHAT, HOW, RULES = ({"group": title, "env": False} for title in ("What to judge", "Sampling", "Rules"))
 A_PATH = {"pattern": rf"|{FOLDER}", "path": True, "allowed": "a path", **WHAT}
@@ -55,8 +57,10 @@ class Options(ProcessSettings):
 
 
 def check_flags(options: Options) -> None:
-    """Raises UsageError for flags that contradict one another."""
+    """Raises UsageError for flags that contradict one another, and a word list that is not there."""
     if options.short >= options.medium:
         raise UsageError(f"--short {options.short} must be less than --medium {options.medium}")
     if options.columns and not options.data:
         raise UsageError("--columns are those of --data, which is not given")
+    if options.word_list:
+        folders.check_there(Path(options.word_list))

@@ -106,6 +106,13 @@ def as_json(row: Row) -> bytes:
         return json.dumps(row, default=str).encode()
 
 
+def kind_of(path: Path) -> type[JsonLines]:
+    """What writes a file of that name. Raises UsageError where no kind of file ends so."""
+    if path.suffix.lower() not in KINDS:
+        raise UsageError(f"--out {path}: it must end in {', '.join(KINDS)}")
+    return KINDS[path.suffix.lower()]
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[JsonLines]:
     """A file to add rows to, which has its name once all of them are there.
@@ -113,11 +120,8 @@ def new_file(path: Path) -> Iterator[JsonLines]:
     Raises UsageError where something has the name already, or no kind of file ends so; UserError where it cannot be
     written.
     """
-    from jobs.adapting.adapted import check_free  # which imports torch, and linting comes without
-
-    check_free(path)
-    if (kind := KINDS.get(path.suffix.lower())) is None:
-        raise UsageError(f"--out {path}: it must end in {', '.join(KINDS)}")
+    folders.check_free(path)
+    kind = kind_of(path)
     with folders.plain_errors(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent) as file:
@@ -125,7 +129,7 @@ def new_file(path: Path) -> Iterator[JsonLines]:
             yield rows
             rows.close()
             file.flush()
-            check_free(path)
+            folders.check_free(path)
             folders.write_file(path, OpenFile(file))
 
 
@@ -133,15 +137,13 @@ def new_file(path: Path) -> Iterator[JsonLines]:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write files into, which has its name once all of them are there. Raises UsageError where something
     has the name already."""
-    from jobs.adapting.adapted import check_free  # as above
-
-    check_free(path)
+    folders.check_free(path)
     draft = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         with folders.plain_errors(path, "write"):
             draft.mkdir(parents=True)
         yield draft
-        check_free(path)
+        folders.check_free(path)
         folders.publish_folder(draft, path)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from pathlib import Path
 
 from data.corpora import CORPORA, Corpus
 from data.text import TextData
@@ -12,7 +10,6 @@ from jobs.runs.job import Job
 from runtime import report
 from runtime.console import say
 from runtime.errors import UserError
-from runtime.storage import folders
 from runtime.storage.runs import Run
 
 PIECES, PIECE = 20, 50  # of the held-out text that are looked up, at most; characters of one
@@ -33,13 +30,6 @@ def preflight(job: Job, run: Run) -> None:
             f"warning: {100 * share:.0f} % of what is held out of {job.data.name} is in its training text too, "
             "so its validation loss says little about other text"
         )
-
-
-def check_writable(folder: Path) -> None:
-    """Raises UserError where no results could be written into this folder later."""
-    probe = folder / f".probe-{os.getpid()}.tmp"
-    folders.write_file(probe, b"")
-    folders.remove_file(probe)
 
 
 def check_room(job: Job, run: Run) -> None:

@@ -137,5 +137,5 @@ def _unknown_flag(word: str, rows: Sequence[Setting]) -> str:
         return f"{format_value(word) or repr('')} is one argument too many; --help tells what there may be"
     asked = word.partition("=")[0].removeprefix("--")
     flags = {each.variable: each.flag for row in rows if not row.metavar for each in row.spellings}
-    hint = suggestion(asked, flags, near_miss(asked, flags)) or "--help lists them all"
+    hint = suggestion(asked, flags, near_miss(asked, flags, alike=0.6)) or "--help lists them all"
     return f"{format_value(word) or repr('')} is not a flag; {hint}"

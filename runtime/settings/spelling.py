@@ -55,11 +55,14 @@ def plain(name: str) -> str:
     return re.sub(r"[-. ]", "_", name.upper())
 
 
-def near_miss(name: str, names: Iterable[str]) -> str | None:
-    """The nearest of the names, if `name` looks like a misspelt one."""
+def near_miss(name: str, names: Iterable[str], alike: float = 0.8) -> str | None:
+    """The nearest of the names, if `name` looks like a misspelt one.
+
+    alike: how much of it must be the same, from 0 to 1; of a name that may be another program's, more than of a flag.
+    """
     name = plain(name)
-    alike = get_close_matches(name, names, n=9, cutoff=0.8)
-    near = [other for other in alike if typing_errors(name, other) <= 1 or _word_by_word(name, other)]
+    close = get_close_matches(name, names, n=9, cutoff=alike)
+    near = [other for other in close if typing_errors(name, other) <= 1 or _word_by_word(name, other)]
     return min(near, key=lambda other: typing_errors(name, other), default=None)
 
 

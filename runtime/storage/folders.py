@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from runtime.errors import UserError
+from runtime.errors import UsageError, UserError
 from runtime.storage.content import PART, Content, OpenFile, parts_of, sha256
 
 MANIFEST = "MANIFEST.json"
@@ -224,3 +224,27 @@ def remove_file(path: Path) -> None:
     """Remove a file that is no longer needed; one that cannot be removed is no reason to stop."""
     with suppress(OSError):
         path.unlink()
+
+
+def check_free(path: Path) -> None:
+    """Raises UsageError where there is something already."""
+    if os.path.lexists(path):
+        raise UsageError(f"{path} is there already, and nothing is overwritten; choose another --out")
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or a folder; for a name that the system cannot have, `Path.exists` would raise."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def check_there(path: Path) -> None:
+    """Raises UsageError where there is nothing."""
+    if not is_there(path):
+        raise UsageError(f"{path}: there is no such file or folder")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError where no results could be written into this folder later."""
+    probe = folder / f".probe-{os.getpid()}.tmp"
+    write_file(probe, b"")
+    remove_file(probe)

@@ -131,7 +131,7 @@ def test_generate_a_batch_of_prompts_of_different_lengths(adapted, data_dir):
     assert first == second and third == fourth and first.startswith("Enter Romeo and") and third.startswith("O")
 
 
-BAD = [
+BAD = [  # status 2: what is asked for cannot be, or is not there; 1: what is there cannot be used
     ("training.py", {"LORA_RNAK": "4"}, (), 2, "did you mean LORA_RANK"),
     ("training.py", {"USE_LORA": "maybe"}, (), 2, "USE_LORA=maybe"),
     ("training.py", {}, ("--use-lorra",), 2, "did you mean --use-lora"),
@@ -141,7 +141,7 @@ BAD = [
     ("training.py", {"BASE": "nobody"}, (), 2, "runs there: test-"),
     ("training.py", {"BASE": "test-lora-folio-r8"}, (), 2, "is a LoRA run"),
     ("training.py", {"USE_LORA": "1", "N_LAYER": "3"}, (), 2, "N_LAYER=3 (it has 2)"),
-    ("training.py", {"DATASET": "missing.txt"}, (), 1, "missing.txt"),
+    ("training.py", {"DATASET": "missing.txt"}, (), 2, "missing.txt"),
     ("training.py", {"DATASET": "shakespear"}, (), 2, "shakespeare"),
     ("training.py", {"DATASET": "empty.txt"}, (), 1, "empty"),
     ("training.py", {"DATASET": "latin1.txt"}, (), 1, "UTF-8"),
@@ -151,6 +151,41 @@ BAD = [
     ("generate.py", {}, ("--run", "nobody"), 2, "runs there: test-"),
     ("generate.py", {}, ("--adapter", "nobody"), 2, "nobody"),
     ("generate.py", {}, ("--temperature", "-1"), 2, "--temperature -1"),
+    ("generate.py", {}, ("--prompts", "missing.jsonl"), 2, "missing.jsonl"),
+    ("generate.py", {}, ("--prompts", "latin1.txt"), 1, "latin1.txt line 1: no JSON"),
+    ("compare.py", {"DATASET": "missing.txt"}, (), 2, "missing.txt"),
+    ("compare.py", {"DATASET": "latin1.txt"}, (), 1, "UTF-8"),
+    ("evaluate.py", {}, ("nobody",), 2, "runs there: test-"),
+    ("evaluate.py", {}, ("test-lora-folio-r8", "--data", "missing.jsonl"), 2, "missing.jsonl"),
+    ("evaluate.py", {}, ("test-lora-folio-r8", "--data", "checkpoints"), 1, "a folder without a file that ends in"),
+    ("evaluate.py", {}, ("test-lora-folio-r8", "--word-list", "missing.txt"), 2, "missing.txt"),
+    ("evaluate.py", {}, ("test-lora-folio-r8", "--word-list", "latin1.txt"), 1, "UTF-8"),
+    ("adapters.py", {}, ("inspect", "nobody"), 2, "there is no adapter 'nobody'"),
+    ("adapters.py", {}, ("strength", "test-lora-folio-r8", "--dataset", "missing.txt"), 2, "missing.txt"),
+    ("adapters.py", {}, ("strength", "test-lora-folio-r8", "--dataset", "latin1.txt"), 1, "UTF-8"),
+    ("adapters.py", {}, ("check", "missing"), 2, "missing: there is no such file"),
+    ("adapters.py", {}, ("check", "checkpoints"), 1, "is no run, adapter or model"),
+    ("adapters.py", {}, ("import", "missing", "--base", "b", "--out", "x"), 2, "missing"),
+    (
+        "adapters.py",
+        {},
+        ("import", "checkpoints", "--base", "test-base-shakespeare", "--out", "x"),
+        1,
+        "not an adapter",
+    ),
+    ("dataset.py", {}, ("lint", "missing.jsonl"), 2, "missing.jsonl"),
+    ("dataset.py", {}, ("lint", "checkpoints"), 1, "a folder without a file that ends in"),
+    ("export.py", {}, ("nobody", "--out", "x"), 2, "runs there: test-"),
+    ("report.py", {}, ("nobody",), 2, "runs there: test-"),
+    ("report.py", {}, ("test-lora-folio-r8", "--evaluation", "missing"), 2, "missing"),
+    (
+        "report.py",
+        {},
+        ("test-lora-folio-r8", "--evaluation", "checkpoints"),
+        1,
+        "could not read checkpoints/report.json",
+    ),
+    ("serve.py", {}, ("--run", "nobody"), 2, "runs there: test-"),
 ]
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from command_line import run
 
-from compare import Options, lora_settings
+from jobs.comparing.command import lora_settings
 from jobs.comparing.comparison import base_windows, make_method
+from jobs.comparing.options import Options
 from jobs.comparing.report import over_seeds
 from jobs.comparing.timing import ratio
 from jobs.runs.source import TEST_CHARACTERS
@@ -104,6 +105,7 @@ def test_lists_of_numbers_that_make_no_sense_are_refused(tmp_path, data_dir):
     for flags, message in (
         (("--sweep", "--widths", "30"), "--widths 30: 30 is not a multiple of N_HEAD=4"),
         (("--sweep", "--batches", "0"), "--batches 0: every number must be at least 1"),
+        (("--sweep", "--ranks="), "--sweep times LoRA of the ranks in --ranks, which is empty"),
         (("--ranks", "4,x"), "RANKS"),
     ):
         done = run(tmp_path, data_dir, "compare.py", *flags)

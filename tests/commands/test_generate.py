@@ -110,7 +110,7 @@ REFUSED = [
     (("--adapter", "none", "--adapter", "folio"), 2, "adapter none stands for the plain base"),
     (("--run", "nobody"), 2, "there is no run 'nobody'"),
     (("--prompt", "a", "--prompts", "p.jsonl"), 2, "--prompt and --prompts are both given"),
-    (("--prompts", "nowhere.jsonl"), 1, "could not read nowhere.jsonl: No such file"),
+    (("--prompts", "nowhere.jsonl"), 2, "nowhere.jsonl: there is no such file or folder"),
 ]
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from jobs.adapting.adapted import open_adapters
 from jobs.adapting.report import sizes
-from jobs.reporting.charts import labels, ticks
+from jobs.reporting.writers.charts import labels, ticks
 from report import main
 from runtime.processes.command import run_command as run_in_process
 from runtime.storage.encoding import to_sealed_json

@@ -15,7 +15,7 @@ from tiny_models import folder_of
 from tiny_runs import GPT, LLAMA, TEXT, call, lora_run, own_run
 
 from data.tokenizers import build_tokenizer
-from jobs.exporting import hugging_face
+from jobs.exporting.hugging_face import folder as hf_folder
 from jobs.generating.load import load
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "runs"
@@ -126,7 +126,7 @@ def test_what_is_refused(here, monkeypatch, capsys):
 
 def test_what_does_not_verify_leaves_nothing(here, monkeypatch, capsys):
     own_run(here, "own", GPT)
-    monkeypatch.setattr(hugging_face, "LIMITS", {False: -1.0, True: -1.0})
+    monkeypatch.setattr(hf_folder, "LIMITS", {False: -1.0, True: -1.0})
     for words, fix in (((), False), (("--outtype", "f16"), True)):
         status, _, err = call(monkeypatch, capsys, "own", "--to", "hf", "--out", "x", *words)
         assert status == 1 and "the logits of transformers differ by" in err and "nothing was saved" in err

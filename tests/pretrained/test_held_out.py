@@ -11,7 +11,7 @@ from tiny_runs import LLAMA, TEXT, call, own_run
 from torch.nn import functional as F
 
 from data.corpora import load_corpus
-from jobs.exporting.hugging_face import whole_files
+from jobs.exporting.hugging_face.folder import whole_files
 from jobs.exporting.opening import Opened
 from jobs.generating.load import load
 
@@ -71,13 +71,13 @@ def test_a_loss_that_is_too_high_and_a_text_that_is_none(here, monkeypatch, caps
     ):
         status, _, err = call(monkeypatch, capsys, "own", "--to", "hf", "--out", "x", *words)
         assert status in (1, 2) and told in err
-    monkeypatch.setattr("jobs.exporting.hugging_face.LIMITS", {False: 1e3})
+    monkeypatch.setattr("jobs.exporting.hugging_face.folder.LIMITS", {False: 1e3})
 
     def spoilt(opened: Opened, *how: object) -> tuple:
         opened.model.lm_head.weight.data.mul_(20)
         return whole_files(opened, *how)
 
-    monkeypatch.setattr("jobs.exporting.hugging_face.whole_files", spoilt)
+    monkeypatch.setattr("jobs.exporting.hugging_face.folder.whole_files", spoilt)
     status, _, err = call(monkeypatch, capsys, "own", "--to", "hf", "--out", "x", "--text", "text.txt")
     assert status == 1 and "nats a token, " in err and "and up to 0.05 more passes; nothing was saved" in err, err
     assert not (here / "x").exists()

@@ -55,7 +55,7 @@ REFUSED = {
         2,
         "error: SEED=seven (from the environment): must be a whole number from 0 to 2147483647",
     ),
-    "no such text": (Case((*RUN, "--dataset=gone.txt")), 1, "error: gone.txt: there is no such text file"),
+    "no such text": (Case((*RUN, "--dataset=gone.txt")), 2, "error: gone.txt: there is no such text file"),
     "in pieces, but exact": (
         Case((*RUN, "--shard", "--reduce=exact", "--compile")),
         2,

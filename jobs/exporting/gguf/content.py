@@ -13,13 +13,12 @@ import torch
 
 from jobs.exporting.gguf.layout import Layout
 from jobs.exporting.gguf.vocabulary import Vocabulary
+from jobs.exporting.kinds import DENSE
 from lora.merge import MergedTensors
 from models.config import ModelConfig
 from runtime.errors import UserError
 
 Tensors = Iterable[tuple[str, np.ndarray, Any]]  # names, bytes and types; gone through more than once
-DENSE = ("f32", "f16", "bf16")
-IN_BLOCKS = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 BLOCK = 32  # values that these scale together
 WIDE = ("token_embd.weight", "output.weight")  # in 8 bits where others have fewer, as llama.cpp has them in more too
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jobs.exporting.gguf.content import BLOCK, DENSE, IN_BLOCKS, GGUFTensors, count_equal, write
+from jobs.exporting.gguf.content import BLOCK, GGUFTensors, count_equal, write
 from jobs.exporting.gguf.layout import Layout
-from jobs.exporting.gguf.llama_cpp import BY_LLAMA_CPP, LlamaCpp, installed, quantize_file
+from jobs.exporting.gguf.llama_cpp import LlamaCpp, installed, quantize_file
 from jobs.exporting.gguf.ollama import write_modelfile
 from jobs.exporting.gguf.vocabulary import Vocabulary
-from jobs.exporting.held_out import MORE_LOSS, HeldOut
+from jobs.exporting.held_out import HeldOut
+from jobs.exporting.hugging_face.tokens import samples_for
+from jobs.exporting.kinds import BY_LLAMA_CPP
 from jobs.exporting.opening import Opened
-from jobs.exporting.tokens import samples_for
+from jobs.exporting.options import MORE_LOSS
 from jobs.exporting.verifying import Difference, draft_of
 from runtime.errors import UserError
 from runtime.extras import needs_package
 
-TYPES = (*DENSE, *IN_BLOCKS, *BY_LLAMA_CPP)
 IN_16_BITS = 2e-2  # of the largest logit
 
 
@@ -33,8 +34,8 @@ def check_packages(kind: str = "f32") -> None:
 def export_file(
     opened: Opened, held_out: HeldOut, out: Path, kind: str, with_tokenizer: bool = True, allowed: float = MORE_LOSS
 ) -> list[str]:
-    """Write the file and its Modelfile, and tell what was found. kind: of TYPES. allowed: how much higher the loss may
-    be.
+    """Write the file and its Modelfile, and tell what was found. kind: as --outtype names it. allowed: how much higher
+    the loss may be.
 
     Raises UserError for a model or a tokenizer that llama.cpp does not have, and where it computes something else.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jobs.exporting.translated import translated
+from jobs.exporting.hugging_face.translated import translated
 from models.pretrained.families import FAMILIES, Family
 from models.transformer import Transformer
 from runtime.errors import UserError

@@ -12,7 +12,6 @@ from torch import Tensor
 from runtime.errors import UserError
 
 BINDING = "cyllama"
-BY_LLAMA_CPP = ("q6_k", "q5_k_m", "q4_k_m")  # kinds of files whose tensors llama.cpp alone can write
 
 
 def installed() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from data.pretrained_tokenizer import FILE, PretrainedTokenizer
 from data.tokenizers import Tokenizer
-from jobs.exporting.tokens import tokenizer_files
+from jobs.exporting.hugging_face.tokens import tokenizer_files
 from runtime.errors import UserError
 
 WITHOUT = "export it with --no-tokenizer, for programs that pass token ids"

@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from jobs.exporting.held_out import MORE_LOSS, HeldOut
-from jobs.exporting.hugging_face import describing_files, whole_files
+from jobs.exporting.held_out import HeldOut
+from jobs.exporting.hugging_face.folder import describing_files, whole_files
+from jobs.exporting.hugging_face.tokens import tokenizer_files
 from jobs.exporting.onnx.graph import write_graph
 from jobs.exporting.onnx.int8 import quantize, with_outliers
 from jobs.exporting.onnx.runtime import OnnxRuntime
 from jobs.exporting.onnx.tensorrt import trtexec_script
 from jobs.exporting.opening import Opened, logits
-from jobs.exporting.tokens import tokenizer_files
+from jobs.exporting.options import MORE_LOSS
 from jobs.exporting.verifying import Difference, draft_of
 from models.generation import sampling
 from models.stored import INDEX

@@ -12,8 +12,8 @@ from typing import Any
 
 from data.corpora import WORD
 from jobs.looking.linted import counted
-from jobs.reporting import charts
 from jobs.reporting.blocks import Bar, Code, Figures, Heat, Lines, Page, Sample, Section, Table, Text
+from jobs.reporting.writers import charts
 
 SHADES = 9  # of a heat map
 NUMERIC = re.compile(

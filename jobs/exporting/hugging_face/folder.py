@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 
 from data.pretrained_tokenizer import FILE, TEMPLATE
-from jobs.exporting.held_out import MORE_LOSS, HeldOut
+from jobs.exporting.held_out import HeldOut
+from jobs.exporting.hugging_face.tokens import samples_for, tokenizer_files
+from jobs.exporting.hugging_face.translated import translated
+from jobs.exporting.kinds import DENSE
 from jobs.exporting.leaving import CARD, whole_card, without_paths
 from jobs.exporting.opening import Opened
-from jobs.exporting.tokens import samples_for, tokenizer_files
-from jobs.exporting.translated import translated
+from jobs.exporting.options import MORE_LOSS
 from jobs.exporting.verifying import Difference, draft_of
 from jobs.runs.job import to_model_files
 from lora.merge import MergedTensors
@@ -22,7 +24,7 @@ from runtime.extras import needs_package
 from runtime.storage.encoding import to_json
 from runtime.storage.folders import Files, commit_folder
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = dict(zip(DENSE, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 LIMITS = {False: 1e-5, True: 2e-2}  # of the largest logit, by whether weights were rounded to 16 bits
 
 

@@ -1,0 +1,1 @@
+"""Folders that transformers and PEFT read, and a model and tokenizer as they have them."""

@@ -1,0 +1,1 @@
+"""What writes the blocks of a report: as HTML, as Markdown, as pictures."""
