@@ -39,6 +39,7 @@ def causal_attention(
     """Each position attends to itself and what is before it: (B, H, T, D). With segments, only to what is in its own.
 
     H / K heads after one another share their keys and values. `dropout` is the probability on the attention weights.
+    On the CPU there may be fewer queries than keys: those of the last positions, up to LONGEST_BY_BLOCKS of them.
     """
     shared = q_BHTD.shape[1] // k_BKTD.shape[1]
     # A graph that is exported is for any length, and a loop over blocks would be fixed at that of the example.
@@ -75,7 +76,8 @@ def _hidden(segments: Tensor | None, a: int, b: int, q: Tensor) -> Tensor:
 
 
 class AttentionByBlocks(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D), causal) v, a block of queries after the other. q: (N, S, T, D); k and v: (N, T, D).
+    """softmax(q k^T / sqrt(D), causal) v, a block of queries after the other. q: (N, S, T, D); k and v: (N, T, D), or
+    longer, as the queries are those of the last positions.
 
     The S heads that share keys and values are one matmul's rows. segments: (B, T), or None.
     """
@@ -87,16 +89,18 @@ class AttentionByBlocks(torch.autograd.Function):
             P, mask = AttentionByBlocks.weights(q, k, segments, a), None
             if dropout:
                 mask, ctx.scale = dropout_mask(P, dropout)
-            b, dropped = P.shape[2], P if mask is None else P * mask * ctx.scale
-            y[:, :, a:b] = (dropped @ v[:, :b]).view(y[:, :, a:b].shape)
+            dropped, y_block = P if mask is None else P * mask * ctx.scale, y[:, :, a : a + BLOCK]
+            y_block.copy_((dropped @ v[:, : P.shape[2]]).view(y_block.shape))
             saved += P if keep else None, dropped if keep else None, mask
         ctx.save_for_backward(q, k, v, segments, *saved)
         return y
 
     @staticmethod
     def weights(q, k, segments, a):
-        """The softmax (N, S (b - a), b) of the queries from a to b, where the block that begins at a ends."""
+        """The softmax (N, S (b - a), b) of the block of queries that begins at a, and is at the positions from a to b
+        where the queries are those of all positions."""
         q_block = q[:, :, a : a + BLOCK]
+        a += k.shape[1] - q.shape[2]
         b = a + q_block.shape[2]
         hidden, keys = _hidden(segments, a, b, q), k[:, :b].transpose(1, 2)
         return torch.baddbmm(hidden, q_block.flatten(1, 2), keys, alpha=q.shape[-1] ** -0.5).softmax(-1)
@@ -111,13 +115,13 @@ class AttentionByBlocks(torch.autograd.Function):
             if P is None:
                 P = AttentionByBlocks.weights(q, k, segments, a)
                 P_dropped = P if mask is None else P * mask * ctx.scale
-            b = a + P.shape[1] // q.shape[1]
-            q_block, g_block = (t[:, :, a:b].flatten(1, 2) for t in (q, g))
+            b, dq_block = P.shape[2], dq[:, :, a : a + BLOCK]
+            q_block, g_block = (t[:, :, a : a + BLOCK].flatten(1, 2) for t in (q, g))
             dP = g_block @ v[:, :b].transpose(1, 2)
             if mask is not None:
                 dP = dP * mask * ctx.scale
             dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype).mul_(q.shape[-1] ** -0.5)
-            dq[:, :, a:b] = (dS @ k[:, :b]).view(dq[:, :, a:b].shape)
+            dq_block.copy_((dS @ k[:, :b]).view(dq_block.shape))
             dk[:, :b] += dS.transpose(1, 2) @ q_block
             dv[:, :b] += P_dropped.transpose(1, 2) @ g_block
         return dq, dk, dv, None, None
