@@ -123,22 +123,21 @@ class Batch:
         together = 1 if self.device.type == "cpu" else max(1, len(places))
         for i in range(0, len(places), together):
             self.reading[tuple(places[i : i + together])] = self.cache.emptied()
-        unread = {place for some in self.reading for place in some}
-        self.cache.empty(place for place, row in enumerate(self.rows) if row is None or place in unread)
+        for some in ([place for place, row in enumerate(self.rows) if row is None], *self.reading):
+            self.cache.empty(some)
 
     def _read(self, logits: Tensor | None) -> Tensor | None:
         """Read on: all windows of one piece, and so many pieces of the others as may be, those of the first first."""
         left = self.pieces
         for places, fresh in list(self.reading.items()):
             windows = [self.window(self.rows[place]) for place in places]
-            longest = max(map(len, windows))
-            starts = range(max(fresh.lengths, default=0), longest, fresh.piece)
-            if longest > fresh.piece:
-                starts = starts[:left]
-                left -= len(starts)
-            for start in starts:
+            starts = now = range(max(fresh.lengths, default=0), max(map(len, windows)), fresh.piece)
+            if starts.stop > fresh.piece:
+                now = starts[:left]
+                left -= len(now)
+            for start in now:
                 found = self._pass(places, fresh, fresh.begin(windows, start))
-            if max(fresh.lengths, default=0) == longest:
+            if now == starts:
                 logits = found.new_zeros(len(self.rows), found.shape[1]) if logits is None else logits
                 logits[list(places)] = found
                 self.cache.replace(places, fresh)
