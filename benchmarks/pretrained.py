@@ -176,7 +176,9 @@ def longest_wait(model: nn.Module, prompt: list[int], pieces: int) -> float:
 
 def measure_reading(base: Path, rounds: int, device: str) -> list[dict[str, Any]]:
     """What reading a prompt in pieces takes of reading it in one pass, and how long others wait meanwhile; in bf16."""
-    machine, found = pick_machine("cpu", "bf16"), []
+    machine, found = pick_machine(device, "bf16"), []
+    if machine.device.type != "cpu":  # which alone reads in pieces
+        return found
     model = Base.of(Pretrained(base)).model.requires_grad_(False).eval()
     for length in (1024, 2000):
         (prompt,) = random_rows(model.config.vocab_size, 1, length).tolist()
