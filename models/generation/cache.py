@@ -16,8 +16,8 @@ from models.attention import causal_attention
 GROWTH = 256  # positions that a cache has room for at first, and by which it grows at least
 STEP = 64  # the width of a cache whose rows come and go is a multiple of this
 
-# Positions of a window that the CPU reads in a pass. 1,024 positions of SmolLM2-135M took 0.85 of the time of one pass in
-# pieces of 256, 0.97 of 128 and 0.87 of 512; 2,000 took 0.66, 0.69 and 0.82 (bf16, one thread, AVX512_BF16).
+# Positions of a window that the CPU reads in a pass. 1,024 of SmolLM2-135M took 0.85 of the time of one pass in pieces
+# of 256, 0.97 of 128 and 0.87 of 512; 2,000 took 0.66, 0.69 and 0.82 (the least of 3, bf16, one thread, AVX512_BF16).
 PIECE = 256
 
 
