@@ -139,13 +139,13 @@ class KVCache:
         for row in rows:
             self.lengths[row] = 0
 
-    def replace(self, rows: Sequence[int], other: KVCache) -> None:
+    def replace(self, rows: list[int], other: KVCache) -> None:
         """Take the rows of another cache in place of these."""
         for row, length in zip(rows, other.lengths, strict=True):
             self.lengths[row] = length
         for layer, others in zip(self.layers, other.layers, strict=True):
             layer.make_room(others.kv_2BKSD)
-            layer.kv_2BKSD[:, list(rows), :, : other.width] = others.kv_2BKSD[:, :, :, : other.width]
+            layer.kv_2BKSD[:, rows, :, : other.width] = others.kv_2BKSD[:, :, :, : other.width]
 
     def reorder(self, rows: list[int]) -> None:
         """Take these rows, in this order, some perhaps more than once, in place of all."""

@@ -140,7 +140,7 @@ class Batch:
             if now == starts:
                 logits = found.new_zeros(len(self.rows), found.shape[1]) if logits is None else logits
                 logits[list(places)] = found
-                self.cache.replace(places, fresh)
+                self.cache.replace(list(places), fresh)
                 del self.reading[places]
         return logits
 
