@@ -16,8 +16,9 @@ from models.attention import causal_attention
 GROWTH = 256  # positions that a cache has room for at first, and by which it grows at least
 STEP = 64  # the width of a cache whose rows come and go is a multiple of this
 
-# Positions of a window that the CPU reads in a pass. 1,024 of SmolLM2-135M took 0.85 of the time of one pass in pieces
-# of 256, 0.97 of 128 and 0.87 of 512; 2,000 took 0.66, 0.69 and 0.82 (the least of 3, bf16, one thread, AVX512_BF16).
+# Positions of a window that the CPU reads in a pass. In pieces of 128, 256 and 512, 1,024 of SmolLM2-135M took 1.07,
+# 0.98 and 0.94 of the time of one pass, and 2,000 took 0.71, 0.65 and 0.64; the longest piece of these took 0.19, 0.34
+# and 0.63 s (the least of 5, bf16, one thread, AVX512_BF16).
 PIECE = 256
 
 
