@@ -2,11 +2,15 @@
 
 python -m benchmarks.pretrained --base FOLDER        steps, generation, memory: 4 x 256 tokens, rank 16, all linears
 python -m benchmarks.pretrained --base FOLDER --only steps
+python -m benchmarks.pretrained --base FOLDER --only reading      long prompts, whole and in pieces; on the CPU
 """
 
 from __future__ import annotations
 
 import json
+import statistics
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,14 +26,18 @@ from jobs.comparing.timing import repeatable
 from jobs.runs.base import Base
 from lora.attach import attach
 from lora.config import LoRAConfig
+from lora.merge import cached_weights
+from models.generation.cache import PIECE, KVCache
 from models.generation.choosing import Sampling
-from models.generation.sampling import generate
+from models.generation.continuous import Asked, Batch, Row
+from models.generation.sampling import generate, read_windows
 from models.pretrained.families import family_with
 from models.pretrained.source import Pretrained, find_source
 from runtime.device import pick_machine
 from runtime.processes.command import run_command
 
 RANK, ALPHA = 16, 32
+WAITS = {"a piece at a time": 1, "at once": sys.maxsize}
 STEP_GOALS = {("lora", "bf16"): 0.75, ("lora", "fp32"): 0.75, ("full", "bf16"): 0.9, ("full", "fp32"): 0.9}
 
 
@@ -150,6 +158,50 @@ def measure_generation(base: Path, rounds: int, device: str) -> list[dict[str, A
     return found
 
 
+def longest_wait(model: nn.Module, prompt: list[int], pieces: int) -> float:
+    """Seconds that 3 texts wait for a token at most while so many pieces of a prompt are read at a time."""
+    batch, waits = Batch(model, 4, pieces=pieces), []
+    new = {place: Row(place, Asked(prompt[:8], 2**20, place)) for place in range(3)}
+    for _ in range(4):
+        list(batch.choose(batch.advance(new), False))
+        new = {}
+    new = {3: Row(3, Asked(prompt, 8, 0))}
+    while new or batch.rows[3]:
+        begun = time.perf_counter()
+        list(batch.choose(batch.advance(new), False))
+        waits.append(time.perf_counter() - begun)
+        new = {}
+    return max(waits)
+
+
+def measure_reading(base: Path, rounds: int, device: str) -> list[dict[str, Any]]:
+    """What reading a prompt in pieces takes of reading it in one pass, and how long others wait meanwhile; in bf16."""
+    machine, found = pick_machine(device, "bf16"), []
+    if machine.device.type != "cpu":  # which alone reads in pieces
+        return found
+    model = Base.of(Pretrained(base)).model.requires_grad_(False).eval()
+    for length in (1024, 2000):
+        (prompt,) = random_rows(model.config.vocab_size, 1, length).tolist()
+
+        def read(piece: int, prompt=prompt) -> None:
+            cache = KVCache(model.config.n_layer, model.config.max_positions, machine.device)
+            cache.piece = piece
+            with torch.inference_mode(), machine.autocast():
+                read_windows(model, cache, [prompt])
+
+        with cached_weights(model), machine.autocast():
+            seconds = take_turns({"pieces": partial(read, PIECE), "whole": partial(read, length)}, rounds, machine)
+            waits = {name: [longest_wait(model, prompt, n) for _ in range(rounds)] for name, n in WAITS.items()}
+        found.append(
+            {"what": f"a prompt of {length:,} tokens: time in pieces / whole"} | ratio(seconds, "pieces", "whole")
+        )
+        for name, each in waits.items():
+            spread = {"median": statistics.median(each), "min": min(each), "max": max(each)}
+            found.append({"what": f"a prompt of {length:,} tokens, {name}: longest wait of others, seconds"} | spread)
+        tell(found[-3:])
+    return found
+
+
 def peak(base: Path, who: str, what: str) -> None:
     """Print how many bytes a fresh process needs at most, beyond what its packages take: to load, or for 3 steps."""
     import peft  # noqa: F401
@@ -189,7 +241,9 @@ def measure_memory(base: Path, rounds: int, device: str) -> list[dict[str, Any]]
     return found
 
 
-MEASURES = {"steps": measure_steps, "generation": measure_generation, "memory": measure_memory}
+MEASURES = {
+    "steps": measure_steps, "generation": measure_generation, "reading": measure_reading, "memory": measure_memory,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ def causal_attention(
     """Each position attends to itself and what is before it: (B, H, T, D). With segments, only to what is in its own.
 
     H / K heads after one another share their keys and values. `dropout` is the probability on the attention weights.
+    On the CPU there may be fewer queries than keys: those of the last positions, up to LONGEST_BY_BLOCKS of them.
     """
     shared = q_BHTD.shape[1] // k_BKTD.shape[1]
     # A graph that is exported is for any length, and a loop over blocks would be fixed at that of the example.
@@ -75,7 +76,8 @@ def _hidden(segments: Tensor | None, a: int, b: int, q: Tensor) -> Tensor:
 
 
 class AttentionByBlocks(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D), causal) v, a block of queries after the other. q: (N, S, T, D); k and v: (N, T, D).
+    """softmax(q k^T / sqrt(D), causal) v, a block of queries after the other. q: (N, S, T, D); k and v: (N, T, D), or
+    longer, as the queries are those of the last positions.
 
     The S heads that share keys and values are one matmul's rows. segments: (B, T), or None.
     """
@@ -85,16 +87,18 @@ class AttentionByBlocks(torch.autograd.Function):
         y, saved, ctx.p, keep = torch.empty_like(q), [], dropout, not recomputing()
         for a in range(0, q.shape[2], BLOCK):
             P = AttentionByBlocks.weights(q, k, segments, a)
-            b, drop = P.shape[2], Dropout.of(P, dropout)
-            y[:, :, a:b] = (drop.apply(P, drop.mask(P)) @ v[:, :b]).view(y[:, :, a:b].shape)
+            drop, y_block = Dropout.of(P, dropout), y[:, :, a : a + BLOCK]
+            y_block.copy_((drop.apply(P, drop.mask(P)) @ v[:, : P.shape[2]]).view(y_block.shape))
             saved += P if keep else None, drop.drawn
         ctx.save_for_backward(q, k, v, segments, *saved)
         return y
 
     @staticmethod
     def weights(q, k, segments, a):
-        """The softmax (N, S (b - a), b) of the queries from a to b, where the block that begins at a ends."""
+        """The softmax (N, S (b - a), b) of the block of queries that begins at a, and is at the positions from a to b
+        where the queries are those of all positions."""
         q_block = q[:, :, a : a + BLOCK]
+        a += k.shape[1] - q.shape[2]
         b = a + q_block.shape[2]
         hidden, keys = _hidden(segments, a, b, q), k[:, :b].transpose(1, 2)
         return torch.baddbmm(hidden, q_block.flatten(1, 2), keys, alpha=q.shape[-1] ** -0.5).softmax(-1)
@@ -107,11 +111,11 @@ class AttentionByBlocks(torch.autograd.Function):
         for i, a in enumerate(range(0, q.shape[2], BLOCK)):
             P, drop = saved[2 * i], Dropout(saved[2 * i + 1], ctx.p)
             P = AttentionByBlocks.weights(q, k, segments, a) if P is None else P
-            mask, b = drop.mask(P), a + P.shape[1] // q.shape[1]
-            q_block, g_block = (t[:, :, a:b].flatten(1, 2) for t in (q, g))
+            mask, b, dq_block = drop.mask(P), P.shape[2], dq[:, :, a : a + BLOCK]
+            q_block, g_block = (t[:, :, a : a + BLOCK].flatten(1, 2) for t in (q, g))
             dP = drop.apply(g_block @ v[:, :b].transpose(1, 2), mask)
             dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype).mul_(q.shape[-1] ** -0.5)
-            dq[:, :, a:b] = (dS @ k[:, :b]).view(dq[:, :, a:b].shape)
+            dq_block.copy_((dS @ k[:, :b]).view(dq_block.shape))
             dk[:, :b] += dS.transpose(1, 2) @ q_block
             dv[:, :b] += drop.apply(P, mask).transpose(1, 2) @ g_block
         return dq, dk, dv, None, None

@@ -32,7 +32,8 @@ class Ticket:
 
 
 class Engine:
-    """Makes texts in the places of one batch; the others wait, in the order in which they came.
+    """Makes texts in the places of one batch; the others wait, in the order in which they came. A prompt of several
+    pieces is read a piece at a time, between the passes of the others.
 
     All that is told of a text, by `Asked.watch` and `Ticket.done`, is told from the engine's thread. Every pass goes
     through all places and rounds alike, so a text does not depend on what else is asked for.
@@ -93,7 +94,7 @@ class Engine:
         try:
             self.model.eval()
             with mixing(self.model, self.adapters) as mix, self.machine.autocast():
-                batch = Batch(self.model, self.places, mix)
+                batch = Batch(self.model, self.places, mix, pieces=1)
                 while (new := self._next(batch)) is not None:
                     if any(batch.rows) or new:
                         self._advance(batch, new)
@@ -105,7 +106,7 @@ class Engine:
             self.failed()
 
     def _advance(self, batch: Batch, new: dict[int, Row]) -> None:
-        """One more token for every row."""
+        """One more token for every row that has been read."""
         for row, text in list(batch.choose(batch.advance(new), scored=False)):
             if text:
                 self.made.pop(row.number).done(text)

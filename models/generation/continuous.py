@@ -5,6 +5,7 @@ Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based Genera
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -74,32 +75,38 @@ class Row:
 
 
 class Batch:
-    """The places of a batch, and the rows in them, which go through adapters of their own if there is a mix."""
+    """The places of a batch, and the rows in them, which go through adapters of their own if there is a mix.
 
-    def __init__(self, model: nn.Module, places: int, mix: Mix | None = None) -> None:
+    A window of several pieces can be read between the passes of the other rows, as in Agrawal et al. 2024, "Taming
+    Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve", arXiv 2403.02310.
+    """
+
+    def __init__(self, model: nn.Module, places: int, mix: Mix | None = None, pieces: int = sys.maxsize) -> None:
+        """pieces: how many are read of such windows, all together, before the other rows go on."""
         self.model, self.mix, self.device = model, mix, model.token_embedding.weight.device
         self.cache = KVCache(model.config.n_layer, model.config.max_positions, self.device)
         self.cache.open_places(places)
         self.rows: list[Row | None] = [None] * places
+        self.pieces, self.reading = pieces, dict[tuple[int, ...], KVCache]()  # by places: what has been read so far
 
     def window(self, row: Row) -> list[int]:
         """What the model sees of a text."""
         return row.text[window_start(len(row.text), self.cache.block_size) :]
 
     @torch.inference_mode()
-    def advance(self, new: dict[int, Row]) -> Tensor:
-        """Take new rows into empty places, and give all rows one more pass: logits (places, V)."""
-        filled = [place for place, row in enumerate(self.rows) if row]
-        anew = [place for place in filled if self.cache.lengths[place] == self.cache.block_size]
+    def advance(self, new: dict[int, Row]) -> Tensor | None:
+        """Take new rows into empty places, and give all rows one more pass: logits (places, V), which do not count for
+        rows that are still being read; None where all are."""
+        full = [place for place, length in enumerate(self.cache.lengths) if length == self.cache.block_size]
         logits = None
         with matmul_dtype(self.model):
-            if len(anew) < len(filled):
+            if any(0 < length < self.cache.block_size for length in self.cache.lengths):
                 tokens = [row.text[-1] if row else 0 for row in self.rows]
                 logits = self._pass(range(len(tokens)), self.cache, self.cache.advance(tokens))
             for place, row in new.items():
                 self.rows[place] = row
-            self.cache.empty(place for place, row in enumerate(self.rows) if row is None)
-            return self._read([*anew, *new], logits)
+            self._begin([*full, *new])
+            return self._read(logits)
 
     def _pass(self, places: Iterable[int], cache: KVCache, tokens: Tensor) -> Tensor:
         """One pass of the rows in these places: the logits of each row's last position (rows, V)."""
@@ -107,26 +114,41 @@ class Batch:
             self.mix.take([row.asked.adapters if (row := self.rows[place]) else {} for place in places])
         return self.model(tokens, cache=cache)[0][:, 0]
 
-    def _read(self, places: list[int], logits: Tensor | None) -> Tensor:
-        """Read the windows of these places from their beginning.
+    def _begin(self, places: list[int]) -> None:
+        """The windows of these places are to be read from their beginning.
 
         On the CPU that is done row by row: it takes no longer, there is no padding, and what a row gets does not depend
         on which rows are read with it.
         """
         together = 1 if self.device.type == "cpu" else max(1, len(places))
-        for some in (places[i : i + together] for i in range(0, len(places), together)):
-            fresh = self.cache.emptied()
-            found = self._pass(some, fresh, fresh.begin([self.window(self.rows[place]) for place in some]))
-            logits = found.new_zeros(len(self.rows), found.shape[1]) if logits is None else logits
-            logits[some] = found
-            self.cache.replace(some, fresh)
+        for i in range(0, len(places), together):
+            self.reading[tuple(places[i : i + together])] = self.cache.emptied()
+        for some in ([place for place, row in enumerate(self.rows) if row is None], *self.reading):
+            self.cache.empty(some)
+
+    def _read(self, logits: Tensor | None) -> Tensor | None:
+        """Read on: all windows of one piece, and so many pieces of the others as may be, those of the first first."""
+        left = self.pieces
+        for places, fresh in list(self.reading.items()):
+            windows = [self.window(self.rows[place]) for place in places]
+            starts = now = range(max(fresh.lengths, default=0), max(map(len, windows)), fresh.piece)
+            if starts.stop > fresh.piece:
+                now = starts[:left]
+                left -= len(now)
+            for start in now:
+                found = self._pass(places, fresh, fresh.begin(windows, start))
+            if now == starts:
+                logits = found.new_zeros(len(self.rows), found.shape[1]) if logits is None else logits
+                logits[list(places)] = found
+                self.cache.replace(list(places), fresh)
+                del self.reading[places]
         return logits
 
-    def choose(self, logits: Tensor, scored: bool) -> Iterator[tuple[Row, Made | None]]:
-        """A token for each row, and its text if that ends there, which empties its place."""
+    def choose(self, logits: Tensor | None, scored: bool) -> Iterator[tuple[Row, Made | None]]:
+        """A token for each row that has been read, and its text if that ends there, which empties its place."""
         filled: dict[Sampling, list[int]] = {}
         for place, row in enumerate(self.rows):
-            if row:
+            if row and self.cache.lengths[place]:
                 filled.setdefault(row.asked.how, []).append(place)
         for how, places in filled.items():
             yield from self._choose(places, logits[places], how, scored)
@@ -149,6 +171,7 @@ class Batch:
     def release(self, place: int) -> None:
         """Empty a place."""
         self.rows[place] = None
+        self.reading.pop((place,), None)
         self.cache.empty([place])
 
 

@@ -47,17 +47,27 @@ def matmul_dtype(model: nn.Module) -> Iterator[None]:
         torch.backends.mkldnn.enabled = enabled
 
 
+def read_windows(model: nn.Module, cache: KVCache, windows: list[list[int]]) -> Tensor:
+    """Read one window a row into an empty cache, a piece at a time: logits (B, V)."""
+    logits_BV = model(cache.begin(windows), cache=cache)[0][:, 0]
+    for start in range(cache.piece, max(map(len, windows)), cache.piece):
+        found_BV = model(cache.begin(windows, start), cache=cache)[0][:, 0]
+        ended_B1 = torch.tensor([[len(window) <= start] for window in windows], device=cache.device)
+        logits_BV = torch.where(ended_B1, logits_BV, found_BV)
+    return logits_BV
+
+
 @torch.inference_mode()
 def read(model: nn.Module, cache: KVCache, rows: list[list[int]]) -> Tensor:
     """Bring the cache up to date with rows that each grew by one token (or are new): logits (B, V)."""
     windows = [row[window_start(len(row), cache.block_size) :] for row in rows]
     if cache.is_empty:
-        return model(cache.begin(windows), cache=cache)[0][:, 0]
+        return read_windows(model, cache, windows)
     moved = [i for i, length in enumerate(cache.lengths) if length == cache.block_size]
     logits_BV = model(cache.advance([row[-1] for row in rows]), cache=cache)[0][:, 0]
     if moved:
         fresh = cache.emptied()
-        logits_BV[moved] = model(fresh.begin([windows[i] for i in moved]), cache=fresh)[0][:, 0]
+        logits_BV[moved] = read_windows(model, fresh, [windows[i] for i in moved])
         cache.replace(moved, fresh)
     return logits_BV
 

@@ -38,6 +38,13 @@ def test_its_gradients_are_right_with_and_without_dropout(dropout: float, monkey
     torch.autograd.gradcheck(attend, qkv(8, torch.float64, width=2))
 
 
+def test_queries_of_the_last_positions_get_what_they_get_among_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", 3)
+    q, k, v = qkv(8, torch.float64, width=2)
+    assert torch.allclose(causal_attention(q[:, :, 3:], k, v, 0.0), causal_attention(q, k, v, 0.0)[:, :, 3:])
+    torch.autograd.gradcheck(lambda *mine: causal_attention(mine[0][:, :, 3:], *mine[1:], 0.0), (q, k, v))
+
+
 def test_the_fused_kernel_serves_where_weights_would_cost_memory() -> None:
     kinds = [causal_attention(*qkv(T, torch.float32), 0.0).grad_fn.name() for T in (1024, 1025)]
     assert ["ScaledDotProduct" in kind for kind in kinds] == [False, True]
