@@ -4,7 +4,7 @@ effective weights for inference."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -95,9 +95,9 @@ def _write(layer: Adaptable, name: str, effective: Tensor) -> None:
 
 
 @contextmanager
-def _locked(model: nn.Module, by: str) -> Iterator[None]:
+def _locked(layers: Iterable[Adaptable], by: str) -> Iterator[None]:
     """Refuse changes of weights and adapters inside the `with` block; an outer lock stays as it is."""
-    free = [layer for layer in adaptable_layers(model).values() if not layer.locked_by]
+    free = [layer for layer in layers if not layer.locked_by]
     try:
         for layer in free:
             layer.locked_by = by
@@ -121,7 +121,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
             for layer, name in _changed(model).values():
                 undo.append(_undo(layer, name))
                 _write(layer, name, layer.effective(name))
-        with using(model), _locked(model, MERGED):
+        with using(model), _locked(adaptable_layers(model).values(), MERGED):
             yield model
     finally:
         with torch.no_grad():
@@ -156,7 +156,7 @@ def cached_weights(model: nn.Module) -> Iterator[nn.Module]:
     try:
         for linear in linears:
             linear.cache = {}
-        with _locked(model, CACHED):
+        with _locked(layers, CACHED):
             yield model
     finally:
         for linear in linears:

@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
-        self.head_width, self.dropout = config.head_width, dropout
+        self.head_width, self.dropout, self.fused_qkv = config.head_width, dropout, config.fused_qkv
         q, kv = config.n_head * config.head_width, config.kv_heads * config.head_width
         self.widths, bias = (q, kv, kv), config.has_bias("qkv")
         if config.fused_qkv:
@@ -67,6 +67,7 @@ class Attention(nn.Module):
             self.k_proj = LoRALinear(config.n_embd, kv, bias=bias)
             self.v_proj = LoRALinear(config.n_embd, kv, bias=bias)
         self.o_proj = LoRALinear(q, config.n_embd, bias=config.has_bias("output"))
+        self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(config.head_width, config.norm_eps) for _ in range(2))
 
@@ -79,8 +80,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). cos_sin: of rotary positions, where there are such. With a cache, T new positions
         that also attend to what it holds. With segments, each position attends to its own only."""
-        q_BTHD, k_BTKD, v_BTKD = (t.unflatten(-1, (-1, self.head_width)) for t in self.project(x_BTC))
-        if hasattr(self, "q_norm"):
+        per_head = (*x_BTC.shape[:2], -1, self.head_width)
+        q_BTHD, k_BTKD, v_BTKD = (t.view(per_head) for t in self.project(x_BTC))
+        if self.q_norm is not None:
             q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
         if cos_sin:
             both = rotate(torch.cat((q_BTHD, k_BTKD), 2), *cos_sin)
@@ -95,7 +97,7 @@ class Attention(nn.Module):
 
     def project(self, x_BTC: Tensor) -> Iterable[Tensor]:
         """Queries, keys and values (B, T, width) each."""
-        if hasattr(self, "qkv_proj"):
+        if self.fused_qkv:
             return self.qkv_proj(x_BTC).split(self.widths, -1)
         return fused_projection((self.q_proj, self.k_proj, self.v_proj), x_BTC)
 

@@ -131,16 +131,14 @@ class Cached(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What linears of one input compute with in a dtype, while these adapters are active or in the mix."""
+    """What linears of one input compute with in a dtype, while these adapters are active, or in the mix: each with a
+    part of its own, all with one that is split to their widths, or none, so that each is to be called by itself."""
 
     active: Mapping[str, float]
     mix: Mix | None
     dtype: torch.dtype
-    parts: list[Cached] | None  # None where each linear is to be called by itself
-
-    def serves(self, active: Mapping[str, float], mix: Mix | None, dtype: torch.dtype) -> bool:
-        """Return whether that is still so; what is active is replaced as a whole, never changed in place."""
-        return self.active is active and self.mix is mix and self.dtype is dtype
+    parts: list[Cached]
+    widths: list[int]
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -181,14 +179,15 @@ def joined_cache(found: list[Cached]) -> list[Cached]:
 def product(x: Tensor, linear: Cached, mix: Mix | None) -> Tensor:
     """Apply a linear to x (..., in), or to x (B, T, in) where its rows go through a mix of adapters: (..., out)."""
     W, bias, A, B, _, _ = linear
-    if W.dtype != x.dtype and not isinstance(W, Quantized):
+    quantized = isinstance(W, Quantized)
+    if W.dtype is not x.dtype and not quantized:
         with torch.autocast(x.device.type, enabled=False):
             return product(x.to(W.dtype), linear, mix).to(x.dtype)
     if mix:
         return _mixed_product(x, linear, mix)
-    tokens = x.reshape(-1, x.shape[-1])
     if A is None:  # in x's dtype, which is the one that autocast would choose
-        return F.linear(tokens, W.to(x.dtype), bias).view(*x.shape[:-1], W.shape[0])
+        return F.linear(x, W.to(x.dtype) if quantized else W, bias)
+    tokens = x.reshape(-1, x.shape[-1])
     return added_product(tokens, tokens @ A.t(), W.to(x.dtype), B, bias).view(*x.shape[:-1], W.shape[0])
 
 

@@ -154,20 +154,20 @@ def _prepared_product(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]
     """
     first = layers[0]
     ready = first.cache.get(layers)
-    if ready is None or not ready.serves(first.active, first.mix, x.dtype):
+    if ready is None or (ready.active, ready.mix, ready.dtype) != (first.active, first.mix, x.dtype):
         x = x.to(compute_dtype(x))
         ready = first.cache[layers] = _prepared(layers, x.dtype)
-    if ready.parts is None:
+    if not ready.parts:
         return [layer(x) for layer in layers]
     ys = [product(x, each, first.mix) for each in ready.parts]
-    return ys if len(ys) == len(layers) else list(ys[0].split([layer.out_features for layer in layers], -1))
+    return ys if len(ys) == len(layers) else ys[0].split(ready.widths, -1)
 
 
 def _prepared(layers: tuple[LoRALinear, ...], dtype: torch.dtype) -> Prepared:
     """Return what these linears compute with now."""
     apart = len(layers) > 1 and not all(map(is_plain, layers))
-    parts = None if apart else joined_cache([_cached_tensors(layer, dtype) for layer in layers])
-    return Prepared(layers[0].active, layers[0].mix, dtype, parts)
+    parts = [] if apart else joined_cache([_cached_tensors(layer, dtype) for layer in layers])
+    return Prepared(layers[0].active, layers[0].mix, dtype, parts, [layer.out_features for layer in layers])
 
 
 def fused_projection(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:

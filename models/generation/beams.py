@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora.merge import cached_weights
 from models.generation.cache import KVCache
 from models.generation.continuous import Made
-from models.generation.sampling import matmul_dtype, read
+from models.generation.sampling import evaluating, read
 
 
 class Beam(NamedTuple):
@@ -57,26 +57,21 @@ def beam_search(
     if not prompt:
         raise ValueError("a prompt needs at least one token")
     cache = KVCache(model.config.n_layer, model.config.max_positions, model.token_embedding.weight.device)
-    running, finished, training = [Beam([], 0.0)], [], model.training
-    model.eval()
-    try:
-        with cached_weights(model):
-            for _ in range(max_new_tokens):
-                with matmul_dtype(model):
-                    logits_BV = read(model, cache, [[*prompt, *beam.tokens] for beam in running])
-                # So many that N go on even where each beam's likeliest tokens all end it.
-                candidates = _likeliest(logits_BV, running, max(2, 1 + len(stop_ids)) * beams)
-                last = len(candidates[0][1].tokens) == max_new_tokens
-                ending = [last or beam.tokens[-1] in stop_ids for _, beam in candidates]
-                finished += [beam for (_, beam), ends in zip(candidates[:beams], ending, strict=False) if ends]
-                finished = sorted(finished, key=lambda beam: -beam.score)[:beams]
-                going_on = [each for each, ends in zip(candidates, ending, strict=True) if not ends][:beams]
-                if not going_on or (len(finished) == beams and going_on[0][1].score <= finished[-1].score):
-                    break
-                running = [beam for _, beam in going_on]
-                _follow(cache, [origin for origin, _ in going_on])
-    finally:
-        model.train(training)
+    running, finished = [Beam([], 0.0)], []
+    with evaluating(model), cached_weights(model):
+        for _ in range(max_new_tokens):
+            logits_BV = read(model, cache, [[*prompt, *beam.tokens] for beam in running])
+            # So many that N go on even where each beam's likeliest tokens all end it.
+            candidates = _likeliest(logits_BV, running, max(2, 1 + len(stop_ids)) * beams)
+            last = len(candidates[0][1].tokens) == max_new_tokens
+            ending = [last or beam.tokens[-1] in stop_ids for _, beam in candidates]
+            finished += [beam for (_, beam), ends in zip(candidates[:beams], ending, strict=False) if ends]
+            finished = sorted(finished, key=lambda beam: -beam.score)[:beams]
+            going_on = [each for each, ends in zip(candidates, ending, strict=True) if not ends][:beams]
+            if not going_on or (len(finished) == beams and going_on[0][1].score <= finished[-1].score):
+                break
+            running = [beam for _, beam in going_on]
+            _follow(cache, [origin for origin, _ in going_on])
     tokens = finished[0].tokens
     return Made(tokens[:-1] if tokens[-1] in stop_ids else tokens, finished[0].score)
 

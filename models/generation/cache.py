@@ -6,6 +6,7 @@ It is passive: it makes token ids for the next pass, keeps keys and values, and 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -23,38 +24,39 @@ PIECE = 256
 
 
 class LayerCache:
-    """Keys and values of one layer, (2, B, K, room, D); of each row the first `lengths` positions are filled.
+    """Keys and values of one layer, (B, K, room, D) each; of each row the first `lengths` positions are filled.
 
     On the CPU they are kept in fp32: with one query a row, torch's kernel takes 2 to 4 times as long in bf16.
     """
 
-    kv_2BKSD: Tensor | None = None
+    held: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
 
-    def make_room(self, kv_2BKTD: Tensor) -> None:
+    def make_room(self, like_BKTD: Tensor) -> None:
         """Room for the width of the pass under way, at least half as much again as there was."""
-        B, (_, _, K, _, D) = len(self.cache.lengths), kv_2BKTD.shape
-        there, before = self.kv_2BKSD, 0 if self.kv_2BKSD is None else self.kv_2BKSD.shape[3]
+        before = self.held[0].shape[2] if self.held else 0
         if before >= self.cache.width:
             return
+        B, (_, K, _, D) = len(self.cache.lengths), like_BKTD.shape
         room = min(self.cache.block_size, max(self.cache.width, before + before // 2, GROWTH))
-        dtype = torch.float32 if kv_2BKTD.device.type == "cpu" else kv_2BKTD.dtype
-        self.kv_2BKSD = kv_2BKTD.new_zeros(2, B, K, room, D, dtype=dtype)
-        if there is not None:
-            self.kv_2BKSD[:, :, :, :before] = there
+        dtype = torch.float32 if like_BKTD.device.type == "cpu" else like_BKTD.dtype
+        larger = tuple(like_BKTD.new_zeros(B, K, room, D, dtype=dtype) for _ in range(2))
+        for new, old in zip(larger, self.held or (), strict=False):
+            new[:, :, :before] = old
+        self.held = larger
 
     def store(self, k_BKTD: Tensor, v_BKTD: Tensor) -> bool:
         """Keep new keys and values; True where they are at the beginning, and attend to nothing else."""
-        kv_2BKTD = torch.stack((k_BKTD, v_BKTD))
-        self.make_room(kv_2BKTD)
-        B, T, start = kv_2BKTD.shape[1], kv_2BKTD.shape[3], self.cache.start
-        if start is not None:
-            self.kv_2BKSD[:, :, :, start : start + T] = kv_2BKTD
-        else:
-            rows, at = torch.arange(B, device=kv_2BKTD.device), self.cache.positions_B1[:, 0]
-            self.kv_2BKSD[:, rows, :, at] = kv_2BKTD[:, :, :, 0].transpose(0, 1).to(self.kv_2BKSD.dtype)
+        self.make_room(k_BKTD)
+        start, T = self.cache.start, k_BKTD.shape[2]
+        for held_BKSD, new_BKTD in zip(self.held, (k_BKTD, v_BKTD), strict=True):
+            if start is not None:
+                held_BKSD.narrow(2, start, T).copy_(new_BKTD)
+            else:
+                rows_B, at_B = self.cache.at
+                held_BKSD[rows_B, :, at_B] = new_BKTD[:, :, 0].to(held_BKSD.dtype)
         return start == 0
 
     def attend(self, q_BHTD: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class LayerCache:
 
         Heads that share keys and values are taken as so many queries of one head.
         """
-        k, v = self.kv_2BKSD[:, :, :, : self.cache.width]
+        k, v = (held_BKSD.narrow(2, 0, self.cache.width) for held_BKSD in self.held)
         if q_BHTD.shape[2] > 1:
             return causal_attention(q_BHTD, k.to(q_BHTD.dtype), v.to(q_BHTD.dtype), 0.0)
         q = q_BHTD.reshape(*k.shape[:2], -1, k.shape[-1]).to(k.dtype)
@@ -80,34 +82,39 @@ class KVCache:
 
     start: int | None  # the position of the first token of this pass, if that is the same for all rows
     places = False  # whether rows come and go, each in a place of its own
-    positions_B1: Tensor  # of one token a row, if they differ
+    width: int  # how many positions the longest row holds
+    at: tuple[Tensor, Tensor]  # of one token a row, if they differ: rows and positions
     seen_B11S: Tensor | None  # of one token a row: what each row holds, where that is not the same for all
 
     def __init__(self, n_layer: int, block_size: int, device: torch.device) -> None:
         self.block_size, self.device = block_size, device
         self.piece = PIECE if device.type == "cpu" else block_size
-        self.no_casts = torch.autocast(device.type, enabled=False)
         self.lengths: list[int] = []  # of each row, what this pass adds included
         self.layers = [LayerCache(self) for _ in range(n_layer)]
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing has been read yet."""
-        return self.layers[0].kv_2BKSD is None
+        return self.layers[0].held is None
 
     @property
-    def width(self) -> int:
-        """How many positions the longest row holds; where rows come and go, in coarse steps, so that what a row gets
-        does not depend on how long the others are."""
-        longest = max(self.lengths)
-        return min(self.block_size, -(-longest // STEP) * STEP) if self.places else longest
+    def no_casts(self) -> AbstractContextManager:
+        """Inside, autocast casts nothing."""
+        on = torch.is_autocast_enabled(self.device.type)
+        return torch.autocast(self.device.type, enabled=False) if on else nullcontext()
+
+    def grow(self, lengths: list[int]) -> None:
+        """The rows are so long now. Where they come and go, the width takes coarse steps, so that what a row gets does
+        not depend on how long the others are."""
+        longest, self.lengths = max(lengths), lengths
+        self.width = min(self.block_size, -(-longest // STEP) * STEP) if self.places else longest
 
     def begin(self, windows: Sequence[Sequence[int]], start: int = 0) -> Tensor:
         """Start a pass that reads a piece of one window a row, from a position up to which all have been read: its
         token ids (B, T), padded on the right. A window that ended before gets padding only."""
         stop = start + self.piece
-        self.start, self.lengths = start, [min(len(window), stop) for window in windows]
-        T = self.width - start
+        self.grow([min(len(window), stop) for window in windows])
+        self.start, T = start, self.width - start
         self.seen_B11S = None
         pieces = [window[start:stop] for window in windows]
         return torch.tensor([[*piece, *[0] * (T - len(piece))] for piece in pieces], device=self.device)
@@ -115,13 +122,13 @@ class KVCache:
     def advance(self, tokens: Sequence[int]) -> Tensor:
         """Start a pass that reads one more token a row: its token ids (B, 1). Afterwards read a full row anew."""
         at = [min(length, self.block_size - 1) for length in self.lengths]
-        self.lengths = [position + 1 for position in at]
+        self.grow([position + 1 for position in at])
         self.start = at[0] if len(set(at)) == 1 and not self.places else None
         self.seen_B11S = None
         if self.start is None:
-            self.positions_B1 = torch.tensor(at, device=self.device)[:, None]
+            self.at = torch.arange(len(at), device=self.device), torch.tensor(at, device=self.device)
             columns_S = torch.arange(self.width, device=self.device)
-            self.seen_B11S = (columns_S <= self.positions_B1)[:, None, None]
+            self.seen_B11S = (columns_S <= self.at[1][:, None])[:, None, None]
         return torch.tensor(tokens, device=self.device)[:, None]
 
     def emptied(self) -> KVCache:
@@ -142,22 +149,23 @@ class KVCache:
 
     def replace(self, rows: list[int], other: KVCache) -> None:
         """Take the rows of another cache in place of these."""
-        for row, length in zip(rows, other.lengths, strict=True):
-            self.lengths[row] = length
+        taken = dict(zip(rows, other.lengths, strict=True))
+        self.grow([taken.get(row, length) for row, length in enumerate(self.lengths)])
         for layer, others in zip(self.layers, other.layers, strict=True):
-            layer.make_room(others.kv_2BKSD)
-            layer.kv_2BKSD[:, rows, :, : other.width] = others.kv_2BKSD[:, :, :, : other.width]
+            layer.make_room(others.held[0])
+            for here, there in zip(layer.held, others.held, strict=True):
+                here[rows, :, : other.width] = there[:, :, : other.width]
 
     def reorder(self, rows: list[int]) -> None:
         """Take these rows, in this order, some perhaps more than once, in place of all."""
         for layer in self.layers:
-            layer.kv_2BKSD = layer.kv_2BKSD[:, rows]
+            layer.held = tuple(held_BKSD[rows] for held_BKSD in layer.held)
         self.lengths = [self.lengths[row] for row in rows]
 
     def positions(self, T: int) -> Tensor:
         """The positions of the pass under way, for the position embedding: (T,) or (B, 1)."""
         if self.start is None:
-            return self.positions_B1
+            return self.at[1][:, None]
         return torch.arange(self.start, self.start + T, device=self.device)
 
     def last(self, x_BTC: Tensor) -> Tensor:

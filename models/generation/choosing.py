@@ -68,7 +68,8 @@ def _exponential(like_BV: Tensor, generators: Generators) -> Tensor:
 
 
 def choose(logits_BV: Tensor, seen: Sequence[Sequence[int]], how: Sampling, generators: Generators) -> list[int]:
-    """The next token of each row, from its logits (B, V); `seen` is each row's window.
+    """The next token of each row, from its logits (B, V); `seen` is each row's window, for a
+    repetition penalty.
 
     Sampling happens on the CPU in fp32: one seed draws alike on every device, and MPS draws wrongly (nanoGPT 273).
     """

@@ -17,7 +17,7 @@ from lora.layers.inference import Mix
 from lora.merge import cached_weights
 from models.generation.cache import KVCache
 from models.generation.choosing import Sampling, choose
-from models.generation.sampling import matmul_dtype, window_start
+from models.generation.sampling import evaluating, run_pass, window
 
 
 def never(token: int) -> bool:
@@ -91,7 +91,7 @@ class Batch:
 
     def window(self, row: Row) -> list[int]:
         """What the model sees of a text."""
-        return row.text[window_start(len(row.text), self.cache.block_size) :]
+        return window(row.text, self.cache.block_size)
 
     @torch.inference_mode()
     def advance(self, new: dict[int, Row]) -> Tensor | None:
@@ -99,20 +99,19 @@ class Batch:
         rows that are still being read; None where all are."""
         full = [place for place, length in enumerate(self.cache.lengths) if length == self.cache.block_size]
         logits = None
-        with matmul_dtype(self.model):
-            if any(0 < length < self.cache.block_size for length in self.cache.lengths):
-                tokens = [row.text[-1] if row else 0 for row in self.rows]
-                logits = self._pass(range(len(tokens)), self.cache, self.cache.advance(tokens))
-            for place, row in new.items():
-                self.rows[place] = row
-            self._begin([*full, *new])
-            return self._read(logits)
+        if any(0 < length < self.cache.block_size for length in self.cache.lengths):
+            tokens = [row.text[-1] if row else 0 for row in self.rows]
+            logits = self._pass(range(len(tokens)), self.cache, self.cache.advance(tokens))
+        for place, row in new.items():
+            self.rows[place] = row
+        self._begin([*full, *new])
+        return self._read(logits)
 
     def _pass(self, places: Iterable[int], cache: KVCache, tokens: Tensor) -> Tensor:
         """One pass of the rows in these places: the logits of each row's last position (rows, V)."""
         if self.mix:
             self.mix.take([row.asked.adapters if (row := self.rows[place]) else {} for place in places])
-        return self.model(tokens, cache=cache)[0][:, 0]
+        return run_pass(self.model, cache, tokens)
 
     def _begin(self, places: list[int]) -> None:
         """The windows of these places are to be read from their beginning.
@@ -193,15 +192,11 @@ def continue_all(
     if not all(each.prompt for each in asked):
         raise ValueError("a prompt needs at least one token")
     waiting = sorted(range(len(asked)), key=lambda i: -asked[i].max_new_tokens)[::-1]
-    batch, training = Batch(model, places, mix), model.training
-    model.eval()
-    try:
-        with cached_weights(model):
-            while waiting or any(batch.rows):
-                free = [place for place, row in enumerate(batch.rows) if row is None][: len(waiting)]
-                new = {place: Row(number, asked[number]) for place in free for number in [waiting.pop()]}
-                made = list(batch.choose(batch.advance(new), scored))
-                tell(sum(1 if text is None else 1 + row.left for row, text in made))
-                yield from ((row.number, text) for row, text in made if text)
-    finally:
-        model.train(training)
+    batch = Batch(model, places, mix)
+    with evaluating(model), cached_weights(model):
+        while waiting or any(batch.rows):
+            free = [place for place, row in enumerate(batch.rows) if row is None][: len(waiting)]
+            new = {place: Row(number, asked[number]) for place in free for number in [waiting.pop()]}
+            made = list(batch.choose(batch.advance(new), scored))
+            tell(sum(1 if text is None else 1 + row.left for row, text in made))
+            yield from ((row.number, text) for row, text in made if text)
