@@ -47,11 +47,13 @@ class PlainGPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
 
-def ours(size: tuple[int, ...], lora: bool = False, embeddings: bool = True) -> nn.Module:
-    """Our own model, all linears adapted with rank 8 where `lora` is on."""
+def ours(size: tuple[int, ...], lora: bool = False, embeddings: bool = True, dropout: float = 0.0) -> nn.Module:
+    """Our own model, all linears adapted with rank 8 where `lora` is on, their inputs dropped with this probability."""
     vocab, width, heads, layers, context = size
     shape = {"n_embd": width, "n_head": heads, "n_layer": layers, "block_size": context}
-    return BigramLanguageModelLoRA(vocab, **shape, use_lora=lora, lora_train_embeddings=embeddings)
+    return BigramLanguageModelLoRA(
+        vocab, **shape, use_lora=lora, lora_train_embeddings=embeddings, lora_dropout=dropout
+    )
 
 
 def transformers_gpt2(size: tuple[int, ...], tied: bool = False) -> nn.Module:

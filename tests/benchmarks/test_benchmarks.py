@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import waits
+from benchmarks import beside, waits
 from benchmarks.contest import SIZES, tell
 from benchmarks.peers import ours
 from benchmarks.scaling import table
@@ -51,6 +51,15 @@ def test_a_benchmark_runs_and_prints_its_rows(name: str, monkeypatch, capsys, da
     rows = [re.fullmatch(r"\w.* (\d+\.\d\d) +\(\d+\.\d\d to \d+\.\d\d\).*", line) for line in lines[:-1]]
     assert rows and all(row and float(row[1]) > 0 for row in rows), lines
     assert kept() == before
+
+
+def test_a_benchmark_runs_beside_an_earlier_revisions(monkeypatch, capsys) -> None:
+    words = ("--turns", "1", str(RESULTS.parents[1]), "variants", *CALLS["variants"], "--device", "cpu")
+    monkeypatch.setattr(sys, "argv", ["beside", *words])
+    beside.main()
+    rows = capsys.readouterr().out.splitlines()[:-1]
+    both = r"\w.* \d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\) +earlier \d+\.\d\d \(.*\)"
+    assert len(rows) == 6 and all(re.fullmatch(both, row) for row in rows), rows
 
 
 def test_the_table_of_several_processes_is_made_of_the_rows() -> None:
