@@ -310,7 +310,7 @@ def lora_linear(x: Tensor, parts: Sequence[LowRankLinear], p: float = 0.0) -> li
     """Apply LoRA linears to one input. Differentiable in all but `scale`; a frozen W costs no gradient.
 
     x: (..., in), in the compute dtype. p: dropout probability on the updates' input. Returns the output (..., out) of
-    each, in x's dtype.
+    each, in x's dtype, or one that is theirs, concatenated.
     """
     with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here already
         tokens = x.reshape(-1, x.shape[-1])
@@ -327,4 +327,4 @@ def lora_linear(x: Tensor, parts: Sequence[LowRankLinear], p: float = 0.0) -> li
                 return cat_or_none([part.effective_weight() for part in parts]).to(dtype)
 
             y = F.linear(tokens, recomputable(weight(), weight), bias)
-        return list(y.view(*x.shape[:-1], y.shape[-1]).split([len(part.W) for part in parts], -1))
+        return [y.view(*x.shape[:-1], y.shape[-1])]

@@ -59,7 +59,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_width, self.dropout, self.fused_qkv = config.head_width, dropout, config.fused_qkv
         q, kv = config.n_head * config.head_width, config.kv_heads * config.head_width
-        self.widths, bias = (q, kv, kv), config.has_bias("qkv")
+        self.heads, bias = (config.n_head, config.kv_heads, config.kv_heads), config.has_bias("qkv")
         if config.fused_qkv:
             self.qkv_proj = LoRALinear(config.n_embd, q + 2 * kv, bias=bias)
         else:
@@ -80,8 +80,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). cos_sin: of rotary positions, where there are such. With a cache, T new positions
         that also attend to what it holds. With segments, each position attends to its own only."""
-        per_head = (*x_BTC.shape[:2], -1, self.head_width)
-        q_BTHD, k_BTKD, v_BTKD = (t.view(per_head) for t in self.project(x_BTC))
+        q_BTHD, k_BTKD, v_BTKD = self.project(x_BTC)
         if self.q_norm is not None:
             q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
         if cos_sin:
@@ -96,10 +95,10 @@ class Attention(nn.Module):
         return self.o_proj(y_BHTD.transpose(1, 2).flatten(2))
 
     def project(self, x_BTC: Tensor) -> Iterable[Tensor]:
-        """Queries, keys and values (B, T, width) each."""
+        """Queries (B, T, H, D), keys and values (B, T, K, D)."""
         if self.fused_qkv:
-            return self.qkv_proj(x_BTC).split(self.widths, -1)
-        return fused_projection((self.q_proj, self.k_proj, self.v_proj), x_BTC)
+            return self.qkv_proj(x_BTC).unflatten(-1, (-1, self.head_width)).split(self.heads, 2)
+        return fused_projection((self.q_proj, self.k_proj, self.v_proj), x_BTC, self.head_width)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}

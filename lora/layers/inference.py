@@ -132,13 +132,12 @@ class Cached(NamedTuple):
 
 class Prepared(NamedTuple):
     """What linears of one input compute with in a dtype, while these adapters are active, or in the mix: each with a
-    part of its own, all with one that is split to their widths, or none, so that each is to be called by itself."""
+    part of its own, all with one, or none, so that each is to be called by itself."""
 
     active: Mapping[str, float]
     mix: Mix | None
     dtype: torch.dtype
     parts: list[Cached]
-    widths: list[int]
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor | None:

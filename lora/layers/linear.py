@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -147,7 +149,8 @@ def _cached_tensors(layer: LoRALinear, dtype: torch.dtype) -> Cached:
 
 
 def _prepared_product(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
-    """Apply linears to one input (..., in), by what the first layer's cache holds of them.
+    """Apply linears to one input (..., in), by what the first layer's cache holds of them: their outputs (..., out)
+    each, or one that is theirs, concatenated.
 
     One matmul serves weights that lie together or are small; a copy of large ones would take more memory than it saves
     time.
@@ -157,25 +160,31 @@ def _prepared_product(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]
     if ready is None or (ready.active, ready.mix, ready.dtype) != (first.active, first.mix, x.dtype):
         x = x.to(compute_dtype(x))
         ready = first.cache[layers] = _prepared(layers, x.dtype)
-    if not ready.parts:
-        return [layer(x) for layer in layers]
-    ys = [product(x, each, first.mix) for each in ready.parts]
-    return ys if len(ys) == len(layers) else ys[0].split(ready.widths, -1)
+    return [product(x, each, first.mix) for each in ready.parts] or [layer(x) for layer in layers]
 
 
 def _prepared(layers: tuple[LoRALinear, ...], dtype: torch.dtype) -> Prepared:
     """Return what these linears compute with now."""
     apart = len(layers) > 1 and not all(map(is_plain, layers))
     parts = [] if apart else joined_cache([_cached_tensors(layer, dtype) for layer in layers])
-    return Prepared(layers[0].active, layers[0].mix, dtype, parts, [layer.out_features for layer in layers])
+    return Prepared(layers[0].active, layers[0].mix, dtype, parts)
 
 
-def fused_projection(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
-    """Apply linears to one input (..., in), as q, k and v: their outputs (..., out) each.
+def fused_projection(layers: tuple[LoRALinear, ...], x: Tensor, head_width: int | None = None) -> Sequence[Tensor]:
+    """Apply linears to one input (..., in), as q, k and v: their outputs (..., out) each, or, with a head width, (...,
+    out / head_width, head_width).
 
     One matmul computes all of them if they are plain `LoRALinear`s that take the same path. Otherwise each is called,
     so that no wrapper, hook or variant is bypassed.
     """
+    ys, widths, dim = _projections(layers, x), [layer.out_features for layer in layers], -1
+    if head_width:  # before they are split: gradients of heads are then copied once, into their places
+        ys, widths, dim = [y.unflatten(-1, (-1, head_width)) for y in ys], [w // head_width for w in widths], -2
+    return ys if len(ys) == len(layers) else ys[0].split(widths, dim)
+
+
+def _projections(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
+    """Apply linears to one input (..., in): their outputs (..., out) each, or one that is theirs, concatenated."""
     if getattr(layers[0], "cache", None) is not None and (layers[0].mix or not torch.is_grad_enabled()):
         return _prepared_product(layers, x)  # a wrapper has no cache
     dtype = compute_dtype(x)
@@ -184,8 +193,7 @@ def fused_projection(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]:
         if not any(layer.variants() for layer in layers):
             if sum(layer.weight.numel() for layer in layers) > SMALL:
                 return [layer(x) for layer in layers]
-            y = _joined_projection([layer.dense_weight() for layer in layers], x.to(dtype), cat_or_none(biases))
-            return list(y.split([layer.out_features for layer in layers], -1))
+            return [_joined_projection([layer.dense_weight() for layer in layers], x.to(dtype), cat_or_none(biases))]
         variants = [layer.sole_variant() for layer in layers]
         if len({type(v) for v in variants}) == 1 and None not in variants and torch.is_grad_enabled():
             weights = [layer.dense_weight() for layer in layers]
