@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lora.attach import activate, active_adapters, attach
 from lora.config import LoRAConfig
+from lora.merge import cached_weights
 from models.bigram_lm_v2_lora import BigramLanguageModelLoRA
 from models.generation import per_row, sampling
 from models.generation.choosing import Sampling, choose
@@ -329,6 +330,41 @@ def test_narrow_models_generate_in_fp32_on_the_cpu_and_wide_ones_in_the_callers_
         with torch.autocast("cpu"):
             generate(model, prompts_of([5]), 2, WILD, 5)
     assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "narrow", "used"), [(1, 0, [True, False]), (2, 0, [True, True]), (2, 999, [False] * 2)]
+)
+def test_onednn_is_left_out_for_one_token_and_for_narrow_models(monkeypatch, rows, narrow, used) -> None:
+    monkeypatch.setattr(sampling, "NARROW", narrow)
+    model, seen = tiny(), []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.mkldnn.enabled))
+    generate(model, prompts_of([3] * rows), 2, Sampling(), 0)
+    assert seen == used and torch.backends.mkldnn.enabled
+    with pytest.raises(IndexError):
+        generate(model, [[999]], 1, Sampling(), 0)
+    assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_token_without_onednn_has_the_logits_that_it_has_with_it(rank: int, monkeypatch) -> None:
+    monkeypatch.setattr(sampling, "NARROW", 0)
+    model = tiny().bfloat16()
+    if rank:
+        attach(model, LoRAConfig(rank=rank))
+        for module in model.modules():
+            if hasattr(module, "B"):
+                torch.nn.init.normal_(module.B, std=0.1)
+    found, used = [], []
+    model.register_forward_pre_hook(lambda *_: used.append(torch.backends.mkldnn.enabled))
+    for rows in (1, 2):  # one is read without it, two with it
+        cache = sampling.KVCache(model.config.n_layer, model.config.max_positions, torch.device("cpu"))
+        with torch.inference_mode(), cached_weights(model.eval()), torch.autocast("cpu", torch.bfloat16):
+            sampling.read(model, cache, [[3, 1, 4]] * rows)
+            found.append(sampling.read(model, cache, [[3, 1, 4, 1]] * rows)[0].float())
+    assert used == [True, False, True, True]
+    assert (found[0] - found[1]).norm() / found[1].norm() < 0.02
 
 
 def test_with_a_seed_a_row_the_text_of_a_row_is_what_it_is_alone() -> None:
