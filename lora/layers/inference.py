@@ -21,6 +21,7 @@ from runtime.storage.quantized import Quantized
 
 SMALL = 2**20  # values of weights up to which concatenating them for one matmul pays
 TILE = 8  # rows of a tile, always as many: how a product rounds depends on its shape
+RANKS = 4  # the rank of a mix is a multiple of this, or how a batched product rounds would depend on the other tiles
 
 
 class Tiles(NamedTuple):

@@ -19,7 +19,7 @@ from lora.functional import (
     needs_adding,
 )
 from lora.layers.adaptable import Adaptable, weighted_sum
-from lora.layers.inference import SMALL, Cached, Prepared, joined_cache, product
+from lora.layers.inference import RANKS, SMALL, Cached, Prepared, joined_cache, product
 from lora.variants.lora import LoRA
 from runtime.storage.quantized import Quantized
 from runtime.training.recompute import recomputable
@@ -123,6 +123,7 @@ def _mixed_tensors(layer: LoRALinear, dtype: torch.dtype) -> Cached:
     low = {i: variant.low_rank_linear(W, None) for i, variant in variants.items() if i not in full}
     A = B = None
     if rank := max((len(part.A) for part in low.values()), default=0):
+        rank = -(-rank // RANKS) * RANKS
         low_dtype = torch.float32 if W.device.type == "cpu" else dtype  # small products in bf16 start slowly there
         A = torch.zeros(len(layer.mix.names), layer.in_features, rank, dtype=low_dtype, device=W.device)
         B = A.new_zeros(len(A), rank, layer.out_features)

@@ -377,11 +377,11 @@ def test_with_a_seed_a_row_the_text_of_a_row_is_what_it_is_alone() -> None:
         generate(model, prompts, 2, WILD, seeds[:2])
 
 
-def with_two_adapters() -> BigramLanguageModelLoRA:
+def with_two_adapters(rank: int = 4) -> BigramLanguageModelLoRA:
     """Adapters `one`, on all linears with embeddings and biases, and `two`, on some linears; none is active."""
     model = tiny(bias=True)
     for seed, (name, config) in enumerate(TWO.items()):
-        attach(model, config, name)
+        attach(model, dataclasses.replace(config, rank=rank), name)
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad:
@@ -413,8 +413,9 @@ def test_rows_with_adapters_of_their_own_have_the_texts_that_each_has_alone(at_o
         per_row_texts(model, prompts[:1], [{"three": 1.0}], 2, WILD, [1])
 
 
-def test_a_text_in_a_shared_batch_has_the_same_bits_whatever_is_beside_it() -> None:
-    model, seeds = with_two_adapters(), range(24)
+@pytest.mark.parametrize("rank", [1, 4, 6])
+def test_a_text_in_a_shared_batch_has_the_same_bits_whatever_is_beside_it(rank: int) -> None:
+    model, seeds = with_two_adapters(rank), range(24)
     prompts, choices = prompts_of([3 + 5 * i % 17 for i in seeds]), [MIXED[i % 6] for i in seeds]
     rows = zip(prompts, seeds, choices, strict=True)
     asked = [Asked(prompt, 20, seed, WILD, adapters=strengths) for prompt, seed, strengths in rows]
