@@ -132,16 +132,17 @@ def name_of(case: Case) -> str:
 def draw(rows: list[tuple[Case, dict[str, float]]]) -> Figure:
     """A stacked bar for each case, in a panel for each model."""
     models = list(dict.fromkeys((case.size, case.base) for case, _ in rows))
+    shown = [name for name in COLOURS if any(parts[name] >= 0.5 for _, parts in rows)]
     counts = [sum((case.size, case.base) == model for case, _ in rows) for model in models]
     figure = new_figure("Where the megabytes of a training step go (CPU, bf16)", (3 + 1.35 * sum(counts), 6.4))
     panels = figure.subplots(1, len(models), width_ratios=counts, squeeze=False)[0]
     for axes, (size, base) in zip(panels, models, strict=True):
         mine = [row for row in rows if (row[0].size, row[0].base) == (size, base)]
         bottom = [0.0] * len(mine)
-        for name, colour in COLOURS.items():
+        for name in shown:
             values = [parts[name] for _, parts in mine]
             edge = {"edgecolor": "#999999", "hatch": "///", "linewidth": 0} if name == REST else {}
-            axes.bar([name_of(case) for case, _ in mine], values, 0.72, bottom, color=colour, label=name, **edge)
+            axes.bar([name_of(case) for case, _ in mine], values, 0.72, bottom, color=COLOURS[name], label=name, **edge)
             for i, value in enumerate(values):
                 if value > 0.03 * max(sum(parts.values()) for _, parts in mine):
                     dark = name in (WEIGHTS, STREAM, COPIES, ATTENTION, LOGITS, GRADIENTS, MASKS)

@@ -390,7 +390,7 @@ def with_two_adapters(rank: int = 4) -> BigramLanguageModelLoRA:
     return model
 
 
-TWO = {"one": LoRAConfig(rank=4, bias="all"), "two": LoRAConfig(rank=2, targets="minimal", train_embeddings=False)}
+TWO = {"one": LoRAConfig(bias="all"), "two": LoRAConfig(targets="minimal", train_embeddings=False)}
 MIXED = [{"one": 1.0}, {}, {"two": 1.0}, {"one": 1.0}, {"one": 0.5, "two": 2.0}, {}]
 
 
