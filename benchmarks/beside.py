@@ -42,15 +42,14 @@ def beside(folder: Path, words: list[str], turns: int) -> list[dict]:
     for turn in range(turns):
         print(f"turn {turn + 1} of {turns}", file=sys.stderr, flush=True)
         earlier, here = rows_of(folder, words), rows_of(ROOT, words)
-        for what in here.keys() & earlier.keys():
-            both = found.setdefault(what, ([], []))
-            both[0].append(here[what])
-            both[1].append(earlier[what])
-        order = [what for what in here if what in found]
+        for what in (what for what in here if what in earlier):
+            now, then = found.setdefault(what, ([], []))
+            now.append(here[what])
+            then.append(earlier[what])
     return [
         {"what": what, "median": statistics.median(now), "min": min(now), "max": max(now)}
         | {"earlier": {"median": statistics.median(then), "min": min(then), "max": max(then)}}
-        for what, (now, then) in ((what, found[what]) for what in order)
+        for what, (now, then) in found.items()
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.console import say
+from runtime.errors import UsageError
 from runtime.start import install_line
 from runtime.storage import folders
 
@@ -20,6 +21,14 @@ def without_pictures() -> str:
     """How to get what pictures need; empty where it is there."""
     needed = f"pictures need matplotlib; get it with: {install_line('requirements-plots.txt')}"
     return "" if importlib.util.find_spec("matplotlib") else needed
+
+
+def check_picture(path: str) -> None:
+    """Raises UsageError where a picture was asked for, by --out, that could not be drawn, or not be written there."""
+    if path:
+        folders.check_free(Path(path))
+        if needed := without_pictures():
+            raise UsageError(f"--out {path}: {needed}")
 
 
 def new_figure(title: str, size: tuple[float, float]) -> Figure:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import UsageError
-from runtime.pictures import without_pictures
+from runtime.pictures import check_picture
 from runtime.settings.config import FOLDER, NAME, NAMED, CommonSettings
 from runtime.settings.fields import setting
 from runtime.storage import folders
@@ -72,10 +72,7 @@ class Inspect(Command):
 
     def check(self) -> None:
         """Raises UsageError where a picture was asked for that could not be drawn, or not be written there."""
-        if self.out:
-            folders.check_free(Path(self.out))
-            if needed := without_pictures():
-                raise UsageError(f"--out {self.out}: {needed}")
+        check_picture(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.looking.writing import kind_of
 from runtime.errors import UsageError
-from runtime.pictures import without_pictures
+from runtime.pictures import check_picture
 from runtime.settings.config import FOLDER, Settings
 from runtime.settings.fields import Table, setting
 from runtime.storage import folders
@@ -88,10 +88,7 @@ class Look(Measured):
 
     def check(self) -> None:
         """Raises UsageError where a picture was asked for that could not be drawn, or not be written there."""
-        if self.out:
-            folders.check_free(Path(self.out))
-            if needed := without_pictures():
-                raise UsageError(f"--out {self.out}: {needed}")
+        check_picture(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)

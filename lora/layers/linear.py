@@ -158,8 +158,9 @@ def _prepared_product(layers: tuple[LoRALinear, ...], x: Tensor) -> list[Tensor]
     """
     first = layers[0]
     ready = first.cache.get(layers)
-    if ready is None or (ready.active, ready.mix, ready.dtype) != (first.active, first.mix, x.dtype):
+    if ready is None or ready.dtype is not x.dtype:  # asked for last, as it takes as long as all the rest
         x = x.to(compute_dtype(x))
+    if ready is None or (ready.active, ready.mix, ready.dtype) != (first.active, first.mix, x.dtype):
         ready = first.cache[layers] = _prepared(layers, x.dtype)
     return [product(x, each, first.mix) for each in ready.parts] or [layer(x) for layer in layers]
 

@@ -346,6 +346,17 @@ def test_onednn_is_left_out_for_one_token_and_for_narrow_models(monkeypatch, row
     assert torch.backends.mkldnn.enabled
 
 
+def test_effective_weights_are_made_once_also_for_inputs_in_another_dtype() -> None:
+    model = tiny()
+    attach(model, LoRAConfig(rank=4))
+    layer, x = model.blocks[0].mlp.up_proj, torch.randn(1, 2, 32)
+    with torch.inference_mode(), cached_weights(model), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        made = layer.cache[(layer,)]
+        layer(x)
+        assert layer.cache[(layer,)] is made
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_token_without_onednn_has_the_logits_that_it_has_with_it(rank: int, monkeypatch) -> None:
