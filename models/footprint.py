@@ -132,13 +132,11 @@ def of_block(config: ModelConfig, step: Step, block: Mapping[str, Linear], graph
 
 
 def _norm(config: ModelConfig, step: Step, graph: bool) -> Counter[str]:
-    """A norm of the stream: its input, and what it was divided by; a trained RMS norm on the CPU keeps its quotient
-    too."""
+    """A norm of the stream: its input, and what it was divided by."""
     if not graph and not step.norms:
         return Counter()
     scalars = 1 if config.norm == "rms" else 2
-    times = 2 if config.norm == "rms" and step.norms and step.cpu else 1
-    return Counter({NORMS: step.tokens * (times * config.n_embd + scalars) * STREAM})
+    return Counter({NORMS: step.tokens * (config.n_embd + scalars) * STREAM})
 
 
 def _projection(step: Step, group: Sequence[Linear], remade: bool) -> Counter[str]:
@@ -182,7 +180,10 @@ def _attention(config: ModelConfig, step: Step, first: Sequence[Linear], last: L
     the last linear does not keep it as its input."""
     N, b, T = step.tokens, step.size, step.positions
     Q, K = config.n_head * config.head_width, config.kv_heads * config.head_width
-    normalised = (Q + K) * N * 4 * (2 if step.norms and step.cpu else 1) if config.qk_norm else 0
+    normalised = 0
+    if config.qk_norm:  # on the CPU the inputs of both norms, views of one tensor that has the values too, and a scale
+        scales = N * (config.n_head + config.kv_heads) * 4
+        normalised = (Q + 2 * K) * N * b + scales if step.cpu else (Q + K) * N * 4
     if step.cpu and T <= LONGEST_BY_BLOCKS:
         pairs = [step.rows * config.n_head * min(BLOCK, T - a) * min(a + BLOCK, T) for a in range(0, T, BLOCK)]
         weights = sum(pairs) * b if step.keeps == "none" else 0

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from lora.functional import at_least_fp32
 from models.config import ModelConfig
 
 
@@ -58,6 +60,25 @@ class Rotary:
 
 
 def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + D / 2) by the angle of its position; in fp32, rounded once."""
-    a, b = x_BTHD.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_BTHD.dtype)
+    """Turn each pair (i, i + D / 2) by the angle of its position; in fp32, rounded once. cos, sin: of `Rotary.at`."""
+    return Rotation.apply(x_BTHD, cos, sin)
+
+
+class Rotation(torch.autograd.Function):
+    """`rotate`. What it does to gradients is to turn them back, which autograd would make of nine operations."""
+
+    @staticmethod
+    def forward(ctx, x_BTHD, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return Rotation.turned(x_BTHD, cos, sin, 1)
+
+    @staticmethod
+    def turned(x_BTHD, cos, sin, sign):
+        a, b = at_least_fp32(x_BTHD).chunk(2, -1)
+        a, b = (a * cos).addcmul_(b, sin, value=-sign), (b * cos).addcmul_(a, sin, value=sign)
+        return torch.cat((a, b), -1).to(x_BTHD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_BTHD):
+        return Rotation.turned(g_BTHD, *ctx.saved_tensors, -1), None, None

@@ -22,34 +22,17 @@ from lora.attach import adapter_parameters
 from lora.functional import at_least_fp32, compute_dtype
 from lora.layers.dropout import dropout
 from lora.layers.linear import LoRALinear, fused_projection
-from lora.layers.others import LoRAEmbedding, LoRALayerNorm
+from lora.layers.others import LoRAEmbedding
 from models.attention import causal_attention
 from models.config import ModelConfig
 from models.generation import sampling
 from models.generation.cache import KVCache, LayerCache
 from models.loss import chunked_cross_entropy, whole
+from models.norms import RMSNorm, make_norm
 from models.rotary import Rotary, rotate
 from runtime.device import existing_device
 from runtime.training.batch import mean_cross_entropy
 from runtime.training.recompute import making_again, recomputable, recompute
-
-
-class RMSNorm(nn.RMSNorm):
-    """Division by the root mean square, times a weight; there is no bias.
-
-    Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", arXiv 1910.07467.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (..., dim) in its own dtype; the shape stays."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-def make_norm(config: ModelConfig) -> nn.Module:
-    """A norm of the stream."""
-    if config.norm == "rms":
-        return RMSNorm(config.n_embd, config.norm_eps)
-    return LoRALayerNorm(config.n_embd, config.norm_eps, bias=config.has_bias("norm"))
 
 
 class Attention(nn.Module):
