@@ -13,6 +13,7 @@ from data.tokenizers import Tokenizer, load_tokenizer
 from lora.adapter import Adapter
 from lora.attach import base_tensors
 from models import files as model_files
+from models.config import ModelConfig
 from models.pretrained.families import Family
 from models.pretrained.source import Pretrained, find_source, open_pretrained
 from models.transformer import Transformer
@@ -210,12 +211,17 @@ def check_base(run: Run, settings: Settings) -> None:
         raise UsageError(f"BASE={settings.base} is a TEST_MODE run, which serves as a base in TEST_MODE only")
 
 
+def architecture_of(config: ModelConfig) -> str:
+    """What ARCHITECTURE calls such a model, or the nearest that it has."""
+    return "llama" if config.norm == "rms" else "gpt-rotary" if config.positions == "rotary" else "gpt"
+
+
 def check_shape(given: Resolved, base: Base) -> None:
     """Refuse settings of shape that contradict the base. Raises UsageError naming each."""
     tokenizer = base.tokenizer
     config = base.model.config
     has = config.as_dict() | {"tokenizer": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
-    has["architecture"] = "llama" if config.norm == "rms" else "gpt"
+    has["architecture"] = architecture_of(config)
     fixed = [name for name in SHAPE if name != "block_size"]
     wrong = [name for name in fixed if given.explicit(name) and getattr(given.settings, name) != has[name]]
     if wrong:

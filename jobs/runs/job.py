@@ -307,13 +307,9 @@ def config_for(settings: Settings, vocab_size: int) -> ModelConfig:
     the two of GPT's."""
     sizes = {name: getattr(settings, name) for name in ("n_embd", "n_layer", "n_head", "bias")}
     if settings.architecture == "llama":
-        sizes |= {
-            "norm": "rms",
-            "positions": "rotary",
-            "mlp": "gated_silu",
-            "n_inner": -(-8 * settings.n_embd // 24) * 8,
-        }
-    return ModelConfig(vocab_size, max_positions=settings.block_size, **sizes)
+        sizes |= {"norm": "rms", "mlp": "gated_silu", "n_inner": -(-8 * settings.n_embd // 24) * 8}
+    positions = "learned" if settings.architecture == "gpt" else "rotary"
+    return ModelConfig(vocab_size, max_positions=settings.block_size, positions=positions, **sizes)
 
 
 def lora_config(settings: Settings) -> LoRAConfig:

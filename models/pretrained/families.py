@@ -41,6 +41,11 @@ LLAMA_NAMES = {
     "norm": "model.norm",
     "lm_head": "lm_head",
 }
+LACKED = ("mlp.gate_proj", "attention.q_norm", "attention.k_norm")  # of Llama's and its kin's
+STARCODER2_NAMES = {our: their for our, their in LLAMA_NAMES.items() if not our.endswith(LACKED)} | {
+    "blocks.#.mlp.up_proj": "model.layers.#.mlp.c_fc",
+    "blocks.#.mlp.down_proj": "model.layers.#.mlp.c_proj",
+}
 BUFFERS = re.compile(
     r"(.*\.)?(h\.\d+\.attn\.(masked_)?bias|rotary_emb\.inv_freq)"
 )  # stored by some, and computed with by none
@@ -50,6 +55,9 @@ UNSUPPORTED = (  # fields that change what a model computes, and that nothing he
     "logit_scale", "residual_multiplier", "embedding_multiplier", "attention_multiplier",
     "auto_map",
 )  # fmt: skip
+
+
+GELUS = {"gelu": "gelu"} | dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh")
 
 
 def _problem(name: str, value: Any, why: str) -> str:
@@ -108,10 +116,8 @@ def _gpt2(values: Values) -> ModelConfig:
     ]
     if not values.get("scale_attn_weights", True):
         wrong.append(_problem("scale_attn_weights", False, "is not supported"))
-    kinds = {"gelu": "gelu"} | dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh")
-    if (activation := values.get("activation_function", "gelu_new")) not in kinds:
-        wrong.append(_problem("activation_function", activation, f"is not supported; {', '.join(kinds)} are"))
-    _refuse(wrong)
+    activation = values.get("activation_function", "gelu_new")
+    _refuse(wrong + _no_gelu("activation_function", activation))
     return ModelConfig(
         vocab_size=values.get("vocab_size", 50257),
         n_embd=values.get("n_embd", 768),
@@ -120,12 +126,16 @@ def _gpt2(values: Values) -> ModelConfig:
         n_inner=values.get("n_inner"),
         max_positions=values.get("n_positions", 1024),
         norm_eps=values.get("layer_norm_epsilon", 1e-5),
-        mlp=kinds[activation],
+        mlp=GELUS[activation],
         bias=True,
         head_bias=False,
         fused_qkv=True,
         tied_head=values.get("tie_word_embeddings", True),
     )
+
+
+def _no_gelu(name: str, activation: Any) -> list[str]:
+    return [] if activation in GELUS else [_problem(name, activation, f"is not supported; {', '.join(GELUS)} are")]
 
 
 def _rope(values: Values) -> tuple[float, dict[str, Any] | None]:
@@ -158,6 +168,39 @@ def _refuse(problems: list[str]) -> None:
         raise ValueError("; ".join(problems))
 
 
+def _unsupported(values: Values) -> list[str]:
+    """What is wrong with fields that any family might have."""
+    wrong = [_problem(name, values[name], "is not supported") for name in UNSUPPORTED if values.get(name)]
+    return wrong + ["vocab_size is missing"] * ("vocab_size" not in values)
+
+
+def _starcoder2(values: Values) -> ModelConfig:
+    """GPT-2's norms and MLP with rotary positions, as StarCoder 2 has them."""
+    wrong, activation = _unsupported(values), values.get("hidden_act", "gelu_pytorch_tanh")
+    _refuse(wrong + _no_gelu("hidden_act", activation))
+    theta, scaling = _rope(values)
+    context, heads = values.get("max_position_embeddings", 4096), values.get("num_attention_heads", 24)
+    return ModelConfig(
+        vocab_size=values["vocab_size"],
+        n_embd=values.get("hidden_size", 3072),
+        n_layer=values.get("num_hidden_layers", 30),
+        n_head=heads,
+        n_kv_head=values.get("num_key_value_heads", 2) or heads,
+        head_dim=values.get("head_dim"),
+        n_inner=values.get("intermediate_size", 12288),
+        max_positions=min(context, values.get("sliding_window") or context),  # within which it slides over nothing
+        norm_eps=values.get("norm_epsilon", 1e-5),
+        positions="rotary",
+        rope_theta=theta,
+        rope_scaling=scaling,
+        mlp=GELUS[activation],
+        bias=values.get("use_bias", True),
+        norm_bias=True,
+        head_bias=False,
+        tied_head=values.get("tie_word_embeddings", True),
+    )
+
+
 @dataclass(frozen=True)
 class LlamaLike:
     """How a member of Llama's family differs from the others: what its fields are where config.json lacks them.
@@ -184,14 +227,9 @@ class LlamaLike:
         return context if window is None else min(context, window)
 
     def __call__(self, values: Values) -> ModelConfig:
-        wrong = [
-            _problem(name, values[name], "is not supported")
-            for name in UNSUPPORTED
-            if values.get(name) not in (None, False)
-        ]
+        wrong = _unsupported(values)
         if (activation := values.get("hidden_act", "silu")) not in ("silu", "swish"):
             wrong.append(_problem("hidden_act", activation, "is not supported; silu is"))
-        wrong += [f"{name} is missing" for name in ("vocab_size",) if name not in values]
         _refuse(wrong)
         theta, scaling = _rope(values)
         heads = values.get("num_attention_heads", 32)
@@ -229,6 +267,7 @@ FAMILIES = {
         LLAMA_NAMES,
         LlamaLike(32768, kv_heads=32, head_dim=128, attention_bias=True, qk_norm=True, windowed=False),
     ),
+    "starcoder2": Family(STARCODER2_NAMES, _starcoder2),
 }
 
 

@@ -240,10 +240,10 @@ class Settings(ProcessSettings):
 
     architecture: str = setting(
         "gpt",
-        "What a base is made of: gpt has layer norms, learned positions and a GELU, llama RMS norms, rotary positions "
-        "and a gated MLP",
+        "What a base is made of: gpt has layer norms, learned positions and a GELU, gpt-rotary the same with rotary "
+        "positions, llama RMS norms, rotary positions and a gated MLP",
         group=MODEL,
-        choices=("gpt", "llama"),
+        choices=("gpt", "gpt-rotary", "llama"),
     )
     n_layer: int = setting(4, "Number of transformer blocks", group=MODEL, low=1, high=1000)
     n_head: int = setting(4, "Attention heads in each block", group=MODEL, low=1, high=1000)

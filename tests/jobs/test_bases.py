@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import jobs.runs.base
 import lora.adapter
@@ -18,7 +19,7 @@ from jobs.runs.base import find_base
 from jobs.runs.job import identity
 from jobs.training import train as training
 from runtime.device import pick_machine
-from runtime.errors import UserError
+from runtime.errors import UsageError, UserError
 from runtime.settings.config import Settings
 from runtime.settings.sources import Resolved
 from runtime.storage import folders
@@ -247,3 +248,23 @@ def test_a_base_that_is_gone_is_not_mistaken_for_another_run(tmp_path):
         shutil.copytree(FIXTURES / name, root / name)
     with pytest.raises(UserError, match="the base of lora-bias is gone: there is no base-bias in "):
         open_adapters(root, ("lora-bias",))
+
+
+# --- architectures --------------------------------------------------------------------------------------------------
+
+
+def test_a_base_of_any_architecture_is_adapted_and_known_for_what_it_is(root):
+    architectures = ("gpt", "gpt-rotary", "llama")
+    for architecture in architectures:
+        base = train(run_name=architecture, architecture=architecture, seed=7, **TINY)
+        assert ("position_embedding.weight" in load_file(base.artifact / "model.safetensors")) == (
+            architecture == "gpt"
+        )
+        for asked in architectures:
+            settings = FAST | {"dataset": "b.txt", "use_lora": True, "base": architecture, "architecture": asked}
+            given = Resolved(Settings.from_dict(settings | {"lora_rank": 2}), {"ARCHITECTURE": "the test"})
+            if asked == architecture:
+                assert training.train(given).metadata["base"]["run"] == architecture
+            else:
+                with pytest.raises(UsageError, match=rf"ARCHITECTURE={asked} \(it has {architecture}\)"):
+                    training.train(given)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import folder_of, make
-from tiny_runs import GPT, LLAMA, TEXT, call, lora_run, own_run
+from tiny_runs import GPT, LLAMA, ROTARY, TEXT, call, lora_run, own_run
 
 from data.chat import GUIDE, Template
 from data.tokenizers import END, build_tokenizer
@@ -42,27 +42,30 @@ def ours(name: str) -> torch.Tensor:
         return model.float()(IDS)[0]
 
 
-EXACT_GELU = "gpt2 exact gelu, own width"
+GELUS = (
+    "gpt2 untied", "gpt2 exact gelu, own width", "starcoder2", "starcoder2 exact gelu, no biases, untied",
+)  # fmt: skip
 CASES = ("llama", "llama tied, llama3 rope", "llama linear rope", "llama biases, own head_dim", "mistral", "qwen2 tied")
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("case", [*CASES, "qwen3", "gpt2 untied", EXACT_GELU])
+@pytest.mark.parametrize("case", [*CASES, "qwen3", *GELUS])
 def test_llama_cpp_computes_what_transformers_does(case, here, monkeypatch, capsys):
     folder_of(case, here)
     status, out, err = call(monkeypatch, capsys, "base", "--to", "gguf", "--out", "it.gguf", "--outtype", "f32")
     assert status == 0 and "the logits of llama.cpp differ by" in out and "llama.cpp's tokens are the run's" in out, err
     with torch.no_grad():
         found = off(LlamaCpp(here / "it.gguf", 64).logits(IDS), make(case)(IDS).logits)
-    gpt2 = case.startswith("gpt2")
-    assert found <= (2e-3 if gpt2 else 1e-4) and ("the tanh form of GELU" in out) == gpt2
+    gelu = case in GELUS
+    assert found <= (2e-3 if gelu else 1e-4) and ("the tanh form of GELU" in out) == gelu
     assert (here / "it.Modelfile").read_text().startswith("FROM ./it.gguf\nPARAMETER num_ctx 64\n")
 
 
 @needs_llama_cpp
 @pytest.mark.parametrize(
     ("kind", "limit", "config"),
-    [("f32", 1e-4, LLAMA), ("f16", 2e-2, LLAMA), ("bf16", 2e-2, LLAMA), ("q8_0", 5e-2, LLAMA), ("f16", 3e-3, GPT)],
+    [("f32", 1e-4, LLAMA), ("f16", 2e-2, LLAMA), ("bf16", 2e-2, LLAMA), ("q8_0", 5e-2, LLAMA), ("f16", 3e-3, GPT)]
+    + [("f32", 3e-3, ROTARY)],
 )
 def test_a_run_of_ours_with_its_adapter_and_tokenizer(kind, limit, config, here, monkeypatch, capsys):
     own_run(here, "own", config)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import folder_of
-from tiny_runs import GPT, LLAMA, call, lora_run, own_run
+from tiny_runs import GPT, LLAMA, ROTARY, call, lora_run, own_run
 
 from data.chat import GUIDE
 from data.tokenizers import build_tokenizer
@@ -39,11 +39,12 @@ PATTERNS = {"rank_pattern": {"o_proj": 2, "up_proj": 12}, "alpha_pattern": {"q_p
         ("llama biases, own head_dim", PATTERNS),
         ("qwen2 tied", {}),
         ("own gpt", PATTERNS | {"targets": "q_proj,v_proj,o_proj"}),
+        ("own gpt-rotary", PATTERNS),
         ("gpt2", {}),
     ],
 )
 def test_llama_cpp_computes_what_base_and_adapter_do(case, config, here, monkeypatch, capsys):
-    own = {"own": LLAMA, "own gpt": GPT}
+    own = {"own": LLAMA, "own gpt": GPT, "own gpt-rotary": ROTARY}
     own_run(here, "base", own[case]) if case in own else folder_of(case, here)
     lora_run(here, "adapted", "base", **config)
     status, out, err = call(monkeypatch, capsys, "adapted", "--to", "gguf-lora", "--out", "it.gguf")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import folder_of
-from tiny_runs import GPT, LLAMA, TEXT, call, lora_run, own_run
+from tiny_runs import GPT, LLAMA, ROTARY, TEXT, call, lora_run, own_run
 
 from data.tokenizers import build_tokenizer
 from jobs.exporting.hugging_face import folder as hf_folder
@@ -69,6 +69,8 @@ def test_weights_in_16_bits_stay_so(here, monkeypatch, capsys):
 OWN = {
     "gpt": (GPT, "bpe", "GPT2LMHeadModel"),
     "gpt of characters": (replace(GPT, bias=True, head_bias=False, n_inner=40), "char", "GPT2LMHeadModel"),
+    "gpt-rotary": (ROTARY, "bpe", "Starcoder2ForCausalLM"),
+    "gpt-rotary, biases": (replace(ROTARY, bias=True, head_bias=False), "char", "Starcoder2ForCausalLM"),
     "llama": (replace(LLAMA, bias=True, head_bias=False), "bpe", "LlamaForCausalLM"),
     "llama of characters": (replace(LLAMA, n_kv_head=2, norm_eps=1e-3), "char", "LlamaForCausalLM"),
 }

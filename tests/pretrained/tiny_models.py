@@ -18,10 +18,16 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 500.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+STARCODER2 = LLAMA | {"bos_token_id": None, "eos_token_id": None}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
     "gpt2 exact gelu, own width": ("GPT2", GPT2 | {"activation_function": "gelu", "n_inner": 40}),
     "gpt2 untied": ("GPT2", GPT2 | {"tie_word_embeddings": False}),
+    "starcoder2": ("Starcoder2", STARCODER2),
+    "starcoder2 exact gelu, no biases, untied": (
+        "Starcoder2",
+        STARCODER2 | {"hidden_act": "gelu", "use_bias": False, "tie_word_embeddings": False, "sliding_window": 64},
+    ),
     "llama": ("Llama", LLAMA),
     "llama as many heads": ("Llama", LLAMA | {"num_key_value_heads": 4}),
     "llama tied, llama3 rope": ("Llama", LLAMA | {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
@@ -39,7 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", LLAMA | {"head_dim": 12}),
     "qwen3 biases": ("Qwen3", LLAMA | {"head_dim": 16, "attention_bias": True}),
 }  # fmt: skip
-ONE_OF_EACH = ("gpt2", "llama", "llama biases, own head_dim", "mistral", "qwen2 tied", "qwen3")
+ONE_OF_EACH = ("gpt2", "starcoder2", "llama", "llama biases, own head_dim", "mistral", "qwen2 tied", "qwen3")
 
 
 def make(case: str, dtype: torch.dtype = torch.float32, seed: int = 0, noise: float = 0.2) -> nn.Module:

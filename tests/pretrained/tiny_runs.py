@@ -26,6 +26,7 @@ from runtime.storage.runs import Run
 
 TEXT = "Enter Hamlet, and the cat sat on the mat: 'tis 1623.\n" * 20
 GPT = ModelConfig(96, n_embd=32, n_layer=2, n_head=4, max_positions=32)
+ROTARY = replace(GPT, positions="rotary")
 LLAMA = replace(GPT, norm="rms", positions="rotary", mlp="gated_silu", n_inner=64)
 
 

@@ -133,10 +133,9 @@ def _add_sizes(writer: Any, config: ModelConfig) -> None:
     writer.add_feed_forward_length(config.inner_width)
     writer.add_head_count(config.n_head)
     writer.add_vocab_size(config.vocab_size)
-    if config.norm == "layer":
-        writer.add_layer_norm_eps(config.norm_eps)
+    (writer.add_layer_norm_rms_eps if config.norm == "rms" else writer.add_layer_norm_eps)(config.norm_eps)
+    if config.positions == "learned":
         return
-    writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_head_count_kv(config.kv_heads)
     writer.add_key_length(config.head_width)
     writer.add_value_length(config.head_width)

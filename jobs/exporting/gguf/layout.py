@@ -26,10 +26,10 @@ class Layout:
     @classmethod
     def of(cls, model: Transformer, family: Family | None) -> Layout:
         """family: the model's, or None for one of ours. Raises UserError where llama.cpp has none like it."""
-        if not family:
+        kind = next((name for name, known in FAMILIES.items() if known is family), None)
+        if not kind or (kind == "starcoder2" and not model.config.bias):  # whose biases llama.cpp wants, be they zeros
             made, values = translated(model, None)
             return cls(made, values["model_type"])
-        kind = next(name for name, known in FAMILIES.items() if known is family)
         if kind == "qwen3" and model.config.has_bias("qkv"):
             raise UserError("llama.cpp's qwen3 has no biases in attention, so this model is not exported to it")
         return cls(model, "llama" if kind == "mistral" else kind)

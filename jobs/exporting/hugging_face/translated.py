@@ -14,7 +14,7 @@ from runtime.errors import UserError
 
 PARTS = ("qkv", "output", "mlp", "norm", "head")
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "gated_silu": "silu"}  # ours and theirs
-CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
+CLASSES = {"gpt2": "GPT2LMHeadModel", "starcoder2": "Starcoder2ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
 def translated(model: Transformer, eos: int | None) -> tuple[Transformer, dict[str, Any]]:
@@ -24,12 +24,12 @@ def translated(model: Transformer, eos: int | None) -> tuple[Transformer, dict[s
     Raises UserError that names everything that the family has no place for.
     """
     config = model.config
-    kind = "llama" if config.norm == "rms" else "gpt2"
+    kind = "llama" if config.norm == "rms" else "starcoder2" if config.positions == "rotary" else "gpt2"
     values = {"model_type": kind, "architectures": [CLASSES[kind]], "bos_token_id": eos, "eos_token_id": eos}
-    values |= _llama(config) if kind == "llama" else _gpt2(config)
+    values |= VALUES[kind](config)
     theirs = config_of(FAMILIES[kind], values, f"as a {CLASSES[kind]}")
     ours, wanted = _meaning(config), _meaning(theirs)
-    if kind == "gpt2":  # which has biases everywhere but in the head: zeros where we have none
+    if kind != "llama":  # biases everywhere but in the head: zeros where we have none
         ours |= {f"{part}_bias": True for part in PARTS[:-1]}
     if lost := [f"{name}={ours[name]!r}" for name in ours if ours[name] != wanted[name]]:
         raise UserError(f"a {CLASSES[kind]} has no place for {', '.join(lost)}, so this model cannot be one")
@@ -50,7 +50,8 @@ def _gpt2(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _llama(config: ModelConfig) -> dict[str, Any]:
+def _rotary(config: ModelConfig) -> dict[str, Any]:
+    """What Llama's and StarCoder 2's config.json have in common."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
@@ -60,14 +61,26 @@ def _llama(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_width,
         "intermediate_size": config.inner_width,
         "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
         "hidden_act": ACTIVATIONS[config.mlp],
-        "attention_bias": config.has_bias("qkv"),
-        "mlp_bias": config.has_bias("mlp"),
         "tie_word_embeddings": config.tied_head,
     }
+
+
+def _starcoder2(config: ModelConfig) -> dict[str, Any]:
+    return _rotary(config) | {"norm_epsilon": config.norm_eps, "use_bias": True}
+
+
+def _llama(config: ModelConfig) -> dict[str, Any]:
+    return _rotary(config) | {
+        "rms_norm_eps": config.norm_eps,
+        "attention_bias": config.has_bias("qkv"),
+        "mlp_bias": config.has_bias("mlp"),
+    }
+
+
+VALUES = {"gpt2": _gpt2, "starcoder2": _starcoder2, "llama": _llama}
 
 
 def _meaning(config: ModelConfig) -> dict[str, Any]:
