@@ -61,7 +61,7 @@ class Rotary:
 
 def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (i, i + D / 2) by the angle of its position; in fp32, rounded once. cos, sin: of `Rotary.at`."""
-    return Rotation.apply(x_BTHD, cos, sin)
+    return Rotation.apply(x_BTHD, cos, sin) if x_BTHD.requires_grad else Rotation.turned(x_BTHD, cos, sin, 1)
 
 
 class Rotation(torch.autograd.Function):

@@ -10,7 +10,7 @@ from models.config import ModelConfig
 from models.norms import RMSNorm
 from models.rotary import Rotary, rotate
 
-SHAPES = [(3, 5, 16), (2, 7, 3, 8), (1, 24)]
+SHAPES = [(3, 5, 16), (2, 7, 3, 8), (4, 1, 24)]
 CLOSE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
 
 
