@@ -37,6 +37,8 @@ GRID: dict[str, dict] = {
     "beta2 0.95": {"beta2": 0.95},
     "half a batch, twice the steps": {"batch_size": 8, "max_iters": 3600},
     "two batches, half the steps": {"batch_size": 32, "max_iters": 900},
+    "gpt-rotary": {"architecture": "gpt-rotary"},
+    "gpt-rotary, fewer steps": {"architecture": "gpt-rotary", "max_iters": 1700},
     "llama": {"architecture": "llama"},
     "llama, fewer steps": {"architecture": "llama", "max_iters": 1500},
 }
