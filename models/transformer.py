@@ -1,6 +1,6 @@
 """The whole transformer: pre-norm blocks of attention and MLP whose linears can carry LoRA adapters.
 
-`models.config.ModelConfig` says which kind of each part it has: GPT-2, Llama, Mistral and Qwen are such configs.
+`models.config.ModelConfig` says which kind of each part it has: GPT-2, Llama, Mistral, Qwen and StarCoder 2 are such.
 Shapes: B batch, T positions, C embedding width, H heads, K heads of keys and values, D head width, V vocabulary.
 """
 
