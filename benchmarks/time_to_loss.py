@@ -3,8 +3,8 @@
 python -m benchmarks.time_to_loss --nanogpt DIR      DIR holds nanoGPT's own files: train.py, config/, data/
 
 nanoGPT's README has the recipe for a CPU: 4 layers, 4 heads, 128 wide, 64 positions, 2,000 steps of 12 windows, with
-which it reports a validation loss of 1.88. Ours has the same shapes, with rotary positions, and reaches that loss over the
-whole validation text in fewer steps. Both are timed from the start of the process to its end, in turn.
+which it reports a validation loss of 1.88. Ours has the same shapes, with rotary positions, and reaches that loss over
+the whole validation text in fewer steps. Both are timed from the start of the process to its end, in turn.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class Step(NamedTuple):
     """How a part of a step is computed. rows of `positions` tokens each; size: bytes of a value in the compute dtype.
 
     keeps: CHECKPOINT_ACTIVATIONS. dropout: whether the model has any. cpu: whether attention goes by blocks where rows
-    are short, and norms of heads keep their inputs as they are. whole: how many logits are computed at once (`models.loss.whole`);
-    chunk: how many where there are more. embeddings, norms: whether these train.
+    are short, and norms of heads keep their inputs as they are. whole: how many logits are computed at once
+    (`models.loss.whole`); chunk: how many where there are more. embeddings, norms: whether these train.
     """
 
     rows: int
