@@ -103,7 +103,7 @@ def of_size() -> Claim:
     here = [
         f"Llama-2-7B: {fewer(LLAMA_2_7B, 8, 'minimal')} at rank 8 on q and v",
         f"{fewer(LLAMA_2_7B, 16, 'all-linear')} at rank 16 on all linears",
-        f"the default base of 0.8M: {fewer(ModelConfig(96, 128), 8, 'all')}",
+        f"the default base of 0.8M: {fewer(ModelConfig(96, 128, positions='rotary'), 8, 'all')}",
     ]
     return Claim("99.9 % fewer parameters", ", ".join(here), "python -m benchmarks.claims")
 

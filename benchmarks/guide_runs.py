@@ -3,8 +3,8 @@
 python -m benchmarks.guide_runs --record     trains what is not there yet, keeps the figures in results/guide.json, and
                                              draws docs/pictures/guide-*.png (10 minutes of one core; `make guide`)
 
-The base has 115,008 parameters: 2 blocks, 64 wide. Each adapter takes 300 steps of 1,024 tokens on the First Folio. All
-else is the default, where a row does not say otherwise. Losses are over the whole held-out text.
+The base has 115,008 parameters: 2 blocks, 64 wide, learned positions. Each adapter takes 300 steps of 1,024 tokens on
+the First Folio. All else is the default, where a row does not say otherwise. Losses are over the whole held-out text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, dict[str, dict[str, float]]]
 
-BASE = {"n_layer": 2, "n_embd": 64, "block_size": 64, "max_iters": 1000}
+BASE = {"architecture": "gpt", "n_layer": 2, "n_embd": 64, "block_size": 64, "max_iters": 1000}
 ADAPTER = {"use_lora": True, "max_iters": 300}
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 RSLORA = {"lora_variant": "rslora"}

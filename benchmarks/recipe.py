@@ -35,12 +35,12 @@ GRID: dict[str, dict] = {
     "no weight decay": {"weight_decay": 0.0},
     "weight decay 0.3": {"weight_decay": 0.3},
     "beta2 0.95": {"beta2": 0.95},
-    "half a batch, twice the steps": {"batch_size": 8, "max_iters": 3600},
-    "two batches, half the steps": {"batch_size": 32, "max_iters": 900},
-    "gpt-rotary": {"architecture": "gpt-rotary"},
-    "gpt-rotary, fewer steps": {"architecture": "gpt-rotary", "max_iters": 1700},
+    "half a batch, twice the steps": {"batch_size": 8, "max_iters": 3400},
+    "two batches, half the steps": {"batch_size": 32, "max_iters": 850},
+    "gpt": {"architecture": "gpt"},
+    "gpt, more steps": {"architecture": "gpt", "max_iters": 1800},
     "llama": {"architecture": "llama"},
-    "llama, fewer steps": {"architecture": "llama", "max_iters": 1500},
+    "llama, fewer steps": {"architecture": "llama", "max_iters": 1450},
 }
 
 

@@ -29,7 +29,6 @@ SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
 RECIPE = {"device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 100, "batch_size": 12, "dropout": 0.0}
 RECIPE |= {"max_iters": 2000, "lr_decay_iters": 2000}
 OURS = {"max_iters": 220, "batch_size": 24, "learning_rate": 8e-3, "warmup_iters": 20, "eval_interval": 220}
-OURS |= {"architecture": "gpt-rotary"}
 
 
 def prepare_nanogpt(folder: Path, data_dir: Path) -> None:

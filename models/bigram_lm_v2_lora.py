@@ -13,11 +13,12 @@ from models.transformer import Transformer
 class BigramLanguageModelLoRA(Transformer):
     """A small GPT whose attention, MLP and head are LoRA-capable linears.
 
-    vocab_size, n_embd, block_size, n_head, n_layer, bias: the shape. dropout: probability on embeddings, attention
-    weights and both branches of a block. device: where the weights are made. use_lora: attach a fresh adapter named
-    `default`; trained weights of a base may be loaded under it, with `load_state_dict(base, strict=False)`, as long as
-    it is untrained. lora_*: see `lora.config.LoRAConfig`; lora_presets, lora_embeddings: what lora_targets may name
-    together, and what lora_train_embeddings trains copies of.
+    vocab_size, n_embd, block_size, n_head, n_layer, bias: the shape. positions: "learned", or "rotary" as in the bases
+    that training.py makes. dropout: probability on embeddings, attention weights and both branches of a block. device:
+    where the weights are made. use_lora: attach a fresh adapter named `default`; trained weights of a base may be
+    loaded under it, with `load_state_dict(base, strict=False)`, as long as it is untrained. lora_*: see
+    `lora.config.LoRAConfig`; lora_presets, lora_embeddings: what lora_targets may name together, and what
+    lora_train_embeddings trains copies of.
 
     Raises ValueError where n_embd is not a multiple of n_head, UsageError for LoRA settings that make no sense.
     """
@@ -40,8 +41,11 @@ class BigramLanguageModelLoRA(Transformer):
         lora_variant: str = "lora",
         lora_bias: str = "none",
         lora_train_embeddings: bool = True,
+        positions: str = "learned",
     ) -> None:
-        config = ModelConfig(vocab_size, n_embd, n_layer, n_head, max_positions=block_size, bias=bias)
+        config = ModelConfig(
+            vocab_size, n_embd, n_layer, n_head, max_positions=block_size, bias=bias, positions=positions
+        )
         super().__init__(config, dropout, device)
         if use_lora:
             attach(

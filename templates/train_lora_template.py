@@ -48,8 +48,10 @@ def main(argv: list[str] | None = None) -> None:
     # gradient and no optimizer state. A starts random and B at zero, so that training starts from exactly the base.
     # Copies of the embeddings train too; the base's own stay as they are.
     torch.manual_seed(args.seed)
-    shape = {"n_embd": c.n_embd, "block_size": T, "n_head": c.n_head, "n_layer": c.n_layer, "bias": c.bias}
-    model = BigramLanguageModelLoRA(c.vocab_size, **shape, use_lora=True, lora_rank=args.rank, lora_alpha=16.0)
+    shape = {name: getattr(c, name) for name in ("n_embd", "n_head", "n_layer", "bias", "positions")}
+    model = BigramLanguageModelLoRA(
+        c.vocab_size, block_size=T, **shape, use_lora=True, lora_rank=args.rank, lora_alpha=16.0
+    )
     if model.load_state_dict(base.state_dict(), strict=False).unexpected_keys:  # the adapter's own keys are missing
         raise UserError(f"{args.base} has another architecture, or an adapter of its own; training.py may help")
 

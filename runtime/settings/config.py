@@ -109,7 +109,7 @@ PRESETS = {
 }
 
 # What runs were trained with whose run.json is older than the setting.
-EARLIER = {"optimizer": "adamw", "lr_decay": "cosine", "step_parts": None, "reduce": "exact"}
+EARLIER = {"architecture": "gpt", "optimizer": "adamw", "lr_decay": "cosine", "step_parts": None, "reduce": "exact"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,11 +239,11 @@ class Settings(ProcessSettings):
     vocab_size: int = setting(1024, "Vocabulary size of TOKENIZER=bpe", group=DATA, low=257, high=65535)
 
     architecture: str = setting(
-        "gpt",
-        "What a base is made of: gpt has layer norms, learned positions and a GELU, gpt-rotary the same with rotary "
-        "positions, llama RMS norms, rotary positions and a gated MLP",
+        "gpt-rotary",
+        "What a base is made of: gpt-rotary has layer norms, rotary positions and a GELU, gpt the same with learned "
+        "positions, as GPT-2 has them, llama RMS norms, rotary positions and a gated MLP",
         group=MODEL,
-        choices=("gpt", "gpt-rotary", "llama"),
+        choices=("gpt-rotary", "gpt", "llama"),
     )
     n_layer: int = setting(4, "Number of transformer blocks", group=MODEL, low=1, high=1000)
     n_head: int = setting(4, "Attention heads in each block", group=MODEL, low=1, high=1000)
@@ -337,7 +337,7 @@ class Settings(ProcessSettings):
         choices=("none", "cheap", "block"),
         **NO_RESULT,
     )
-    max_iters: int = setting(1800, "Training steps", group=TRAINING, **STEPS)
+    max_iters: int = setting(1700, "Training steps", group=TRAINING, **STEPS)
     epochs: float | None = setting(
         None,
         "How many times to go through the text, in place of MAX_ITERS: so many steps as have that many tokens",

@@ -73,7 +73,7 @@ def test_each_adapter_is_a_model_and_says_what_generate_says(runs: Path, client:
 
 
 def test_a_stream_is_the_whole_text_in_pieces(client: openai.OpenAI) -> None:
-    asked = {"model": FOLIO, "prompt": ["The ", "A "], "n": 2, "max_tokens": 30, "seed": 3, "temperature": 1.2}
+    asked = {"model": FOLIO, "prompt": ["The ", "A"], "n": 2, "max_tokens": 30, "seed": 3, "temperature": 1.2}
     whole = [choice.text for choice in client.completions.create(**asked).choices]
     texts, reasons, usage = [""] * 4, {}, None
     for part in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):

@@ -62,7 +62,7 @@ def root(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         train(dataset="text.txt", run_name="base", block_size=128, max_iters=40)
-        train(dataset="pairs.jsonl", run_name="tuned", base="base", use_lora=True, max_iters=30, learning_rate=0.02)
+        train(dataset="pairs.jsonl", run_name="tuned", base="base", use_lora=True, max_iters=30, learning_rate=0.01)
         train(dataset="folder", run_name="full", base="base", max_iters=10)
     return root
 

@@ -100,7 +100,7 @@ def test_adapters_measure_on_the_records_and_a_merged_run_is_asked_the_same(tune
     assert (tuned / "checkpoints/merged/model/chat_template.jinja").read_text() == GUIDE
     asked = ("--instruction", "Where?", "--input", "the ant and the emu", "--max-new-tokens", "60")
     assert run(tuned, "generate.py", "--run", "merged", *asked).stdout == f"{ANSWER}\n"
-    told = good(tuned, "adapters.py", "strength", "tuned", "--strengths", "0,1", DATA_DIR="cache")
+    told = good(tuned, "adapters.py", "strength", "tuned", "--strengths", "0,1", DATA_DIR="cache", DTYPE="fp32")
     none, whole = (float(line.split()[1]) for line in told.splitlines() if line.split()[:1] in (["0"], ["1"]))
     result = open_run(tuned / "checkpoints" / "tuned").result
     assert (none, whole) == pytest.approx((result["base_val_loss"], result["val_loss"]), abs=1e-3)

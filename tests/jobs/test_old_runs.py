@@ -21,7 +21,8 @@ SETTINGS = "--dtype fp32 --batch-size 4 --max-iters 20 --warmup-iters 2 --eval-i
 STOPPED = {
     "stopped-base": (
         "base",
-        "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --dataset text.txt --optimizer adamw --lr-decay cosine",
+        "--architecture gpt --n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --dataset text.txt --optimizer adamw "
+        "--lr-decay cosine",
     ),
     "stopped-adalora": ("adalora", "--use-lora --base base --dataset other.txt --lora-rank 4 --lora-variant adalora"),
 }

@@ -42,10 +42,10 @@ def adapt(root: Path, **changes) -> Run:
 
 @pytest.fixture(scope="module")
 def based(tmp_path_factory) -> Path:
-    """A folder with a text and bases that were trained on it: `base`, and `bigram` with one position."""
+    """A folder with a text and bases that were trained on it: `base` with learned positions, `bigram` with one."""
     root = tmp_path_factory.mktemp("selfcheck")
     (root / "text.txt").write_text("To be, or not to be, that is the question.\n" * 50)
-    train(root, run_name="base", max_iters=5, **TINY)
+    train(root, run_name="base", architecture="gpt", max_iters=5, **TINY)
     train(root, run_name="bigram", max_iters=5, **TINY | {"block_size": 1})
     return root
 
