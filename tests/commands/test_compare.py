@@ -13,7 +13,7 @@ from command_line import run
 from jobs.comparing.command import lora_settings
 from jobs.comparing.comparison import base_windows, make_method
 from jobs.comparing.options import Options
-from jobs.comparing.report import over_seeds
+from jobs.comparing.report import over_seeds, verdict
 from jobs.comparing.timing import ratio
 from jobs.runs.source import TEST_CHARACTERS
 from lora.variants.registry import VARIANTS
@@ -141,13 +141,28 @@ def test_a_flag_that_a_comparison_would_ignore_is_refused(tmp_path, data_dir, fl
 
 
 @pytest.mark.parametrize(
-    ("one", "verdict"),
+    ("one", "below"),
     [([0.8 * s for s in STEADY], True), ([1.1 * s for s in STEADY], False), (NOISY, None), (STEADY, False)],
 )
-def test_a_ratio_of_times_says_where_it_is_too_noisy(one, verdict):
+def test_a_ratio_of_times_says_where_it_is_too_noisy(one, below):
     found = ratio(one, STEADY)
-    assert found.low <= found.value <= found.high and found.below_one is verdict
+    assert found.low <= found.value <= found.high and found.below_one is below
     assert found.value == pytest.approx(statistics.median(one) / statistics.median(STEADY))
+
+
+@pytest.mark.parametrize(
+    ("losses", "spoken_of"), [([1.51, 1.53], "LoRA pays here: fast"), ([1.52, 1.53], "LoRA does not")]
+)
+def test_the_verdict_is_on_the_fastest_kind_of_those_whose_losses_overlap_with_the_lowest(losses, spoken_of):
+    def row(method: str, losses: list[float], time: float) -> dict:
+        steps = ratio([time * s for s in STEADY], STEADY)
+        same = {"loss_before": 2.0, "trainable_percent": 9.0, "peak_memory": None}
+        return same | {
+            "method": method, "losses": losses, "loss_at_equal_steps": min(losses), "step_over_full": steps
+        }  # fmt: skip
+
+    rows = [row("full", [1.4, 1.4], 1.0), row("slow", [1.50, 1.515], 1.1), row("fast", losses, 0.8)]
+    assert verdict(rows).startswith(spoken_of)
 
 
 def test_steps_of_one_speed_are_rarely_said_to_differ():
