@@ -6,7 +6,7 @@
 #   make soak     faults at every operation, rot at every byte, a line of 1 GB, a stop at every moment: docs/reliability.md
 #                 (about half an hour, 10 GB of memory, 5 GB of disk)
 #   make tiny     nanoGPT's CPU recipe on tinyshakespeare, three seeds (about 4 minutes on 2 cores)
-#   make gap      how much of full fine-tuning's gain LoRA reaches, three seeds, 500 steps and 1,200 (about 25 minutes)
+#   make gap      how much of full fine-tuning's gain LoRA reaches, three seeds, 500 steps and 1,200 (half an hour to an hour)
 #   make pretrained   SmolLM2-135M from the hub end to end: adapted, talked to, merged, loaded in transformers and PEFT
 #                 (about 6 minutes; another model, or a folder: make pretrained PRETRAINED=gpt2)
 #   make speller  the Folio speller: a base, an adapter that rewrites modern lines in First Folio spelling (10 minutes

@@ -20,7 +20,8 @@ class BigramLanguageModelLoRA(Transformer):
     `lora.config.LoRAConfig`; lora_presets, lora_embeddings: what lora_targets may name together, and what
     lora_train_embeddings trains copies of.
 
-    Raises ValueError where n_embd is not a multiple of n_head, UsageError for LoRA settings that make no sense.
+    Raises ValueError where n_embd is not a multiple of n_head or positions are of neither kind, UsageError for LoRA
+    settings that make no sense.
     """
 
     def __init__(
