@@ -75,7 +75,8 @@ speller: $(VENV)/test.stamp
 	done
 
 speller-pretrained: $(VENV)/test.stamp
-	$(BIN)/python training.py --use-lora --base $(PRETRAINED) --dataset folio-pairs --epochs 1 --run-name speller-pretrained
+	$(BIN)/python training.py --use-lora --base $(PRETRAINED) --dataset folio-pairs --template line --epochs 1 \
+		--learning-rate 1e-3 --eval-interval 1000 --save-interval 250 --patience 0 --run-name speller-pretrained
 	$(BIN)/python evaluate.py speller-pretrained --limit 0 --max-new-tokens 60
 
 guide: $(VENV)/test.stamp
