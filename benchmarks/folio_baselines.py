@@ -5,8 +5,8 @@ python -m benchmarks.folio_baselines
 
 In percent, over all pairs of the held-out plays; in brackets the least and most of the plays. A word is right where it
 is spelled as in the First Folio (data/instructions/spelling.py says how words are counted). Copying has no line right,
-as there is no pair of lines that are spelled alike. The last dictionary says how much the words alone
-settle: the printers spelled one word in several ways, and only what stands around it could tell which.
+as there is no pair of lines that are spelled alike. The last dictionary says how much the words alone settle:
+the printers spelled one word in several ways, and only what stands around it could tell which.
 """
 
 from __future__ import annotations
