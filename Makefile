@@ -66,10 +66,10 @@ pretrained: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.elsewhere --run $(TOUR) --merged $(TOUR)-merged
 
 speller: $(VENV)/test.stamp
-	$(BIN)/python training.py --run-name speller-base --tokenizer bpe --vocab-size 2048
+	$(BIN)/python training.py --run-name speller-base --tokenizer bpe --vocab-size 2048 --n-layer 6
 	for seed in 1337 1338 1339; do \
 		$(BIN)/python training.py --use-lora --base speller-base --dataset folio-pairs --template line --optimizer muon \
-			--lora-rank 64 --learning-rate 6e-3 --batch-size 64 --max-iters 6000 --eval-interval 1000 \
+			--lora-rank 64 --learning-rate 6e-3 --batch-size 64 --max-iters 3800 --eval-interval 1000 \
 			--save-interval 1000 --patience 0 --seed $$seed --run-name speller-$$seed && \
 		$(BIN)/python evaluate.py speller-$$seed --limit 0 --max-new-tokens 80 || exit 1; \
 	done
