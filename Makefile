@@ -9,8 +9,8 @@
 #   make gap      how much of full fine-tuning's gain LoRA reaches, three seeds, 500 steps and 1,200 (half an hour to an hour)
 #   make pretrained   SmolLM2-135M from the hub end to end: adapted, talked to, merged, loaded in transformers and PEFT
 #                 (about 6 minutes; another model, or a folder: make pretrained PRETRAINED=gpt2)
-#   make speller  the Folio speller: a base, an adapter that rewrites modern lines in First Folio spelling (10 minutes
-#                 each of three seeds on 2 cores), and the verdict on all 4,462 held-out pairs
+#   make speller  the Folio speller: a base, an adapter that rewrites modern lines in First Folio spelling (three seeds,
+#                 10 minutes each), and the verdict on all 4,462 held-out pairs (45 minutes on 2 cores)
 #   make speller-pretrained   the same on SmolLM2-135M (two and a half hours of one core of a shared machine)
 #   make guide    the runs and pictures of docs/zero-to-hero/ (10 minutes of one core), and whether its pages show what
 #                 their code prints
