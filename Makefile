@@ -11,7 +11,7 @@
 #                 (about 6 minutes; another model, or a folder: make pretrained PRETRAINED=gpt2)
 #   make speller  the Folio speller: a base, an adapter that rewrites modern lines in First Folio spelling (three seeds,
 #                 10 minutes each), and the verdict on all 4,462 held-out pairs (45 minutes on 2 cores)
-#   make speller-pretrained   the same on SmolLM2-135M (two and a half hours of one core of a shared machine)
+#   make speller-pretrained   the same on SmolLM2-135M (three and a half hours of one core of a shared machine)
 #   make guide    the runs and pictures of docs/zero-to-hero/ (10 minutes of one core), and whether its pages show what
 #                 their code prints
 #   make three-texts   the README's picture: a base, adapters of the First Folio, of Milton and of Python's documentation, and
